@@ -1,0 +1,115 @@
+"""A tensor that is read when asked for: shape and dtype now, bytes later, only those that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trtlab.errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Shape and dtype of a tensor, and how to read it. Each ``read()`` reads anew: nothing is kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor once read."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
+        """A contiguous part along one dimension; of a stored tensor only its pages are touched."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return LazyTensor(shape, self.dtype, lambda: self.read().narrow(dim, start, length))
+
+    def pad_rows(self, rows: int) -> LazyTensor:
+        """Zero rows appended up to ``rows``."""
+        if rows == self.shape[0]:
+            return self
+        shape = (rows, *self.shape[1:])
+
+        def read() -> Tensor:
+            padded = torch.zeros(shape, dtype=self.dtype)
+            padded[: self.shape[0]] = self.read()
+            return padded
+
+        return LazyTensor(shape, self.dtype, read)
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """The same values in another dtype."""
+        return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LazyTensor:
+        """A function of the tensor that keeps its shape and dtype."""
+        return LazyTensor(self.shape, self.dtype, lambda: function(self.read()))
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without data."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def held(tensor: Tensor) -> LazyTensor:
+    """A tensor that is in memory already."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def cat(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
+    """Parts put together along one dimension; a single part is itself."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    shape = (*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :])
+    return LazyTensor(shape, first.dtype, lambda: torch.cat([p.read() for p in parts], dim))
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one safetensors file; the file is mapped at each read and let go after it.
+
+    Raises CheckpointError when the file is missing, truncated or holds a dtype that no model weight has.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {name: _stored(path, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the library raises its own kinds
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
+        ) from error
+
+
+def _stored(path: Path, name: str, shape: Sequence[int], kind: str) -> LazyTensor:
+    if kind not in SAFETENSORS_DTYPES:
+        raise CheckpointError(f"{name} in {path.name} has dtype {kind}", expected=" | ".join(SAFETENSORS_DTYPES))
+
+    def read() -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], read)

@@ -1,0 +1,94 @@
+"""Rotary position embedding: the angle of each pair of dimensions at each position, for every scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtlab.config import ModelConfig, RotaryScaling
+from trtlab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines ``[positions, head_size / 2]`` in float32, the attention factor multiplied in."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(config: ModelConfig, positions: int) -> RotaryTable:
+    """The table for positions 0 to ``positions - 1``; angles are computed in float32 as Hugging Face does."""
+    frequencies, factor = rotary_frequencies(config)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)  # [positions, head_size / 2]
+    return RotaryTable(angles.cos() * factor, angles.sin() * factor)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Radians a token for each pair of dimensions ``[head_size / 2]``, and the factor on cosine and sine."""
+    pairs = torch.arange(0, config.head_size, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / (config.rotary_base ** (pairs / config.head_size))
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind not in SCALINGS:
+        raise ConfigError("unknown rotary scaling", got=repr(scaling.kind), expected=" | ".join(SCALINGS))
+    return SCALINGS[scaling.kind](config, scaling, frequencies)
+
+
+def _linear(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
+    return frequencies / scaling.factor, 1.0
+
+
+def _llama3(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
+    """Long wavelengths are stretched, short ones kept, those between blended."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    trained = scaling.original_max_position_embeddings
+    if low is None or high is None or trained is None:
+        raise ConfigError(
+            "llama3 rotary scaling needs low_freq_factor, high_freq_factor and original_max_position_embeddings",
+            got=(low, high, trained),
+        )
+    turns = trained * frequencies / (2 * math.pi)  # full turns over the trained length
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies, 1.0
+
+
+def _yarn(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
+    """Fast dimensions keep their frequency, slow ones are interpolated, a linear ramp between (arXiv:2309.00071)."""
+    trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+    half = config.head_size // 2
+
+    def dimension(turns: float) -> float:
+        """The pair that makes this many turns over the trained length."""
+        return half * math.log(trained / (turns * 2 * math.pi)) / math.log(config.rotary_base)
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_size - 1)
+    span = high - low if high > low else 0.001
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), _yarn_factor(scaling)
+
+
+def _yarn_factor(scaling: RotaryScaling) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)
+
+
+SCALINGS: dict[str, Callable[[ModelConfig, RotaryScaling, Tensor], tuple[Tensor, float]]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

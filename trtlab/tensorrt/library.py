@@ -1,0 +1,170 @@
+"""Finds TensorRT, checks that it has what this package calls, and says where it builds and where its plans run."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trtlab.errors import EngineError, MissingDependency
+
+BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
+INSTALL = (
+    "pip install tensorrt-rtx-cu13-bindings==1.7.1.116 onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 (Linux x86-64), "
+    "or pip install tensorrt where NVIDIA's package index can be reached"
+)
+
+# Every name of TensorRT's module that this package uses. tests/tensorrt/test_library.py reads the sources and
+# refuses one that is missing here, so that an unsuitable TensorRT is refused at once and not in the middle of a build.
+NAMES = (
+    "ActivationType.SIGMOID",
+    "AttentionNormalizationOp.SOFTMAX",
+    "Builder.build_serialized_network_to_stream",
+    "BuilderFlag.TF32",
+    "BuilderFlag.WEIGHT_STREAMING",
+    "CausalMaskKind.NONE",
+    "CollectiveOperation.ALL_GATHER",
+    "CollectiveOperation.ALL_REDUCE",
+    "ComputeCapability",
+    "DataType.BF16",
+    "Dims",
+    "ElementWiseOperation.PROD",
+    "GatherMode.DEFAULT",
+    "IBuilderConfig.progress_monitor",
+    "ILogger.Severity",
+    "INetworkDefinition.add_attention_v2",
+    "INetworkDefinition.add_dist_collective",
+    "INetworkDefinition.add_kv_cache_update",
+    "INetworkDefinition.add_rotary_embedding",
+    "IProgressMonitor",
+    "IStreamWriter",
+    "KVCacheMode.LINEAR",
+    "LayerType.ATTENTION_INPUT",
+    "MatrixOperation.TRANSPOSE",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "ReduceOperation.AVG",
+    "Runtime.deserialize_cuda_engine",
+    "TensorIOMode.INPUT",
+    "UnaryOperation.SQRT",
+    "Weights",
+)
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Yes or no, and why; its truth value is the answer."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class Library:
+    """The TensorRT at hand: the module, which of the two products it is, and what that product can do."""
+
+    trt: Any = field(repr=False, compare=False)
+    flavour: str  # "tensorrt" or "tensorrt_rtx"
+    version: str
+    source: str  # the module that answered
+
+    @property
+    def title(self) -> str:
+        """The product's name and version, as a message says it."""
+        return f"{'TensorRT for RTX' if self.flavour == 'tensorrt_rtx' else 'TensorRT'} {self.version}"
+
+    @property
+    def targets(self) -> tuple[Capability, ...]:
+        """The compute capabilities that a plan can be pinned to, read from the library."""
+        numbers = [name[2:] for name in self.trt.ComputeCapability.__members__ if name.startswith("SM")]
+        return tuple((int(number[:-1]), int(number[-1])) for number in numbers)
+
+    def builds(self, gpu: Capability | None) -> Verdict:
+        """Whether this library can compile a plan on a machine whose GPU is ``gpu`` (None: no GPU)."""
+        if self.flavour == "tensorrt_rtx":
+            return Verdict(True, f"{self.title} compiles on a CPU; no GPU is needed")
+        if gpu is None:
+            return Verdict(False, f"{self.title} compiles on the GPU it compiles for; {INSTALL.split(' (')[0]}")
+        return self.runs_on(gpu)
+
+    def runs_on(self, gpu: Capability, dtypes: Iterable[str] = ()) -> Verdict:
+        """Whether a plan of this library, with layers in ``dtypes``, can run on compute capability ``gpu``."""
+        name = f"compute capability {gpu[0]}.{gpu[1]}"
+        if self.flavour == "tensorrt_rtx" and gpu not in self.targets and gpu[0] < 12:
+            served = ", ".join(f"{major}.{minor}" for major, minor in self.targets)
+            return Verdict(False, f"{self.title} does not support {name}; it serves {served} and later: use tensorrt")
+        if gpu < (7, 5):
+            return Verdict(False, f"{self.title} does not support {name}; the oldest it serves is 7.5")
+        used = set(dtypes)
+        if gpu < (8, 0) and (refused := used & {"float32", "bfloat16", "float8_e4m3fn"}):
+            return Verdict(False, f"{name} takes plans in float16 only, and this one has {', '.join(sorted(refused))}")
+        if gpu < (8, 9) and "float8_e4m3fn" in used:
+            return Verdict(False, f"FP8 needs compute capability 8.9 or later, not {gpu[0]}.{gpu[1]}")
+        return Verdict(True, f"{self.title} runs on {name}")
+
+
+@cache
+def library() -> Library:
+    """The TensorRT of this environment: ``tensorrt``, else ``tensorrt_rtx``, else the two wheels from PyPI.
+
+    Raises MissingDependency if there is none, EngineError if it is older than the attention layer this package emits.
+    """
+    for source in ("tensorrt", "tensorrt_rtx", BINDINGS):
+        if importlib.util.find_spec(source) is None:
+            continue
+        if source == BINDINGS and not load_shared_libraries():
+            continue
+        module = importlib.import_module(source)
+        flavour = "tensorrt" if source == "tensorrt" else "tensorrt_rtx"
+        found = Library(trt=module, flavour=flavour, version=str(module.__version__), source=source)
+        check_names(found)
+        return found
+    raise MissingDependency("building, reading or running a TensorRT plan needs TensorRT", remedy=INSTALL)
+
+
+def load_shared_libraries() -> bool:
+    """Load TensorRT for RTX's libraries from the wheel that bundles them; the bindings find them by their names."""
+    spec = importlib.util.find_spec(LIBRARIES)
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = Path(spec.submodule_search_locations[0])
+    # The order is that of dependence: the parser needs the builder, which needs the CUDA runtime.
+    for pattern in ("libcudart.so.*", "libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
+        path = min(folder.glob(pattern), default=None)
+        if path is None:
+            return False
+        try:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise MissingDependency(f"TensorRT's {path.name} does not load: {error}", remedy=INSTALL) from error
+    return True
+
+
+def check_names(found: Library) -> None:
+    """Refuse a TensorRT that lacks a name this package calls, before anything is emitted."""
+    missing = [name for name in NAMES if not has(found.trt, name)]
+    if missing:
+        raise EngineError(
+            f"{found.title} lacks {', '.join(missing)}",
+            expected="TensorRT 11 or later, or TensorRT for RTX 1.5 or later",
+            remedy="pip install --upgrade tensorrt",
+        )
+
+
+def has(module: ModuleType | Any, dotted: str) -> bool:
+    """Whether ``module`` has the attribute path ``dotted``."""
+    for part in dotted.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
