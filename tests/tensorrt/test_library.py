@@ -1,0 +1,104 @@
+"""What is found, what it is asked for, and what it is said to run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import trtlab.tensorrt.library as finder
+from trtlab.errors import EngineError, MissingDependency
+from trtlab.tensorrt.library import NAMES, Library, check_names, library
+
+
+def rtx() -> Library:
+    return Library(library().trt, "tensorrt_rtx", "1.7.1", "tensorrt_rtx")
+
+
+def full() -> Library:
+    return Library(library().trt, "tensorrt", "11.4.0", "tensorrt")
+
+
+def test_every_name_the_package_uses_is_listed():
+    folder = Path(finder.__file__).parent
+    used = {
+        name
+        for path in folder.glob("*.py")
+        for name in re.findall(r"\btrt\.([A-Z]\w*(?:\.[A-Za-z]\w*)?)", path.read_text())
+        if not name.startswith("I") or "." in name
+    }
+    calls = {
+        f"INetworkDefinition.{name}"
+        for path in folder.glob("*.py")
+        for name in re.findall(r"\.(add_(?!optimization|done)\w+)\(", path.read_text())
+    }
+    listed = set(NAMES)
+    owners = {name.split(".")[0] for name in NAMES}
+    assert {name for name in used if name not in listed and name not in owners} == set()
+    assert calls - listed == set()
+
+
+def test_every_class_that_is_cast_to_exists():
+    from trtlab.tensorrt.readback import PARAMETERS
+
+    trt = library().trt
+    assert all(kind in trt.LayerType.__members__ and hasattr(trt, cls) for kind, (cls, _) in PARAMETERS.items())
+
+
+@pytest.mark.parametrize(
+    ("found", "gpu", "dtypes", "expected"),
+    [
+        (rtx, (8, 0), ["bfloat16"], True),
+        (rtx, (8, 9), ["float8_e4m3fn"], True),
+        (rtx, (12, 0), ["float32"], True),
+        (rtx, (9, 0), ["float16"], False),
+        (rtx, (7, 5), ["float16"], True),
+        (rtx, (7, 5), ["bfloat16"], False),
+        (rtx, (8, 6), ["float8_e4m3fn"], False),
+        (rtx, (7, 0), [], False),
+        (full, (9, 0), ["bfloat16"], True),
+        (full, (10, 0), ["float8_e4m3fn"], True),
+        (full, (7, 0), [], False),
+    ],
+)
+def test_what_runs_where(found, gpu, dtypes, expected):
+    verdict = found().runs_on(gpu, dtypes)
+    assert bool(verdict) is expected
+    assert verdict.reason
+
+
+def test_tensorrt_for_rtx_names_the_way_out_on_hopper():
+    assert "9.0" in rtx().runs_on((9, 0)).reason
+    assert "use tensorrt" in rtx().runs_on((9, 0)).reason
+
+
+def test_only_tensorrt_for_rtx_builds_without_a_gpu():
+    assert rtx().builds(None)
+    assert not full().builds(None)
+    assert full().builds((9, 0))
+
+
+def test_an_old_library_is_refused_by_the_names_it_lacks():
+    old = Library(types.SimpleNamespace(Builder=None), "tensorrt", "10.3.0", "tensorrt")
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 lacks .*add_attention_v2.*TensorRT 11 or later"):
+        check_names(old)
+
+
+def test_without_tensorrt_one_error_names_the_feature_and_the_install_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    library.cache_clear()
+    try:
+        with pytest.raises(MissingDependency, match=r"needs TensorRT; pip install"):
+            library()
+    finally:
+        library.cache_clear()
+
+
+def test_importing_the_package_imports_no_tensorrt():
+    code = "import sys, trtlab, trtlab.config; assert not [m for m in sys.modules if m.startswith('tensorrt')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
