@@ -165,7 +165,8 @@ def slice_(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
         raise unsupported(layer, "mode")
     x = only(inputs)
     starts, sizes, strides = (layer.attributes[key] for key in ("start", "shape", "stride"))
-    for axis, (start, size, stride) in enumerate(zip(starts, sizes, strides, strict=True)):
+    axes = layer.attributes["axes"] or range(len(starts))
+    for axis, start, size, stride in zip(axes, starts, sizes, strides, strict=True):
         x = x.index_select(axis, start + stride * torch.arange(size, device=x.device))
     return x
 

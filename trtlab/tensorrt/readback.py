@@ -33,7 +33,7 @@ PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", ("interleaved", "rotary_embedding_dim")),
     "SELECT": ("ISelectLayer", ()),
     "SHUFFLE": ("IShuffleLayer", ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder")),
-    "SLICE": ("ISliceLayer", ("start", "shape", "stride", "mode")),
+    "SLICE": ("ISliceLayer", ("start", "shape", "stride", "axes", "mode")),
     "SOFTMAX": ("ISoftMaxLayer", ("axes",)),
     "UNARY": ("IUnaryLayer", ("op",)),
 }

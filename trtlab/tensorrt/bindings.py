@@ -1,0 +1,138 @@
+"""What enters and leaves a rank's plan: names, types and shapes, and the bounds of each profile. Knows no TensorRT.
+
+The emitter declares its inputs from these tables, the plan builder takes its profiles from them and the executor
+allocates by them, so that the three cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass
+
+from trtlab.config import BuildConfig, Mapping, ModelConfig
+
+INPUT_IDS, HIDDEN_STATES = "input_ids", "hidden_states"
+POSITION_IDS, WRITE_INDICES, MASK, LAST_TOKENS = "position_ids", "write_indices", "attention_mask", "last_token_ids"
+LOGITS, HIDDEN_OUTPUT = "logits", "hidden_states_output"
+
+BATCH, TOKENS, WANTED = "batch", "tokens", "wanted"
+
+# Rows of logits that one run of the context profile can give: 32 x vocabulary x 4 bytes, 16 MB for 128k tokens.
+MOST_WANTED = 32
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One input or output; a dimension that a profile decides is a word: batch, tokens or wanted."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def declared(self) -> tuple[int, ...]:
+        """The shape as TensorRT is told it, -1 for what a profile decides."""
+        return tuple(-1 if isinstance(size, str) else size for size in self.shape)
+
+    def sized(self, dims: MappingOf[str, int]) -> tuple[int, ...]:
+        """The shape for given sizes of batch, tokens and wanted."""
+        return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The smallest, the most likely and the largest size of a dimension."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.min <= self.opt <= self.max, self
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way in which a plan runs: the range of batch, of tokens a row and of wanted logits a row."""
+
+    name: str
+    batch: Range
+    tokens: Range
+    wanted: Range
+
+    def dims(self, which: str) -> dict[str, int]:
+        """All three dimensions at their ``min``, ``opt`` or ``max``."""
+        return {name: getattr(getattr(self, name), which) for name in (BATCH, TOKENS, WANTED)}
+
+
+def profiles(build: BuildConfig) -> tuple[Profile, Profile]:
+    """Context: one row of many tokens, so that activations are bounded by tokens. Generation: many rows of one token.
+
+    A plan is padded, not packed: several prompts of unlike lengths in one run would compute on their padding, and
+    TensorRT would reserve memory for the largest batch times the longest prompt.
+    """
+    tokens = min(build.max_num_tokens, build.max_input_len)
+    one = Range(1, 1, 1)
+    context = Profile("context", one, Range(1, tokens, tokens), Range(1, 1, min(tokens, MOST_WANTED)))
+    generation = Profile("generation", Range(1, build.max_batch_size, build.max_batch_size), one, one)
+    return context, generation
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """The inputs and outputs of one rank, and which output is the written form of which cache input."""
+
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    caches: MappingOf[str, str]  # present_k_0 -> cache_k_0: bound to one address
+
+    @property
+    def first(self) -> Binding:
+        """Token ids, or the hidden states of the stage before."""
+        return self.inputs[0]
+
+    @property
+    def result(self) -> Binding:
+        """Logits, or the hidden states for the next stage."""
+        return self.outputs[0]
+
+
+def bindings(config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: int) -> Bindings:
+    """The tables for one rank. ``build`` is resolved; caches hold ``max_seq_len`` tokens a row."""
+    assert build.dtype is not None, "resolve() fills dtype in"
+    last_stage = mapping.is_last_stage(rank)
+    hidden = (BATCH, TOKENS, config.hidden_size)
+    kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
+    cache = (BATCH, kv_heads, build.seq_len, config.head_size)
+    layers = range(len(mapping.layers(rank, config.num_hidden_layers)))
+    inputs = [
+        Binding(INPUT_IDS, "int32", (BATCH, TOKENS))
+        if mapping.is_first_stage(rank)
+        else Binding(HIDDEN_STATES, build.dtype, hidden),
+        Binding(POSITION_IDS, "int32", (BATCH, TOKENS)),
+        Binding(WRITE_INDICES, "int32", (BATCH,)),
+        Binding(MASK, "bool", (BATCH, 1, TOKENS, build.seq_len)),
+        *([Binding(LAST_TOKENS, "int32", (BATCH, WANTED))] if last_stage else []),
+        *(Binding(cache_name(kind, i), build.dtype, cache) for i in layers for kind in "kv"),
+    ]
+    outputs = [
+        Binding(LOGITS, "float32", (BATCH, WANTED, config.vocab_size))
+        if last_stage
+        else Binding(HIDDEN_OUTPUT, build.dtype, hidden),
+        *(Binding(present_name(kind, i), build.dtype, cache) for i in layers for kind in "kv"),
+    ]
+    aliases = {present_name(kind, i): cache_name(kind, i) for i in layers for kind in "kv"}
+    return Bindings(tuple(inputs), tuple(outputs), aliases)
+
+
+def cache_name(kind: str, layer: int) -> str:
+    """The cache of ``k`` or ``v`` as it enters a layer, which counts from 0 within the rank."""
+    return f"cache_{kind}_{layer}"
+
+
+def present_name(kind: str, layer: int) -> str:
+    """The same cache with the new tokens in it."""
+    return f"present_{kind}_{layer}"
