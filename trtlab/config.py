@@ -1,9 +1,10 @@
-"""The settings of a model, a build, a session and a request: frozen, validated, and named as TensorRT-LLM names them."""
+"""Settings of a model, a build, a session and a request: frozen, validated, named as TensorRT-LLM names them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -343,7 +344,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    parts: tuple[LazyTensor, ...] = ()  # what it is put together from by rows, so that a part reads its own alone
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +44,8 @@ class LazyTensor:
 
     def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
         """A contiguous part along one dimension; of a stored tensor only its pages are touched."""
+        if dim == 0 and self.parts:
+            return cat(tuple(_overlapping(self.parts, start, length)))
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return LazyTensor(shape, self.dtype, lambda: self.read().narrow(dim, start, length))
 
@@ -81,7 +86,16 @@ def cat(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
         return parts[0]
     first = parts[0]
     shape = (*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :])
-    return LazyTensor(shape, first.dtype, lambda: torch.cat([p.read() for p in parts], dim))
+    by_rows = tuple(parts) if dim == 0 else ()
+    return LazyTensor(shape, first.dtype, lambda: torch.cat([p.read() for p in parts], dim), by_rows)
+
+
+def _overlapping(parts: Sequence[LazyTensor], start: int, length: int) -> Iterator[LazyTensor]:
+    for part in parts:
+        first, stop = max(0, start), min(part.shape[0], start + length)
+        if first < stop:
+            yield part if stop - first == part.shape[0] else part.narrow(0, first, stop - first)
+        start -= part.shape[0]
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -97,10 +111,45 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             return {name: _stored(path, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 - the library raises its own kinds
+    except Exception as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
         ) from error
+
+
+def open_pickle(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one ``torch.save`` file, loaded as data alone and memory-mapped; one file is kept open at a time.
+
+    Raises CheckpointError when the file is missing or damaged, or when its pickle would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
+    tensors = _load_pickle(path)
+    return {
+        name: LazyTensor(tuple(value.shape), value.dtype, partial(_from_pickle, path, name))
+        for name, value in tensors.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _from_pickle(path: Path, name: str) -> Tensor:
+    return _load_pickle(path)[name]
+
+
+@lru_cache(maxsize=1)
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path.name} is refused: its pickle holds more than tensors, and loading it would run code",
+            remedy="convert it to safetensors where you trust it",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
+        ) from error
+    return loaded
 
 
 def _stored(path: Path, name: str, shape: Sequence[int], kind: str) -> LazyTensor:

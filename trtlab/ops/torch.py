@@ -124,7 +124,7 @@ class TorchOps:
     def split_heads(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See Ops."""
         rows = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)  # [tokens, heads + 2 kv_heads, head_size]
-        q, k, v = rows.split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
         return q, k, v
 
     def rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class ThreadComm:
         self._after.put(None)
 
 
-_Link = queue.SimpleQueue
+_Link = queue.SimpleQueue[Tensor | None]
 
 
 class _Group:
@@ -114,7 +114,7 @@ class _Group:
 def thread_group(mapping: Mapping) -> list[ThreadComm]:
     """One ThreadComm for each rank of a mapping, in rank order."""
     groups = [_Group(mapping.tp_size) for _ in range(mapping.pp_size)]
-    links = [[_Link[Tensor | None]() for _ in range(mapping.tp_size)] for _ in range(mapping.pp_size + 1)]
+    links = [[_Link() for _ in range(mapping.tp_size)] for _ in range(mapping.pp_size + 1)]
     comms = []
     for rank in mapping.ranks:
         stage, place = mapping.pp_rank(rank), mapping.tp_rank(rank)

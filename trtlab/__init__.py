@@ -1,0 +1,37 @@
+"""TensorRT-LLM's workflow as four notebook objects: Checkpoint, QuantizedCheckpoint, Engine, Session."""
+
+from trtlab.checkpoint import Checkpoint
+from trtlab.config import BuildConfig, Mapping, ModelConfig, RotaryScaling, SamplingParams, SessionConfig
+from trtlab.engine import Engine
+from trtlab.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    MissingDependency,
+    RequestError,
+    TrtlabError,
+)
+from trtlab.machine import machine
+from trtlab.session import Completion, Session
+from trtlab.version import VERSION as __version__
+
+__all__ = [
+    "BuildConfig",
+    "Checkpoint",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "Engine",
+    "EngineError",
+    "Mapping",
+    "MissingDependency",
+    "ModelConfig",
+    "RequestError",
+    "RotaryScaling",
+    "SamplingParams",
+    "Session",
+    "SessionConfig",
+    "TrtlabError",
+    "__version__",
+    "machine",
+]

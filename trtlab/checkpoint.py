@@ -1,0 +1,177 @@
+"""The first object of the workflow: a model's config and its weights, lazily, in TensorRT-LLM's terms."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.convert.check import check_floating, check_tensors
+from trtlab.convert.hugging_face import read_hugging_face
+from trtlab.convert.meta import read_meta
+from trtlab.convert.trtllm import config_to_json, rank_file, read_checkpoint
+from trtlab.display.card import Shown
+from trtlab.errors import CheckpointError, ConfigError
+from trtlab.files import replacing, write_safetensors
+from trtlab.lazy import LazyTensor, held
+from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
+from trtlab.parallel.shard import EmbeddingLayout, shard
+from trtlab.progress import progress
+from trtlab.runtime.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
+
+if TYPE_CHECKING:
+    from trtlab.engine import Engine
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Shown):
+    """A model that can be saved, quantized or built; its weights stay on disk until they are needed.
+
+    ``tensors`` maps TensorRT-LLM's names to whole tensors, or to one rank's own when ``rank`` is given. Open one with
+    ``from_hugging_face``, ``from_meta_ckpt``, ``from_weights`` or ``load``.
+    """
+
+    config: ModelConfig
+    tensors: MappingOf[str, LazyTensor]
+    source: str
+    tokenizer_dir: Path | None = None
+    mapping: Mapping = field(default_factory=Mapping)
+    layout: EmbeddingLayout = field(default_factory=EmbeddingLayout)
+    rank: int | None = None
+    folder: Path | None = None  # where the tensors lie in this format already
+
+    @classmethod
+    def from_hugging_face(cls, model_dir: PathLike, dtype: str = "auto") -> Checkpoint:
+        """Open a Hugging Face folder (config.json with safetensors, whole or sharded); nothing is copied.
+
+        ``dtype="auto"`` keeps the source's. Raises CheckpointError for an unknown architecture, a quantized folder,
+        a config key that changes the numbers and is not handled, or tensors that do not fit the config.
+        """
+        folder = Path(model_dir)
+        config, tensors = read_hugging_face(folder, dtype)
+        return cls(config, tensors, f"Hugging Face folder {folder.name}", find_tokenizer(folder))
+
+    @classmethod
+    def from_meta_ckpt(cls, ckpt_dir: PathLike, dtype: str = "auto") -> Checkpoint:
+        """Open a folder in Meta's format (params.json with consolidated.*.pth); shards are put together lazily.
+
+        The files are loaded as data alone: a pickle that would run code is refused with a CheckpointError.
+        """
+        folder = Path(ckpt_dir)
+        config, tensors = read_meta(folder, dtype)
+        return cls(config, tensors, f"Meta folder {folder.name}", find_tokenizer(folder))
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: MappingOf[str, Tensor]) -> Checkpoint:
+        """A checkpoint from tensors in memory, by TensorRT-LLM's names (``tensor_specs(config)`` lists them).
+
+        Raises CheckpointError listing every missing, surplus and mis-shaped tensor with the shape expected.
+        """
+        tensors = {name: held(tensor) for name, tensor in weights.items()}
+        check_tensors("the weights", tensors, {name: spec.shape for name, spec in tensor_specs(config).items()})
+        check_floating("the weights", tensors.items())
+        return cls(config, {n: t.to(config.torch_dtype) for n, t in tensors.items()}, "weights in memory")
+
+    @classmethod
+    def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> Checkpoint:
+        """Open a folder that ``save`` or TensorRT-LLM wrote: all ranks put together lazily, or one rank's own."""
+        folder = Path(ckpt_dir)
+        stored = read_checkpoint(folder, rank)
+        return cls(
+            stored.config,
+            stored.tensors,
+            str(stored.provenance.get("source", f"checkpoint {folder.name}")),
+            find_tokenizer(folder),
+            stored.mapping,
+            stored.layout,
+            rank,
+            folder,
+        )
+
+    def save(
+        self,
+        ckpt_dir: PathLike,
+        mapping: Mapping | None = None,
+        use_parallel_embedding: bool = False,
+        embedding_sharding_dim: int = 0,
+        use_embedding_sharing: bool = False,
+    ) -> Path:
+        """Write config.json, one ``rank{r}.safetensors`` a rank and the tokenizer; gives the folder.
+
+        One tensor is in memory at a time. The folder takes its place in one step: after an error or a kill the old
+        one is still whole. Raises ConfigError when the model cannot be split so, and CheckpointError when an untied
+        model is asked to share its embedding, with the largest difference between the two tables.
+        """
+        self.require_whole("saved")
+        mapping = mapping or Mapping()
+        layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
+        config = self._tied_config() if use_embedding_sharing else self.config
+        ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
+        folder = Path(ckpt_dir)
+        with replacing(folder, ours=_is_ours, error=CheckpointError) as scratch:
+            meta = config_to_json(config, mapping, layout, {"source": self.source})
+            (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            total = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())
+            with progress(f"saving {folder.name}", total) as bar:
+                for rank, tensors in enumerate(ranks):
+                    write_safetensors(scratch / rank_file(rank), tensors, on_tensor=lambda t: bar.update(t.nbytes))
+            for file in tokenizer_files(self.tokenizer_dir):
+                shutil.copy2(file, scratch / file.name)
+        return folder
+
+    def build(
+        self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
+    ) -> Engine:
+        """An engine with these bounds; ``plan=False`` leaves the TensorRT plan out. The checkpoint does not change."""
+        from trtlab.engine import build
+
+        return build(self, build_config or BuildConfig(), mapping or Mapping(), plan=plan)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the storage dtype."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has learned; a tied table counts once."""
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+
+    def require_whole(self, what: str) -> None:
+        """CheckpointError when this is a single rank of several."""
+        if self.rank is not None and len(self.mapping.ranks) > 1:
+            raise CheckpointError(
+                f"rank {self.rank} of {self.mapping.world_size} alone cannot be {what}",
+                remedy="open the folder without rank=",
+            )
+
+    def _tied_config(self) -> ModelConfig:
+        if self.config.tie_word_embeddings:
+            return self.config
+        gap = float((self.tensors[EMBEDDING].read().float() - self.tensors[HEAD].read().float()).abs().max())
+        if gap > 0:
+            raise ConfigError(
+                "use_embedding_sharing needs a tied model: lookup table and head differ",
+                got=f"a largest difference of {gap:.6g}",
+                remedy="leave use_embedding_sharing out",
+            )
+        return self.config.replace(tie_word_embeddings=True)
+
+
+def _is_ours(name: str) -> bool:
+    known = name in TOKENIZER_FILES or name == "config.json"
+    return known or (name.startswith("rank") and name.endswith(".safetensors"))
+
+
+def provenance_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an engine records of the checkpoint that it was built from."""
+    return {"source": checkpoint.source}

@@ -1,0 +1,45 @@
+"""Compares the tensors that were found with those that a model needs, and names every difference at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from trtlab.errors import CheckpointError
+from trtlab.lazy import LazyTensor
+
+LISTED = 8  # differences that an error spells out
+
+
+def check_tensors(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """CheckpointError listing missing, surplus and mis-shaped tensors together, with the shapes expected."""
+    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    surplus = [f"surplus {name} {list(tensor.shape)}" for name, tensor in found.items() if name not in expected]
+    shaped = [
+        f"{name} is {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != tuple(shape)
+    ]
+    problems = missing + surplus + shaped
+    if problems:
+        raise CheckpointError(
+            f"{where} does not fit its config: {_listed(problems)}",
+            remedy="compare the names with tensor_specs(config), or the config with the weights",
+        )
+
+
+def check_floating(where: str, found: Iterable[tuple[str, LazyTensor]]) -> None:
+    """CheckpointError for a weight that is not a plain floating-point tensor, as a quantized model's are not."""
+    odd = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in found
+        if tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{where} holds quantized weights: {_listed(odd)}", remedy="start from the model's unquantized folder"
+        )
+
+
+def _listed(problems: list[str]) -> str:
+    rest = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + rest

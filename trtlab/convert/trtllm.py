@@ -1,0 +1,168 @@
+"""TensorRT-LLM's checkpoint format: config.json and one rank{r}.safetensors a rank, name for name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping as MappingOf
+from pathlib import Path
+from typing import Any
+
+from trtlab.config import Mapping, ModelConfig, RotaryScaling
+from trtlab.convert.check import check_tensors
+from trtlab.convert.families import FAMILIES
+from trtlab.errors import CheckpointError
+from trtlab.files import read_json
+from trtlab.lazy import LazyTensor, open_safetensors
+from trtlab.model.weights import layer_name, tensor_specs
+from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
+from trtlab.version import VERSION
+
+FORMAT = 1  # raised when an older trtlab could no longer read what this one writes
+PLAIN_FIELDS = (
+    "architecture",
+    "dtype",
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_size",
+    "hidden_act",
+    "intermediate_size",
+    "norm_epsilon",
+    "rotary_base",
+    "attn_bias",
+    "dense_bias",
+    "mlp_bias",
+    "qk_layernorm",
+    "tie_word_embeddings",
+    "sliding_window",
+)
+REQUIRED = PLAIN_FIELDS[:8]
+
+
+def rank_file(rank: int) -> str:
+    """The file name of one rank's tensors."""
+    return f"rank{rank}.safetensors"
+
+
+def config_to_json(
+    config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: MappingOf[str, Any]
+) -> dict[str, Any]:
+    """config.json as TensorRT-LLM lays it out; ``trtlab`` holds what is ours: format number and provenance."""
+    scaling = config.rotary_scaling
+    return {
+        **{name: getattr(config, name) for name in PLAIN_FIELDS},
+        "logits_dtype": "float32",
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_scaling": None if scaling is None else _scaling_to_json(scaling),
+        "use_parallel_embedding": layout.use_parallel_embedding,
+        "embedding_sharding_dim": layout.embedding_sharding_dim,
+        "share_embedding_table": layout.use_embedding_sharing,
+        "mapping": {
+            "world_size": mapping.world_size,
+            "tp_size": mapping.tp_size,
+            "pp_size": mapping.pp_size,
+        },
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "producer": {"name": "trtlab", "version": VERSION},
+        "trtlab": {"format": FORMAT, **provenance},
+    }
+
+
+def _scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
+    fields = dataclasses.asdict(scaling)
+    return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}
+
+
+def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
+    """The inverse of ``config_to_json``; keys that a checkpoint of TensorRT-LLM's own lacks take its defaults."""
+    written = dict(raw.get("trtlab") or {}).get("format", FORMAT)
+    if written > FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has format {written}; this trtlab {VERSION} reads up to {FORMAT}", remedy="upgrade trtlab"
+        )
+    if raw["architecture"] not in FAMILIES:
+        raise CheckpointError(f"unknown architecture {raw['architecture']!r}", expected=" | ".join(FAMILIES))
+    quantization = {k: v for k, v in dict(raw.get("quantization") or {}).items() if k.endswith("_algo") and v}
+    if quantization:
+        raise CheckpointError(
+            f"a quantized checkpoint ({quantization}) is not supported yet", remedy="load the unquantized one"
+        )
+    values = {name: raw[name] for name in PLAIN_FIELDS if name in raw}
+    config = ModelConfig(**values, rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")))
+    sizes = raw.get("mapping", {})
+    mapping = Mapping(**{key: sizes[key] for key in ("world_size", "tp_size", "pp_size") if key in sizes})
+    if config.tie_word_embeddings is False and raw.get("share_embedding_table"):
+        config = config.replace(tie_word_embeddings=True)
+    layout = EmbeddingLayout(
+        bool(raw.get("use_parallel_embedding")),
+        int(raw.get("embedding_sharding_dim") or 0),
+        bool(raw.get("share_embedding_table")),
+    )
+    return config, mapping, layout
+
+
+def _scaling_from_json(raw: MappingOf[str, Any] | None) -> RotaryScaling | None:
+    if not raw:
+        return None
+    fields = dict(raw)
+    kind = fields.pop("rope_type", None) or fields.pop("type", None)
+    known = {field.name for field in dataclasses.fields(RotaryScaling)}
+    unknown = sorted(set(fields) - known)
+    if kind is None or unknown:
+        raise CheckpointError(
+            f"rotary_scaling is not understood: {dict(raw)}", expected=f"rope_type and {sorted(known)}"
+        )
+    return RotaryScaling(kind=kind, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint folder: whole tensors, or with ``rank`` that rank's own."""
+
+    config: ModelConfig
+    mapping: Mapping
+    layout: EmbeddingLayout
+    tensors: dict[str, LazyTensor]
+    provenance: dict[str, Any]
+
+
+def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint:
+    """A folder in this format; with ``rank`` only that rank's file is opened.
+
+    Raises CheckpointError for a missing folder, config or rank, and for tensors that do not fit the config.
+    """
+    if not ckpt_dir.is_dir():
+        raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder that checkpoint.save() wrote")
+    raw = read_json(ckpt_dir / "config.json", remedy="give a folder that checkpoint.save() wrote", known=REQUIRED)
+    config, mapping, layout = config_from_json(raw)
+    if rank is not None and rank not in mapping.ranks:
+        raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
+    ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
+    config = _with_dense_bias(config, ranks)
+    for r, found in ranks.items():
+        check_tensors(f"{ckpt_dir.name}/{rank_file(r)}", found, rank_shapes(config, mapping, r, layout))
+    tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
+    return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
+
+
+def _with_dense_bias(config: ModelConfig, ranks: MappingOf[int, MappingOf[str, LazyTensor]]) -> ModelConfig:
+    """TensorRT-LLM's ``attn_bias`` does not tell whether the output projection has one: the tensors do."""
+    has = any(layer_name(0, "attention.dense.bias") in found for found in ranks.values())
+    return config if has == config.dense_bias else config.replace(dense_bias=has)
+
+
+def rank_shapes(
+    config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout
+) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that one rank's file holds."""
+    whole = {
+        name: LazyTensor(spec.shape, config.torch_dtype, _never_read) for name, spec in tensor_specs(config).items()
+    }
+    return {name: tensor.shape for name, tensor in shard(config, mapping, rank, whole, layout).items()}
+
+
+def _never_read() -> Any:
+    raise AssertionError("a shape has no data")

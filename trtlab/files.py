@@ -1,0 +1,144 @@
+"""Writes folders and safetensors files so that a killed process leaves the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtlab.errors import CheckpointError, TrtlabError
+from trtlab.lazy import SAFETENSORS_DTYPES, LazyTensor
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, *, ours: Callable[[str], bool], error: type[TrtlabError]) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``folder`` in one step when the block ends without an error.
+
+    An existing folder is replaced only when every name in it satisfies ``ours``; otherwise ``error`` is raised before
+    anything is written. After an exception (a full disk, an interrupt) the old folder is as it was.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
+    foreign = _foreign(folder, ours)
+    if foreign:
+        raise error(
+            f"{folder} is not a folder that this call may replace",
+            got=f"it holds {', '.join(foreign[:3])}",
+            remedy="choose a new folder",
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as cause:
+        raise error(f"{folder} cannot be written: {cause.strerror}", remedy="choose a writable place") from cause
+    try:
+        scratch.chmod(0o777 & ~_umask())
+        yield scratch
+        _swap(scratch, folder)
+    except OSError as cause:
+        raise error(
+            f"{folder} could not be written: {cause.strerror or cause}",
+            remedy="nothing was changed; free some space or choose another place",
+        ) from cause
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _foreign(folder: Path, ours: Callable[[str], bool]) -> list[str]:
+    if folder.is_dir():
+        return sorted(entry.name for entry in folder.iterdir() if not ours(entry.name))
+    return [f"a file of that name, {folder.name}"] if folder.exists() else []
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put ``scratch`` in the place of ``folder``; the old content is left at ``scratch``."""
+    if not folder.exists():
+        scratch.rename(folder)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is not None and exchange(at_cwd, os.fsencode(scratch), at_cwd, os.fsencode(folder), flag) == 0:
+        return
+    aside = scratch.with_name(scratch.name + "-old")  # no exchange on this system: two renames
+    folder.rename(aside)
+    scratch.rename(folder)
+    shutil.rmtree(aside)
+
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], *, on_tensor: Callable[[LazyTensor], object] | None = None
+) -> None:
+    """A safetensors file, one tensor in memory at a time; ``on_tensor`` is called after each.
+
+    The library's own writer needs every tensor at once. Format: eight bytes of header length, the JSON header, the
+    tensors' bytes. Widest dtypes come first, so that each tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, tensor in ordered:
+            value = tensor.read()
+            _check(path, name, tensor, value)
+            file.write(_bytes(value))
+            del value
+            if on_tensor is not None:
+                on_tensor(tensor)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(path: Path, name: str, expected: LazyTensor, value: Tensor) -> None:
+    if tuple(value.shape) != expected.shape or value.dtype != expected.dtype:
+        raise CheckpointError(
+            f"{name} changed while {path.name} was written",
+            got=f"{value.dtype} {list(value.shape)}",
+            expected=f"{expected.dtype} {list(expected.shape)}",
+        )
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The raw bytes of a tensor, without a copy when it is contiguous."""
+    flat = value.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def read_json(path: Path, *, remedy: str, known: Collection[str] = ()) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, damaged or lacks a key of ``known``."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", remedy=remedy)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", remedy=remedy) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
+    missing = [key for key in known if key not in value]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", remedy=remedy)
+    return value

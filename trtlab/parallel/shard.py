@@ -1,0 +1,201 @@
+"""Cuts whole tensors into ranks and puts ranks together again. Knows names and shapes, reads nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass
+
+from trtlab.config import Mapping, ModelConfig
+from trtlab.errors import ConfigError
+from trtlab.lazy import LazyTensor, cat
+from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, TensorSpec, layer_name, tensor_specs
+
+LAYER_PREFIX = layer_name(0, "").removesuffix("0.")
+
+
+@dataclass(frozen=True)
+class EmbeddingLayout:
+    """How the token table lies over tensor-parallel ranks: whole on each, or cut by rows (0) or columns (1).
+
+    ``use_embedding_sharing`` keeps one table for lookup and head, which only a tied model may.
+    """
+
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    use_embedding_sharing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.embedding_sharding_dim not in (0, 1):
+            raise ConfigError(
+                "embedding_sharding_dim is out of range",
+                got=self.embedding_sharding_dim,
+                expected="0 (rows), 1 (columns)",
+            )
+
+    @property
+    def cut(self) -> int | None:
+        """The dimension that is cut, None when every rank holds the whole table."""
+        return self.embedding_sharding_dim if self.use_parallel_embedding else None
+
+    def check(self, config: ModelConfig, mapping: Mapping) -> None:
+        """ConfigError when the table cannot lie this way over these ranks."""
+        if self.cut == 1 and config.hidden_size % mapping.tp_size:
+            raise ConfigError(
+                f"hidden size {config.hidden_size} cannot be cut into {mapping.tp_size} columns",
+                remedy="use embedding_sharding_dim=0",
+            )
+        if self.use_embedding_sharing and mapping.pp_size > 1:
+            raise ConfigError(
+                f"use_embedding_sharing cannot go with pp_size={mapping.pp_size}: lookup and head are on other ranks",
+                remedy="leave use_embedding_sharing out",
+            )
+        if self.use_embedding_sharing and mapping.tp_size > 1 and self.cut != 0:
+            raise ConfigError(
+                f"use_embedding_sharing with tp_size={mapping.tp_size} needs the table cut as the head is",
+                remedy="add use_parallel_embedding=True, embedding_sharding_dim=0",
+            )
+
+
+def shared_where_possible(config: ModelConfig, mapping: Mapping) -> EmbeddingLayout:
+    """The layout that an engine takes: a tied model on one rank keeps one table."""
+    return EmbeddingLayout(use_embedding_sharing=config.tie_word_embeddings and len(mapping.ranks) == 1)
+
+
+def shard(
+    config: ModelConfig, mapping: Mapping, rank: int, tensors: MappingOf[str, LazyTensor], layout: EmbeddingLayout
+) -> dict[str, LazyTensor]:
+    """The tensors of one rank, lazily; layer numbers count from 0 within its stage.
+
+    The head of a tied model is a copy of its table unless ``use_embedding_sharing``. A head, and a table cut by rows,
+    are padded with zero rows to a multiple of ``tp_size``.
+    """
+    mapping.check(config)
+    layout.check(config, mapping)
+    specs = tensor_specs(config)
+    stage = mapping.layers(rank, config.num_hidden_layers)
+    parts: dict[str, LazyTensor] = {}
+    for name, spec in specs.items():
+        local = _local_name(name, stage)
+        if local is not None and not name.startswith((EMBEDDING, FINAL_NORM, HEAD)):
+            parts[local] = _cut(config, mapping, rank, spec, tensors[name])
+    if mapping.is_first_stage(rank):
+        parts[EMBEDDING] = _cut_embedding(config, mapping, rank, tensors[EMBEDDING], layout)
+    if mapping.is_last_stage(rank):
+        parts[FINAL_NORM] = tensors[FINAL_NORM]
+        if not layout.use_embedding_sharing:
+            source = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
+            parts[HEAD] = _row_part(source.pad_rows(padded_vocab(config, mapping)), mapping, rank)
+    return parts
+
+
+def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
+    """The vocabulary rounded up to a multiple of ``tp_size``."""
+    return -(-config.vocab_size // mapping.tp_size) * mapping.tp_size
+
+
+def _local_name(name: str, stage: range) -> str | None:
+    """The name within a stage, None for a layer of another stage; tensors outside the layers keep their name."""
+    if not name.startswith(LAYER_PREFIX):
+        return name
+    number, part = name.removeprefix(LAYER_PREFIX).split(".", 1)
+    return layer_name(int(number) - stage.start, part) if int(number) in stage else None
+
+
+def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
+    if spec.split == "qkv":
+        return _cut_qkv(config, mapping, rank, whole)
+    if spec.split == "rows":
+        return _row_part(whole, mapping, rank)
+    if spec.split == "columns":
+        width = whole.shape[1] // mapping.tp_size
+        return whole if mapping.tp_size == 1 else whole.narrow(1, mapping.tp_rank(rank) * width, width)
+    return whole
+
+
+def _row_part(whole: LazyTensor, mapping: Mapping, rank: int) -> LazyTensor:
+    rows = whole.shape[0] // mapping.tp_size
+    return whole if mapping.tp_size == 1 else whole.narrow(0, mapping.tp_rank(rank) * rows, rows)
+
+
+def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, whole: LazyTensor) -> LazyTensor:
+    """A rank's own rows of q, k and v. With fewer key heads than ranks, neighbours hold the same head."""
+    if mapping.tp_size == 1:
+        return whole
+    size, kv_heads, place = config.head_size, config.num_key_value_heads, mapping.tp_rank(rank)
+    q_rows = config.num_attention_heads * size
+    own_q = q_rows // mapping.tp_size
+    own_kv_heads = max(1, kv_heads // mapping.tp_size)
+    first_kv_head = place * kv_heads // mapping.tp_size
+    parts = [whole.narrow(0, place * own_q, own_q)]
+    for start in (q_rows, q_rows + kv_heads * size):  # k, then v
+        parts.append(whole.narrow(0, start + first_kv_head * size, own_kv_heads * size))
+    return cat(parts)
+
+
+def _cut_embedding(
+    config: ModelConfig, mapping: Mapping, rank: int, table: LazyTensor, layout: EmbeddingLayout
+) -> LazyTensor:
+    if mapping.tp_size == 1 or layout.cut is None:
+        return table
+    if layout.cut == 0:
+        return _row_part(table.pad_rows(padded_vocab(config, mapping)), mapping, rank)
+    width = config.hidden_size // mapping.tp_size
+    return table.narrow(1, mapping.tp_rank(rank) * width, width)
+
+
+def unshard(
+    config: ModelConfig,
+    mapping: Mapping,
+    layout: EmbeddingLayout,
+    rank: Callable[[int], MappingOf[str, LazyTensor]],
+) -> dict[str, LazyTensor]:
+    """Whole tensors from those of all ranks, lazily: the inverse of ``shard``; ``rank(r)`` gives one rank's."""
+    whole: dict[str, LazyTensor] = {}
+    for name, spec in tensor_specs(config).items():
+        stage = _stage_of(config, mapping, name)
+        group = [rank(stage * mapping.tp_size + place) for place in range(mapping.tp_size)]
+        local = _local_name(name, mapping.layers(stage * mapping.tp_size, config.num_hidden_layers))
+        assert local is not None, "the stage holds the layer"
+        parts = [tensors[local] for tensors in group]
+        whole[name] = _join(config, mapping, spec, layout, parts)
+    return whole
+
+
+def _stage_of(config: ModelConfig, mapping: Mapping, name: str) -> int:
+    if name == EMBEDDING:
+        return 0
+    if not name.startswith(LAYER_PREFIX):
+        return mapping.pp_size - 1
+    layer = int(name.removeprefix(LAYER_PREFIX).split(".", 1)[0])
+    return layer * mapping.pp_size // config.num_hidden_layers
+
+
+def _join(
+    config: ModelConfig, mapping: Mapping, spec: TensorSpec, layout: EmbeddingLayout, parts: list[LazyTensor]
+) -> LazyTensor:
+    split = spec.split
+    if split == "embedding":
+        split = {None: None, 0: "head", 1: "columns"}[layout.cut]
+    if split is None or mapping.tp_size == 1:
+        return parts[0]
+    if split == "qkv":
+        return _join_qkv(config, mapping, parts)
+    if split == "columns":
+        return cat(parts, dim=1)
+    return _crop(cat(parts), spec.shape[0])
+
+
+def _crop(padded: LazyTensor, rows: int) -> LazyTensor:
+    return padded if padded.shape[0] == rows else padded.narrow(0, 0, rows)
+
+
+def _join_qkv(config: ModelConfig, mapping: Mapping, parts: list[LazyTensor]) -> LazyTensor:
+    size, tp = config.head_size, mapping.tp_size
+    own_q = config.num_attention_heads // tp * size
+    own_kv = max(1, config.num_key_value_heads // tp) * size
+    copies = max(1, tp // config.num_key_value_heads)  # ranks that hold the same key head
+    q = [part.narrow(0, 0, own_q) for part in parts]
+    k = [part.narrow(0, own_q, own_kv) for part in parts[::copies]]
+    v = [part.narrow(0, own_q + own_kv, own_kv) for part in parts[::copies]]
+    return cat([*q, *k, *v])

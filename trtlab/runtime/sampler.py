@@ -1,0 +1,57 @@
+"""Chooses the next token of each row of logits. Knows no text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trtlab.config import SamplingParams
+from trtlab.runtime.request import Request
+
+
+def sample(logits: Tensor, requests: list[Request]) -> list[tuple[int, float | None]]:
+    """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
+    if all(r.params.greedy and not r.params.logprobs and r.params.repetition_penalty == 1 for r in requests):
+        return [(token, None) for token in logits.argmax(-1).tolist()]
+    return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
+
+
+def _sample_row(row: Tensor, request: Request) -> tuple[int, float | None]:
+    params = request.params
+    scores = penalize(row, [*request.prompt_ids, *request.output_ids], params.repetition_penalty)
+    token = int(scores.argmax()) if params.greedy else _draw(scores, request)
+    return token, float(row.log_softmax(-1)[token]) if params.logprobs else None
+
+
+def _draw(scores: Tensor, request: Request) -> int:
+    probabilities = filtered_probabilities(scores, request.params)
+    if request.generator is None:
+        request.generator = torch.Generator()
+        if request.params.seed is not None:
+            request.generator.manual_seed(request.params.seed)
+        else:
+            request.generator.seed()
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=request.generator))
+
+
+def penalize(row: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """Logits ``[vocab]`` with those of seen tokens divided (positive) or multiplied (negative) by the penalty."""
+    if penalty == 1:
+        return row
+    index = torch.tensor(sorted(set(seen)), device=row.device)
+    values = row[index]
+    return row.scatter(0, index, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def filtered_probabilities(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities ``[vocab]`` after temperature, then top-k, then top-p, in Hugging Face's order."""
+    scores = scores / (1.0 if params.temperature is None else params.temperature)
+    if params.top_k:
+        kept = min(params.top_k, scores.shape[-1])
+        scores = scores.masked_fill(scores < scores.topk(kept).values[-1], -torch.inf)
+    if params.top_p is not None and params.top_p < 1:
+        ordered, index = scores.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the mass of better tokens
+        scores = scores.scatter(0, index[before >= params.top_p], -torch.inf)
+    return scores.softmax(-1)

@@ -1,0 +1,77 @@
+"""Tokens to text, piece by piece: a piece is given out once no later token can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Decodes(Protocol):
+    """What turns ids into text."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        ...
+
+
+class TextStream:
+    """The text of one answer as it grows; it ends before the first stop word.
+
+    A trailing part that is an unfinished character, or that could be the beginning of a stop word, is held back.
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._context = 0  # ids before the unread ones that their decoding depends on
+        self._read = 0
+        self._held = ""
+        self.text = ""
+        self.stopped_by: str | None = None
+
+    def feed(self, token: int) -> str:
+        """The text that one more token settles; empty when nothing is settled yet."""
+        if self.stopped_by is not None:
+            return ""
+        self._ids.append(token)
+        known = self._tokenizer.decode(self._ids[self._context : self._read])
+        longer = self._tokenizer.decode(self._ids[self._context :])
+        if longer.endswith("�"):
+            return ""
+        self._context, self._read = self._read, len(self._ids)
+        return self._settle(longer[len(known) :])
+
+    def finish(self) -> str:
+        """What is still held back, at the end of the answer."""
+        if self.stopped_by is not None:
+            return ""
+        known = self._tokenizer.decode(self._ids[self._context : self._read])
+        rest = self._tokenizer.decode(self._ids[self._context :])[len(known) :]
+        self._context = self._read = len(self._ids)
+        piece = self._settle(rest)
+        if self.stopped_by is None:
+            piece += self._held
+            self.text += self._held
+            self._held = ""
+        return piece
+
+    def _settle(self, new: str) -> str:
+        pending = self._held + new
+        cuts = [(pending.find(word), word) for word in self._stop if word in pending]
+        if cuts:
+            cut, self.stopped_by = min(cuts)
+            self._held = ""
+        else:
+            cut = len(pending) - _overlap(pending, self._stop)
+            self._held = pending[cut:]
+        self.text += pending[:cut]
+        return pending[:cut]
+
+
+def _overlap(text: str, stop: Sequence[str]) -> int:
+    """The length of the longest end of ``text`` that begins a stop word."""
+    sizes = (
+        size for word in stop for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])
+    )
+    return max(sizes, default=0)

@@ -1,0 +1,77 @@
+"""Text to ids and back, by the tokenizer that lies in a model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trtlab.errors import RequestError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+Message = Mapping[str, str]
+
+
+def tokenizer_files(folder: Path | None) -> list[Path]:
+    """The tokenizer's files in a folder; none for no folder."""
+    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The folder itself when a tokenizer lies in it."""
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
+
+
+class Tokenizer:
+    """Hugging Face's tokenizer of a folder, loaded at first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _inner(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end an answer: the tokenizer's, and those that generation_config.json lists."""
+        ids = {self._inner.eos_token_id}
+        generation = self.folder / "generation_config.json"
+        if generation.is_file():
+            listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(listed) if isinstance(listed, list) else {listed}
+        return frozenset(i for i in ids if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer puts in front."""
+        ids: list[int] = self._inner(text)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation by the tokenizer's chat template, ready for the answer."""
+        if not self._inner.chat_template:
+            raise RequestError("this tokenizer has no chat template", remedy="give the prompt as text")
+        ids: list[int] = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self._inner.decode(list(token_ids), skip_special_tokens=True)
+        return text

@@ -1,0 +1,1 @@
+"""Widgets of trtlab, imported as trtlab.widgets; nothing in trtlab imports them."""
