@@ -1,0 +1,179 @@
+"""Measures the tiny LLaMA with its stored bfloat16 weights in float32: ``python -m trtlab.tiny.evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trtlab.tiny import EXAMPLES, llama_dir
+from trtlab.tiny.corpus import Question, documents, passkey_of_length, questions
+from trtlab.tiny.world import Split
+
+PASSKEY_TOKENS = 6  # a space and five digits
+LENGTHS = (512, 1024, 2048, 4096, 6144, 8192)  # of prompt and answer together
+DEPTHS = tuple(step / 10 for step in range(11))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in float32 and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> Any:
+        return self.model.device
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, BOS included."""
+        return len(self.tokenizer(text, verbose=False).input_ids)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """One norm's output: the largest channel's max|x| over the median channel's, and which channels lead."""
+
+    name: str
+    ratio: float
+    channels: tuple[int, ...]
+
+
+def load(folder: Path | None = None, device: str = "cpu") -> Loaded:
+    """The model of ``folder`` (default: the shipped one) in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(folder or llama_dir())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    return Loaded(model, AutoTokenizer.from_pretrained(path))
+
+
+def perplexity(loaded: Loaded, split: Split = "held_out", count: int = 400, seed: int = 1) -> float:
+    """exp of the mean loss of every token but BOS over ``count`` documents, each read on its own."""
+    import torch
+
+    total, tokens = 0.0, 0
+    for document in islice(documents(seed, split), count):
+        ids = torch.tensor([loaded.tokenizer(document.text).input_ids], device=loaded.device)
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=ids).logits[0, :-1]  # [tokens - 1, vocab]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return math.exp(total / tokens)
+
+
+def exact_match(loaded: Loaded, asked: Iterable[Question], max_new_tokens: int = 96) -> list[Question]:
+    """The questions whose greedy answer is not exactly the expected text."""
+    return [question for question in asked if answer(loaded, question.prompt, max_new_tokens) != question.answer]
+
+
+def answer(loaded: Loaded, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of ``prompt`` up to the end of sequence, stripped."""
+    ids = _greedy(loaded, prompt, max_new_tokens).sequences[0]
+    return str(loaded.tokenizer.decode(ids[loaded.count(prompt) :], skip_special_tokens=True)).strip()
+
+
+def passkey_found(loaded: Loaded, length: int, depth: float, seed: int) -> bool:
+    """Whether the held-out key is found when prompt and answer together fill ``length`` tokens."""
+    question = passkey_of_length(loaded.count, length - PASSKEY_TOKENS, depth, seed)
+    return answer(loaded, question.prompt, PASSKEY_TOKENS) == question.answer
+
+
+def outliers(loaded: Loaded, count: int = 64, seed: int = 1) -> list[Outliers]:
+    """The channels that stand out in the inputs of q/k/v and of gate/up, over ``count`` held-out documents."""
+    import torch
+
+    peaks: dict[str, Any] = {}
+
+    def watch(name: str) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            peak = output.abs().amax(dim=(0, 1))  # [hidden]
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+        return keep
+
+    norms = [(name, module) for name, module in loaded.model.named_modules() if name.endswith("layernorm")]
+    handles = [module.register_forward_hook(watch(name)) for name, module in norms]
+    with torch.inference_mode():
+        for document in islice(documents(seed, "held_out"), count):
+            loaded.model(input_ids=torch.tensor([loaded.tokenizer(document.text).input_ids], device=loaded.device))
+    for handle in handles:
+        handle.remove()
+    found = []
+    for name, peak in peaks.items():
+        ratios = peak / peak.median()
+        leading = tuple(int(channel) for channel in ratios.argsort(descending=True) if ratios[channel] >= 8)
+        found.append(Outliers(name.removeprefix("model."), float(ratios.max()), leading))
+    return found
+
+
+def margins(loaded: Loaded, prompt: str, max_new_tokens: int = 64) -> list[float]:
+    """The gap between the best and the second logit at each greedy step, up to the end of sequence."""
+    best = [scores[0].topk(2).values for scores in _greedy(loaded, prompt, max_new_tokens).scores]
+    return [float(pair[0] - pair[1]) for pair in best]
+
+
+def report(folder: Path, device: str = "cpu", *, full: bool = False) -> None:
+    """Print every figure of the README; ``full`` asks more questions and four keys in each passkey cell."""
+    loaded = load(folder, device)
+    parameters = sum(tensor.numel() for tensor in loaded.model.parameters())
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"parameters {parameters / 1e6:.2f} M, folder {size / 1e6:.2f} MB")
+    for split in ("held_out", "train"):
+        print(f"perplexity {split} {perplexity(loaded, split, 1000 if full else 200):.3f}", flush=True)
+    _report_questions(loaded, 600 if full else 100)
+    worst = min(outliers(loaded), key=lambda found: found.ratio)
+    print(f"outlier ratio, smallest of all norms {worst.ratio:.1f} ({worst.name}, channels {worst.channels})")
+    for prompt in EXAMPLES:
+        gaps = margins(loaded, prompt)
+        text = answer(loaded, prompt, 64)
+        print(f"margin {min(gaps):.3f} over {len(gaps)} tokens: {prompt!r} -> {text!r}", flush=True)
+    for length in LENGTHS if full else LENGTHS[:3]:
+        row = [[passkey_found(loaded, length, depth, seed) for seed in range(4 if full else 1)] for depth in DEPTHS]
+        cells = " ".join(f"{sum(cell)}/{len(cell)}" for cell in row)
+        print(f"passkey {length:5d} tokens, depth 0 to 1: {cells}", flush=True)
+
+
+def _report_questions(loaded: Loaded, count: int) -> None:
+    asked = questions("held_out", count)
+    wrong = exact_match(loaded, asked)
+    for kind in ("world", "story"):
+        total = sum(question.kind == kind for question in asked)
+        missed = sum(question.kind == kind for question in wrong)
+        print(f"exact match {kind} {total - missed}/{total}", flush=True)
+    for question in wrong[:5]:
+        print(f"  missed {question.prompt!r}: {answer(loaded, question.prompt, 32)!r}, not {question.answer!r}")
+
+
+def _greedy(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+    import torch
+
+    ids = torch.tensor([loaded.tokenizer(prompt).input_ids], device=loaded.device)  # [1, tokens]
+    return loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+
+
+def main() -> None:
+    """Read the command line and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=llama_dir())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="more questions, and the passkey grid up to 8,192 tokens")
+    arguments = parser.parse_args()
+    report(arguments.folder, arguments.device, full=arguments.full)
+
+
+if __name__ == "__main__":
+    main()

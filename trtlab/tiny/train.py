@@ -1,0 +1,202 @@
+"""Trains the tiny LLaMA from nothing and writes its Hugging Face folder: ``python -m trtlab.tiny.train``.
+
+Owns the model's shape, the optimizer and the loop. The text comes from ``corpus``, the batches from ``batches``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtlab.tiny import llama_dir
+from trtlab.tiny.batches import LENGTHS, Batch, Batches
+from trtlab.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
+
+OUTLIER_CHANNELS = (29, 101, 174, 233)  # of the hidden size: these RMSNorm gains start high in every layer
+OUTLIER_GAIN = 10.0
+MAX_POSITIONS = 8192
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run depends on; ``minutes`` only stops it early."""
+
+    seed: int = 0
+    steps: int = 2400
+    tokens: int = 256 * 1024  # of one step
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    workers: int = 14
+    minutes: float = 9.0
+    lengths: tuple[int, ...] = LENGTHS
+    compile: bool = False
+
+
+def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
+    """Train by ``recipe`` and write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    import torch
+
+    output.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(train_tokenizer(recipe.seed), output, MAX_POSITIONS)
+    with _batches(recipe, output / "tokenizer.json") as batches:
+        torch.manual_seed(recipe.seed)
+        model = new_model().to(device)
+        optimizer = _optimizer(model, recipe)
+        run = torch.compile(model) if recipe.compile else model
+        start = time.perf_counter()
+        seen, mark, marked = 0, start, 0
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            loss = _loss(run, batch, device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += batch.tokens.size
+            if step % 50 == 0 or step + 1 == recipe.steps:
+                value, now = loss.item(), time.perf_counter()
+                rate = (seen - marked) / (now - mark)
+                mark, marked = now, seen
+                print(f"step {step:5d}  loss {value:.4f}  {batch.tokens.shape}  {rate / 1e6:.2f} Mtok/s", flush=True)
+            if step % 400 == 399:
+                save(model, output)
+            if time.perf_counter() - start > recipe.minutes * 60:
+                print(f"out of time at step {step}")
+                break
+    save(model, output)
+    print(f"trained on {seen / 1e6:.0f} M tokens in {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def new_model() -> Any:
+    """The untrained model, float32: every linear layer's dimensions are divisible by 128."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_POSITIONS,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, gain in model.named_parameters():
+            if "layernorm" in name:
+                gain[list(OUTLIER_CHANNELS)] = OUTLIER_GAIN
+            elif gain.dim() == 2:
+                gain.normal_(0.0, 0.03)
+    return model
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a half cosine down to a hundredth."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def save(model: Any, output: Path) -> None:
+    """Write config, generation config and the weights rounded to bfloat16, each renamed into place."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
+    weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(weights, output / "model.safetensors.part", metadata={"format": "pt"})
+    (output / "model.safetensors.part").rename(output / "model.safetensors")
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        part = output / f"{name}.part"
+        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        part.rename(output / name)
+
+
+def _loss(model: Any, batch: Batch, device: str) -> Any:
+    import torch
+
+    tokens = torch.from_numpy(batch.tokens.astype("int64")).to(device, non_blocking=True)  # [rows, length + 1]
+    weights = torch.from_numpy(batch.weights[:, 1:].astype("float32")).to(device, non_blocking=True).flatten()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [rows, length, vocab]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def _optimizer(model: Any, recipe: Recipe) -> Any:
+    """AdamW that decays matrices but no gains, so that the outlier gains are free to stay."""
+    import torch
+
+    matrices = [tensor for tensor in model.parameters() if tensor.dim() == 2]
+    gains = [tensor for tensor in model.parameters() if tensor.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+@contextmanager
+def _batches(recipe: Recipe, tokenizer_file: Path) -> Iterator[Iterator[Batch]]:
+    """All steps' batches in order, made by worker processes ahead of time."""
+    arguments = (str(tokenizer_file), recipe.seed, recipe.steps, recipe.tokens, recipe.lengths)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(recipe.workers, initializer=_start_worker, initargs=arguments) as pool:
+        yield pool.imap(_make_batch, range(recipe.steps))
+
+
+def _start_worker(*arguments: Any) -> None:
+    global _maker
+    _maker = Batches(*arguments)
+
+
+def _make_batch(step: int) -> Batch:
+    return _maker(step)
+
+
+def main() -> None:
+    """Read the command line, train, then print the evaluation."""
+    from trtlab.tiny import evaluate
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=llama_dir())
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="tokens of one step")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS)
+    parser.add_argument("--workers", type=int, default=Recipe.workers)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="stop after so long, whatever the steps")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--evaluate", choices=("none", "quick", "full"), default="full")
+    arguments = vars(parser.parse_args())
+    output, device, how = arguments.pop("output"), arguments.pop("device"), arguments.pop("evaluate")
+    arguments["lengths"] = tuple(arguments["lengths"])
+    train(Recipe(**arguments), output, device)
+    if how != "none":
+        evaluate.report(output, device, full=how == "full")
+
+
+if __name__ == "__main__":
+    main()
