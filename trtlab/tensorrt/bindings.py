@@ -76,7 +76,9 @@ def profiles(build: BuildConfig) -> tuple[Profile, Profile]:
     """
     tokens = min(build.max_num_tokens, build.max_input_len)
     one = Range(1, 1, 1)
-    context = Profile("context", one, Range(1, tokens, tokens), Range(1, 1, min(tokens, MOST_WANTED)))
+    # A batch that can be nothing but 1 fails in FP16 and BF16 (TensorRT for RTX 1.7: "Error while verifying IR" at the
+    # mask), so the context may have two rows, of which one is used.
+    context = Profile("context", Range(1, 1, 2), Range(1, tokens, tokens), Range(1, 1, min(tokens, MOST_WANTED)))
     generation = Profile("generation", Range(1, build.max_batch_size, build.max_batch_size), one, one)
     return context, generation
 

@@ -31,7 +31,6 @@ NAMES = (
     "CausalMaskKind.NONE",
     "CollectiveOperation.ALL_GATHER",
     "CollectiveOperation.ALL_REDUCE",
-    "ComputeCapability",
     "DataType.BF16",
     "Dims",
     "ElementWiseOperation.PROD",
@@ -54,6 +53,9 @@ NAMES = (
     "UnaryOperation.SQRT",
     "Weights",
 )
+
+# TensorRT for RTX compiles for several GPUs at once; the other compiles for the one at hand.
+NAMES_FOR_RTX = ("ComputeCapability", "IBuilderConfig.set_compute_capability")
 
 Capability = tuple[int, int]
 
@@ -85,7 +87,9 @@ class Library:
 
     @property
     def targets(self) -> tuple[Capability, ...]:
-        """The compute capabilities that a plan can be pinned to, read from the library."""
+        """The compute capabilities that a plan can be pinned to, read from TensorRT for RTX; none for the other."""
+        if self.flavour != "tensorrt_rtx":
+            return ()
         numbers = [name[2:] for name in self.trt.ComputeCapability.__members__ if name.startswith("SM")]
         return tuple((int(number[:-1]), int(number[-1])) for number in numbers)
 
@@ -152,7 +156,8 @@ def load_shared_libraries() -> bool:
 
 def check_names(found: Library) -> None:
     """Refuse a TensorRT that lacks a name this package calls, before anything is emitted."""
-    missing = [name for name in NAMES if not has(found.trt, name)]
+    needed = NAMES + (NAMES_FOR_RTX if found.flavour == "tensorrt_rtx" else ())
+    missing = [name for name in needed if not has(found.trt, name)]
     if missing:
         raise EngineError(
             f"{found.title} lacks {', '.join(missing)}",
