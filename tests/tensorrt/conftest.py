@@ -1,15 +1,20 @@
-"""A network built by hand, layer by layer, for the tests of what reads and runs networks."""
+"""Networks built by hand, layer by layer, and small random models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.model.weights import tensor_specs
+from trtlab.runtime.executor import TorchExecutor
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.interpreter import Network
 from trtlab.tensorrt.library import library
+from trtlab.tensorrt.log import log
 
 
 class ByHand:
@@ -17,7 +22,7 @@ class ByHand:
 
     def __init__(self) -> None:
         self.trt = library().trt
-        self.builder = self.trt.Builder(self.trt.Logger(self.trt.Logger.ERROR))
+        self.builder = self.trt.Builder(log(self.trt).native)
         self.net = self.builder.create_network(0)
         self.constants: dict[str, torch.Tensor] = {}
 
@@ -54,3 +59,52 @@ def by_hand() -> ByHand:
 def new_network() -> type[ByHand]:
     """For property tests, which need a fresh network for each example."""
     return ByHand
+
+
+SMALL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_size=8,
+    intermediate_size=48,
+    max_position_embeddings=128,
+)
+BUILD = BuildConfig(max_batch_size=3, max_input_len=24, max_seq_len=40, max_num_tokens=32)
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough that every part of the model changes the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, spec in tensor_specs(config).items():
+        values = torch.randn(spec.shape, generator=generator) * 0.2
+        tensors[name] = (values + 1 if "layernorm" in name or "ln_f" in name else values).to(config.torch_dtype)
+    return tensors
+
+
+def torch_executor(config: ModelConfig, weights: dict[str, torch.Tensor], build: BuildConfig = BUILD) -> TorchExecutor:
+    return TorchExecutor(config, build.resolve(config), Mapping(), [weights], torch.device("cpu"))
+
+
+@pytest.fixture
+def small() -> ModelConfig:
+    return SMALL
+
+
+@pytest.fixture
+def bounds() -> BuildConfig:
+    return BUILD
+
+
+@pytest.fixture
+def weights_of() -> Callable[..., dict[str, torch.Tensor]]:
+    return random_weights
+
+
+@pytest.fixture
+def torch_reference() -> Callable[..., TorchExecutor]:
+    return torch_executor

@@ -20,7 +20,6 @@ from trtlab.tensorrt.library import Capability, Library, library
 from trtlab.tensorrt.log import log
 from trtlab.tensorrt.watch import Heard, Watch, Writer, run_watched
 
-
 # The layers whose types decide where a plan can run; a cast or a norm in float32 is possible everywhere.
 COMPUTING = ("matrix_multiply", "attention_input", "quantize")
 

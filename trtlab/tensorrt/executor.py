@@ -1,0 +1,141 @@
+"""Drives a plan, or the interpreter in its place, step by step: cache slots, runs, guards, and logits in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
+from trtlab.runtime.executor import StepInputs
+from trtlab.tensorrt import dtypes
+from trtlab.tensorrt.batching import check_step, input_tensors, runs_of
+from trtlab.tensorrt.bindings import HIDDEN_STATES, Bindings, profiles
+from trtlab.tensorrt.emit import Emission, emit
+
+
+class Runner(Protocol):
+    """What runs a profile once: TensorRT on a GPU, or the interpreter on a CPU."""
+
+    device: torch.device
+
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Logits ``[batch, wanted, vocab]`` from one set of inputs a rank; caches are written in place."""
+        ...
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+        ...
+
+
+class TensorRTExecutor:
+    """An Executor over a Runner. Every slot is a row of each layer's cache, which starts at zero."""
+
+    def __init__(self, name: str, runner: Runner, tables: Sequence[Bindings], build: BuildConfig) -> None:
+        self.name = name
+        self._runner = runner
+        self._tables = tables
+        self._build = build
+        self._context = profiles(build)[0]
+        self._held = [0] * build.max_batch_size
+        self._caches = [allocate(table, build.max_batch_size, runner.device) for table in tables]
+
+    @torch.inference_mode()
+    def run(self, step: StepInputs) -> torch.Tensor:
+        """Logits in float32, ``[chunks, vocab]`` or ``[tokens, vocab]``; see Executor.
+
+        Raises RequestError when a slot is full, EngineError for a slot beyond the plan's batch, before anything runs.
+        """
+        check_step(step, self._build.max_batch_size, self._build.seq_len, self._held)
+        parts: dict[int, torch.Tensor] = {}
+        for run in runs_of(step, self._context):
+            common = input_tensors(run, self._build.seq_len)
+            slots = slice(run.first, run.first + len(run.pieces))
+            inputs = [self._rank_inputs(rank, common, slots) for rank in range(len(self._tables))]
+            logits = self._runner.run(run.profile, inputs)  # [batch, wanted, vocab]
+            for number, (place, row, _) in enumerate(run.results):
+                parts[place] = logits[row, number if run.profile == "context" else 0]
+        for chunk in step.chunks:
+            self._held[chunk.slot] = chunk.past + len(chunk.token_ids)
+        return torch.stack([parts[place] for place in range(len(parts))])
+
+    def close(self) -> None:
+        """See Executor."""
+        self._caches = []
+        self._runner.close()
+
+    def _rank_inputs(self, rank: int, common: MappingOf[str, torch.Tensor], slots: slice) -> dict[str, torch.Tensor]:
+        """Those of the common inputs that a rank's plan declares, and its caches' rows."""
+        names = [binding.name for binding in self._tables[rank].inputs if binding.name in common]
+        return {name: common[name] for name in names} | {
+            name: cache[slots] for name, cache in self._caches[rank].items()
+        }
+
+
+def allocate(table: Bindings, slots: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A rank's caches, ``[slots, kv_heads, capacity, head_size]`` each; zero, for 0 x NaN would spread."""
+    names = set(table.caches.values())
+    return {
+        binding.name: torch.zeros(binding.sized({"batch": slots}), dtype=dtypes.to_torch(binding.dtype), device=device)
+        for binding in table.inputs
+        if binding.name in names
+    }
+
+
+class InterpreterRunner:
+    """Runs the emitted networks with torch on the CPU; several ranks are threads of this process."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, emissions: Sequence[Emission], mapping: Mapping) -> None:
+        self._networks = [emission.read() for emission in emissions]
+        self._results = [emission.bindings.result.name for emission in emissions]
+        self._mapping = mapping
+        self._pool = ThreadPoolExecutor(len(emissions)) if len(emissions) > 1 else None
+
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """See Runner."""
+        if self._pool is None:
+            return self._rank_run(0, inputs[0], Solo())
+        comms = thread_group(self._mapping)
+        futures = [self._pool.submit(self._guarded, rank, inputs[rank], comm) for rank, comm in enumerate(comms)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:  # ranks that only waited for the failed one say so with a RuntimeError
+            raise next((error for error in errors if not isinstance(error, RuntimeError)), errors[0])
+        return futures[-self._mapping.tp_size].result()
+
+    def close(self) -> None:
+        """See Runner."""
+        self._networks = []
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    @torch.inference_mode()
+    def _guarded(self, rank: int, inputs: dict[str, torch.Tensor], comm: ThreadComm) -> torch.Tensor:
+        try:
+            return self._rank_run(rank, inputs, comm)
+        except BaseException:
+            comm.abort()
+            raise
+
+    def _rank_run(self, rank: int, inputs: dict[str, torch.Tensor], comm: Comm) -> torch.Tensor:
+        if not self._mapping.is_first_stage(rank):
+            inputs = {HIDDEN_STATES: comm.receive(), **inputs}
+        result = self._networks[rank].run(inputs, comm=comm)[self._results[rank]]
+        if not self._mapping.is_last_stage(rank):
+            comm.send(result)
+        return result
+
+
+def interpreter_executor(
+    config: ModelConfig, build: BuildConfig, mapping: Mapping, ranks: Sequence[MappingOf[str, torch.Tensor]]
+) -> TensorRTExecutor:
+    """An executor that steps through the networks that TensorRT compiles, in their own types, on the CPU."""
+    build = build.resolve(config)
+    emissions = [emit(config, build, mapping, rank, weights) for rank, weights in enumerate(ranks)]
+    tables = [emission.bindings for emission in emissions]
+    return TensorRTExecutor("interpreter", InterpreterRunner(emissions, mapping), tables, build)
