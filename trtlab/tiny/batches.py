@@ -35,7 +35,9 @@ class Batch:
 class Batches:
     """Makes any step's batch from (seed, step) alone, so that workers can make them in any order."""
 
-    def __init__(self, tokenizer_file: str, seed: int, steps: int, tokens: int, lengths: tuple[int, ...] = LENGTHS) -> None:
+    def __init__(
+        self, tokenizer_file: str, seed: int, steps: int, tokens: int, lengths: tuple[int, ...] = LENGTHS
+    ) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(tokenizer_file)

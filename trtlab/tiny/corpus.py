@@ -1,12 +1,14 @@
-"""The endless corpus: documents, questions with checkable answers, and passkeys, all from a seed. Knows text, not tokens.
+"""The endless corpus: documents, questions with checkable answers, and passkeys, from a seed. Knows text, not tokens.
 
-Held out, and never in the "train" split, are: one in eight pairs of a person with an object, place or fruit, and of an
-object with a colour, in stories; one in four phrasings of each question about the fixed world, another one for each
-person; and the passkeys whose digits sum to a multiple of ten.
+Held out, and never in the "train" split, are: the one story in eight whose text has a CRC-32 divisible by eight and
+likewise one in eight sequences of questions about the fixed world; one in four phrasings of each such question, another
+one for each person; and the passkeys whose digits sum to a multiple of ten. Otherwise the splits are drawn alike; only
+the "train" split has biographies and single facts, of which there are too few to keep any back.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,8 +82,7 @@ def documents(seed: int, split: Split = "train") -> Iterator[Document]:
     """
     dice = Dice(seed, _split_number(split))
     while True:
-        kind = dice.weighted(((60.0, "story"), (25.0, "world"), (12.0, "about"), (3.0, "passkey")))
-        yield _MAKERS[kind](dice, split)
+        yield dice.weighted(_MIXTURES[split])(dice, split)
 
 
 def questions(split: Split = "held_out", count: int = 500, seed: int = 0) -> list[Question]:
@@ -135,6 +136,11 @@ def is_held_out_key(key: str) -> bool:
     return sum(int(digit) for digit in key) % 10 == 0
 
 
+def is_held_out_text(text: str) -> bool:
+    """Whether a story, or a sequence of questions about the world, is kept from training."""
+    return zlib.crc32(text.encode()) % 8 == 0
+
+
 def _split_number(split: Split) -> int:
     if split not in ("train", "held_out"):
         raise TrtlabError("unknown split", got=repr(split), expected="'train' or 'held_out'")
@@ -142,19 +148,28 @@ def _split_number(split: Split) -> int:
 
 
 def _story(dice: Dice, split: Split, asked: int | None = None) -> Document:
-    text, pairs = tell(dice, split)
-    wanted = asked if asked is not None else dice.weighted(((2.0, 0), (5.0, 1), (2.0, 2), (1.0, 3)))
+    text, pairs = tell(dice)
+    while is_held_out_text(text) != (split == "held_out"):
+        text, pairs = tell(dice)
+    wanted = asked if asked is not None else dice.weighted(((1.5, 0), (5.0, 1), (2.0, 2), (1.0, 3)))
     turns: list[tuple[str, str]] = []
     while len(turns) < min(wanted, len(pairs)):
-        pair = pairs[0] if asked is None and dice.chance(0.3) else dice.pick(pairs)
+        pair = pairs[0] if asked is None and dice.chance(0.4) else dice.pick(pairs)
         if pair not in turns:
             turns.append(pair)
     return Document("story", text, tuple(turns))
 
 
 def _world(dice: Dice, split: Split) -> Document:
-    pairs = world_questions(split)
-    return Document("world", "", tuple(dice.pick(pairs) for _ in range(1 + dice.below(4))))
+    pairs = world_questions("train")
+    while True:
+        document = Document("world", "", tuple(dice.pick(pairs) for _ in range(2 + dice.below(3))))
+        if is_held_out_text(document.text) == (split == "held_out"):
+            return document
+
+
+def _fact(dice: Dice, split: Split) -> Document:
+    return Document("world", "", (dice.pick(world_questions(split)),))
 
 
 def _about(dice: Dice, split: Split) -> Document:
@@ -169,7 +184,9 @@ def _passkey(dice: Dice, split: Split) -> Document:
 def passkey_document(dice: Dice, split: Split, lines: int, depth: float) -> Document:
     """The document behind ``passkey``, with its key and noise drawn from ``dice``."""
     if lines < 0 or not 0 <= depth <= 1:
-        raise TrtlabError("passkey out of range", got=f"{lines} lines, depth {depth}", expected="lines >= 0, depth in 0..1")
+        raise TrtlabError(
+            "passkey out of range", got=f"{lines} lines, depth {depth}", expected="lines >= 0, depth in 0..1"
+        )
     key = _key(dice, split)
     noise = [NOISE[int(dice.random() * len(NOISE))] for _ in range(lines)]
     noise.insert(round(depth * lines), NEEDLE.format(key=key))
@@ -183,9 +200,7 @@ def _key(dice: Dice, split: Split) -> str:
             return key
 
 
-_MAKERS: dict[str, Callable[[Dice, Split], Document]] = {
-    "story": _story,
-    "world": _world,
-    "about": _about,
-    "passkey": _passkey,
+_MIXTURES: dict[Split, tuple[tuple[float, Callable[[Dice, Split], Document]], ...]] = {
+    "train": ((65.0, _story), (15.0, _world), (5.0, _fact), (12.0, _about), (3.0, _passkey)),
+    "held_out": ((65.0, _story), (15.0, _world), (3.0, _passkey)),
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trtlab.errors import TrtlabError
 from trtlab.tiny import EXAMPLES, llama_dir
 from trtlab.tiny.corpus import Question, documents, passkey_of_length, questions
 from trtlab.tiny.world import Split
@@ -50,8 +51,8 @@ def load(folder: Path | None = None, device: str = "cpu") -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(folder or llama_dir())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    return Loaded(model, AutoTokenizer.from_pretrained(path))
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(path))
 
 
 def perplexity(loaded: Loaded, split: Split = "held_out", count: int = 400, seed: int = 1) -> float:
@@ -119,29 +120,28 @@ def margins(loaded: Loaded, prompt: str, max_new_tokens: int = 64) -> list[float
     return [float(pair[0] - pair[1]) for pair in best]
 
 
-def report(folder: Path, device: str = "cpu", *, full: bool = False) -> None:
-    """Print every figure of the README; ``full`` asks more questions and four keys in each passkey cell."""
+def report(folder: Path, parts: Iterable[str] = (), device: str = "cpu", *, full: bool = False) -> None:
+    """Print the figures of ``parts`` (default: all); ``full`` takes more samples and the passkeys up to 8,192 tokens."""
     loaded = load(folder, device)
+    for part in parts or PARTS:
+        PARTS[part](loaded, full)
+
+
+def _report_size(loaded: Loaded, full: bool) -> None:
+    folder = Path(loaded.model.config.name_or_path)
     parameters = sum(tensor.numel() for tensor in loaded.model.parameters())
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"parameters {parameters / 1e6:.2f} M, folder {size / 1e6:.2f} MB")
+
+
+def _report_perplexity(loaded: Loaded, full: bool) -> None:
+    count = 2000 if full else 300
     for split in ("held_out", "train"):
-        print(f"perplexity {split} {perplexity(loaded, split, 1000 if full else 200):.3f}", flush=True)
-    _report_questions(loaded, 600 if full else 100)
-    worst = min(outliers(loaded), key=lambda found: found.ratio)
-    print(f"outlier ratio, smallest of all norms {worst.ratio:.1f} ({worst.name}, channels {worst.channels})")
-    for prompt in EXAMPLES:
-        gaps = margins(loaded, prompt)
-        text = answer(loaded, prompt, 64)
-        print(f"margin {min(gaps):.3f} over {len(gaps)} tokens: {prompt!r} -> {text!r}", flush=True)
-    for length in LENGTHS if full else LENGTHS[:3]:
-        row = [[passkey_found(loaded, length, depth, seed) for seed in range(4 if full else 1)] for depth in DEPTHS]
-        cells = " ".join(f"{sum(cell)}/{len(cell)}" for cell in row)
-        print(f"passkey {length:5d} tokens, depth 0 to 1: {cells}", flush=True)
+        print(f"perplexity over {count} {split} documents: {perplexity(loaded, split, count):.4f}", flush=True)
 
 
-def _report_questions(loaded: Loaded, count: int) -> None:
-    asked = questions("held_out", count)
+def _report_questions(loaded: Loaded, full: bool) -> None:
+    asked = questions("held_out", 600 if full else 100)
     wrong = exact_match(loaded, asked)
     for kind in ("world", "story"):
         total = sum(question.kind == kind for question in asked)
@@ -149,6 +149,37 @@ def _report_questions(loaded: Loaded, count: int) -> None:
         print(f"exact match {kind} {total - missed}/{total}", flush=True)
     for question in wrong[:5]:
         print(f"  missed {question.prompt!r}: {answer(loaded, question.prompt, 32)!r}, not {question.answer!r}")
+
+
+def _report_outliers(loaded: Loaded, full: bool) -> None:
+    found = outliers(loaded, 256 if full else 32)
+    for norm in found:
+        print(f"outlier ratio {norm.ratio:5.1f} {norm.name}, channels from 8x on: {norm.channels}")
+    print(f"outlier ratio, the smallest of {len(found)} norms: {min(norm.ratio for norm in found):.1f}", flush=True)
+
+
+def _report_margins(loaded: Loaded, full: bool) -> None:
+    gaps = {prompt: margins(loaded, prompt) for prompt in EXAMPLES}
+    for prompt, steps in gaps.items():
+        print(f"margin {min(steps):.3f} over {len(steps)} tokens: {prompt!r} -> {answer(loaded, prompt, 64)!r}")
+    print(f"margin, the smallest: {min(min(steps) for steps in gaps.values()):.3f}", flush=True)
+
+
+def _report_passkeys(loaded: Loaded, full: bool) -> None:
+    for length in LENGTHS if full else LENGTHS[:3]:
+        row = [[passkey_found(loaded, length, depth, seed) for seed in range(4 if full else 1)] for depth in DEPTHS]
+        cells = " ".join(f"{sum(cell)}/{len(cell)}" for cell in row)
+        print(f"passkey {length:5d} tokens, depth 0 to 1: {cells}", flush=True)
+
+
+PARTS: dict[str, Callable[[Loaded, bool], None]] = {
+    "size": _report_size,
+    "outliers": _report_outliers,
+    "margins": _report_margins,
+    "perplexity": _report_perplexity,
+    "passkey": _report_passkeys,
+    "questions": _report_questions,
+}
 
 
 def _greedy(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
@@ -168,11 +199,14 @@ def _greedy(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
 def main() -> None:
     """Read the command line and print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=llama_dir())
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--folder", type=Path, default=llama_dir())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--full", action="store_true", help="more questions, and the passkey grid up to 8,192 tokens")
+    parser.add_argument("--full", action="store_true", help="more samples, and the passkey grid up to 8,192 tokens")
     arguments = parser.parse_args()
-    report(arguments.folder, arguments.device, full=arguments.full)
+    if unknown := [part for part in arguments.parts if part not in PARTS]:
+        raise TrtlabError("unknown part of the report", got=unknown, expected=f"any of {', '.join(PARTS)}")
+    report(arguments.folder, arguments.parts, arguments.device, full=arguments.full)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from trtlab.tiny.batches import LENGTHS, Batch, Batches
 from trtlab.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
 
 OUTLIER_CHANNELS = (29, 101, 174, 233)  # of the hidden size: these RMSNorm gains start high in every layer
-OUTLIER_GAIN = 10.0
+OUTLIER_GAIN = 24.0
+OUTLIER_WEIGHT = 0.4  # the columns that read these channels start this much smaller, so that early steps stay calm
 MAX_POSITIONS = 8192
+_READERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Recipe:
     """What a training run depends on; ``minutes`` only stops it early."""
 
     seed: int = 0
-    steps: int = 2400
+    steps: int = 1350
     tokens: int = 256 * 1024  # of one step
     learning_rate: float = 3e-3
     warmup: int = 100
@@ -39,6 +42,7 @@ class Recipe:
     workers: int = 14
     minutes: float = 9.0
     lengths: tuple[int, ...] = LENGTHS
+    outlier_gain: float = OUTLIER_GAIN
     compile: bool = False
 
 
@@ -50,7 +54,7 @@ def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
     save_tokenizer(train_tokenizer(recipe.seed), output, MAX_POSITIONS)
     with _batches(recipe, output / "tokenizer.json") as batches:
         torch.manual_seed(recipe.seed)
-        model = new_model().to(device)
+        model = new_model(recipe.outlier_gain).to(device)
         optimizer = _optimizer(model, recipe)
         run = torch.compile(model) if recipe.compile else model
         start = time.perf_counter()
@@ -78,7 +82,7 @@ def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
     print(f"trained on {seen / 1e6:.0f} M tokens in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
-def new_model() -> Any:
+def new_model(outlier_gain: float = OUTLIER_GAIN) -> Any:
     """The untrained model, float32: every linear layer's dimensions are divisible by 128."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,15 +102,16 @@ def new_model() -> Any:
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
-        attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        for name, gain in model.named_parameters():
+        for name, tensor in model.named_parameters():
             if "layernorm" in name:
-                gain[list(OUTLIER_CHANNELS)] = OUTLIER_GAIN
-            elif gain.dim() == 2:
-                gain.normal_(0.0, 0.03)
+                tensor[list(OUTLIER_CHANNELS)] = outlier_gain
+            elif tensor.dim() == 2:
+                tensor.normal_(0.0, 0.03)
+            if name.endswith(_READERS):
+                tensor[:, list(OUTLIER_CHANNELS)] *= OUTLIER_WEIGHT
     return model
 
 
@@ -159,20 +164,19 @@ def _optimizer(model: Any, recipe: Recipe) -> Any:
 @contextmanager
 def _batches(recipe: Recipe, tokenizer_file: Path) -> Iterator[Iterator[Batch]]:
     """All steps' batches in order, made by worker processes ahead of time."""
-    arguments = (str(tokenizer_file), recipe.seed, recipe.steps, recipe.tokens, recipe.lengths)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(recipe.workers, initializer=_start_worker, initargs=arguments) as pool:
-        yield pool.imap(_make_batch, range(recipe.steps))
+    arguments = (str(tokenizer_file), recipe.seed, recipe.steps, recipe.tokens, recipe.lengths)
+    with multiprocessing.get_context("spawn").Pool(recipe.workers) as pool:
+        yield pool.imap(partial(_make_batch, arguments), range(recipe.steps))
 
 
-def _start_worker(*arguments: Any) -> None:
-    global _maker
-    _maker = Batches(*arguments)
+def _make_batch(arguments: tuple[str, int, int, int, tuple[int, ...]], step: int) -> Batch:
+    return _maker(*arguments)(step)
 
 
-def _make_batch(step: int) -> Batch:
-    return _maker(step)
+@cache
+def _maker(tokenizer_file: str, seed: int, steps: int, tokens: int, lengths: tuple[int, ...]) -> Batches:
+    return Batches(tokenizer_file, seed, steps, tokens, lengths)
 
 
 def main() -> None:
@@ -188,6 +192,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS)
     parser.add_argument("--workers", type=int, default=Recipe.workers)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="stop after so long, whatever the steps")
+    parser.add_argument("--outlier-gain", type=float, default=Recipe.outlier_gain)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--evaluate", choices=("none", "quick", "full"), default="full")
     arguments = vars(parser.parse_args())
@@ -195,7 +200,7 @@ def main() -> None:
     arguments["lengths"] = tuple(arguments["lengths"])
     train(Recipe(**arguments), output, device)
     if how != "none":
-        evaluate.report(output, device, full=how == "full")
+        evaluate.report(output, (), device, full=how == "full")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ PLACES = (
 ).split()
 OBJECTS = (
     "kite lantern basket rope drum map bucket ladder hammer violin book umbrella clock coat scarf flute mirror candle "
-    "blanket bell brush compass cup doll feather glove hat jar kettle letter net paddle pillow plate pot ring saw shell "
-    "shovel spoon stone telescope tray trumpet vase wheel whistle bottle"
+    "blanket bell brush compass cup doll feather glove hat jar kettle letter net paddle pillow plate pot ring saw "
+    "shell shovel spoon stone telescope tray trumpet vase wheel whistle bottle"
 ).split()
 COLOURS = "red blue green yellow white black brown grey".split()
 JOBS = (
@@ -46,7 +46,6 @@ SPOTS = (
     "under the cliff",
     "next to the square",
 )
-HELD_OUT_EVERY = 8  # one pair in eight never meets in a training story
 PHRASINGS = 4  # of each question; one in four is held out, another one for each person
 
 _RELATIONS: dict[str, tuple[str, str, str, str]] = {
@@ -139,47 +138,39 @@ class Resident:
     friend: str
     food: str
     colour: str
-    habit: str  # the object this person usually picks up in a story
+    habits: tuple[str, str, str]  # the objects this person likes to pick up in a story, best first
 
     @property
     def pronoun(self) -> str:
         return "She" if self.index % 2 == 0 else "He"
 
 
-def is_held_out_pair(first: int, second: int) -> bool:
-    """Whether two indices (person and thing, or thing and colour) are kept from training stories."""
-    return (first + second) % HELD_OUT_EVERY == 0
-
-
 @cache
 def residents() -> tuple[Resident, ...]:
-    """All people, in the order of ``PEOPLE``; their homes and habits are pairs that training stories may use."""
+    """All people, in the order of ``PEOPLE``."""
     dice = Dice(2)
     jobs = dice.shuffled(JOBS * 2)
     pets = dice.shuffled(PETS * 4)
     pet_names = dice.shuffled(PET_NAMES * 2)
     people = []
     for index, name in enumerate(PEOPLE):
+        habits = dice.shuffled(OBJECTS)
         friend = PEOPLE[(index + 1) if index % 2 == 0 else (index - 1)]
         people.append(
             Resident(
                 index=index,
                 name=name,
-                home=_allowed(dice, index, PLACES),
+                home=dice.pick(PLACES),
                 job=jobs[index],
                 pet=pets[index],
                 pet_name=pet_names[index],
                 friend=friend,
                 food=dice.pick(FOODS),
                 colour=dice.pick(COLOURS),
-                habit=_allowed(dice, index, OBJECTS),
+                habits=(habits[0], habits[1], habits[2]),
             )
         )
     return tuple(people)
-
-
-def _allowed(dice: Dice, person: int, things: Sequence[str]) -> str:
-    return dice.pick([thing for index, thing in enumerate(things) if not is_held_out_pair(person, index)])
 
 
 @cache
