@@ -120,7 +120,7 @@ def test_ranks_together_equal_one(small, bounds, weights_of, torch_reference, ma
 def test_a_full_slot_is_refused_before_anything_is_written(small, bounds, weights_of):
     executor = interpreter_executor(small, bounds, Mapping(), [weights_of(small)])
     executor.run(StepInputs([Chunk(0, 0, [1] * 40)]))
-    with pytest.raises(RequestError, match="slot 0 is full: it holds 40 tokens and 1 more.*max_seq_len 40"):
+    with pytest.raises(RequestError, match=r"slot 0 is full: it holds 40 tokens and 1 more.*max_seq_len 40"):
         executor.run(StepInputs([Chunk(0, 40, [1])]))
 
 

@@ -13,7 +13,9 @@ import pytest
 
 import trtlab.tensorrt.library as finder
 from trtlab.errors import EngineError, MissingDependency
-from trtlab.tensorrt.library import NAMES, Library, check_names, library
+from trtlab.tensorrt.library import NAMES, NAMES_FOR_RTX, Library, check_names, library
+from trtlab.tensorrt.ops import ACTIVATIONS
+from trtlab.tensorrt.readback import PARAMETERS
 
 
 def rtx() -> Library:
@@ -25,27 +27,18 @@ def full() -> Library:
 
 
 def test_every_name_the_package_uses_is_listed():
-    folder = Path(finder.__file__).parent
-    used = {
-        name
-        for path in folder.glob("*.py")
-        for name in re.findall(r"\btrt\.([A-Z]\w*(?:\.[A-Za-z]\w*)?)", path.read_text())
-        if not name.startswith("I") or "." in name
-    }
-    calls = {
-        f"INetworkDefinition.{name}"
-        for path in folder.glob("*.py")
-        for name in re.findall(r"\.(add_(?!optimization|done)\w+)\(", path.read_text())
-    }
-    listed = set(NAMES)
-    owners = {name.split(".")[0] for name in NAMES}
-    assert {name for name in used if name not in listed and name not in owners} == set()
-    assert calls - listed == set()
+    source = "".join(path.read_text() for path in Path(finder.__file__).parent.glob("*.py"))
+    used = set(re.findall(r"\btrt\.([A-Z]\w*(?:\.[A-Za-z]\w*)?)", source))
+    used |= {f"ElementWiseOperation.{name}" for name in re.findall(r'_elementwise\(\s*"\w+", "([A-Z]+)"', source)}
+    used |= {f"ActivationType.{name}" for name in ACTIVATIONS.values()}
+    methods = {name.partition(".")[2] for name in NAMES}
+    listed = {*NAMES, *NAMES_FOR_RTX, *(name.partition(".")[0] for name in NAMES)}
+    assert len(used) > 20
+    assert used - listed == set()
+    assert set(re.findall(r"\.(add_\w+)\(", source)) - methods == set()
 
 
 def test_every_class_that_is_cast_to_exists():
-    from trtlab.tensorrt.readback import PARAMETERS
-
     trt = library().trt
     assert all(kind in trt.LayerType.__members__ and hasattr(trt, cls) for kind, (cls, _) in PARAMETERS.items())
 
@@ -84,9 +77,15 @@ def test_only_tensorrt_for_rtx_builds_without_a_gpu():
 
 
 def test_an_old_library_is_refused_by_the_names_it_lacks():
-    old = Library(types.SimpleNamespace(Builder=None), "tensorrt", "10.3.0", "tensorrt")
-    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 lacks .*add_attention_v2.*TensorRT 11 or later"):
-        check_names(old)
+    network = types.SimpleNamespace(
+        **{name: None for name in dir(library().trt.INetworkDefinition) if "v2" not in name}
+    )
+    parts = {name: getattr(library().trt, name) for name in dir(library().trt)}
+    old = types.SimpleNamespace(**{**parts, "INetworkDefinition": network})
+    with pytest.raises(EngineError) as raised:
+        check_names(Library(old, "tensorrt", "10.3.0", "tensorrt"))
+    assert raised.value.what == "TensorRT 10.3.0 lacks INetworkDefinition.add_attention_v2"
+    assert "TensorRT 11 or later" in str(raised.value)
 
 
 def test_without_tensorrt_one_error_names_the_feature_and_the_install_line(monkeypatch):

@@ -43,11 +43,18 @@ class Emission:
 
 
 def emit(
-    config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: int, weights: MappingOf[str, torch.Tensor]
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    rank: int,
+    weights: MappingOf[str, torch.Tensor],
+    *,
+    op_set: type[TensorRTOps] = TensorRTOps,
 ) -> Emission:
     """The decoder of one rank as a strongly typed network in ``build``'s dtype.
 
     ``weights`` are the rank's own tensors by name and stay unchanged; those of another dtype are converted to copies.
+    ``op_set`` may be a subclass that emits some verb in another way, to try it or to plant an error for ``compare``.
     Raises MissingDependency without TensorRT.
     """
     build = build.resolve(config)
@@ -61,7 +68,7 @@ def emit(
     dtype = torch_dtype(build.dtype)
     parts = rank_weights(config, mapping, rank, {name: tensor.to(dtype) for name, tensor in weights.items()})
     rotary = rotary_table(config, build.seq_len)
-    ops = TensorRTOps(trt, network, inputs, build.dtype, (rotary.cos, rotary.sin), mapping.tp_group(rank))
+    ops = op_set(trt, network, inputs, build.dtype, (rotary.cos, rotary.sin), mapping.tp_group(rank))
     tensors: dict[str, Any] = {}
     result = decoder(TappedOps(ops, tensors.__setitem__), config, parts, inputs[table.first.name])
     result.name = table.result.name

@@ -23,6 +23,9 @@ INSTALL = (
 # Every name of TensorRT's module that this package uses. tests/tensorrt/test_library.py reads the sources and
 # refuses one that is missing here, so that an unsuitable TensorRT is refused at once and not in the middle of a build.
 NAMES = (
+    "ActivationType.GELU_ERF",
+    "ActivationType.GELU_TANH",
+    "ActivationType.RELU",
     "ActivationType.SIGMOID",
     "AttentionNormalizationOp.SOFTMAX",
     "Builder.build_serialized_network_to_stream",
@@ -32,10 +35,20 @@ NAMES = (
     "CollectiveOperation.ALL_GATHER",
     "CollectiveOperation.ALL_REDUCE",
     "DataType.BF16",
+    "DataType.BOOL",
+    "DataType.FLOAT",
+    "DataType.HALF",
+    "DataType.INT32",
     "Dims",
+    "ElementWiseOperation.DIV",
+    "ElementWiseOperation.EQUAL",
+    "ElementWiseOperation.MAX",
+    "ElementWiseOperation.MIN",
     "ElementWiseOperation.PROD",
-    "GatherMode.DEFAULT",
+    "ElementWiseOperation.SUB",
+    "ElementWiseOperation.SUM",
     "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "IBuilderConfig.add_optimization_profile",
     "IBuilderConfig.progress_monitor",
     "ICudaEngine.create_execution_context",
     "ICudaEngine.device_memory_size_v2",
@@ -47,23 +60,35 @@ NAMES = (
     "IExecutionContext.set_optimization_profile_async",
     "IExecutionContext.set_tensor_address",
     "ILogger.Severity",
+    "INetworkDefinition.add_activation",
     "INetworkDefinition.add_attention_v2",
+    "INetworkDefinition.add_cast",
+    "INetworkDefinition.add_constant",
     "INetworkDefinition.add_dist_collective",
+    "INetworkDefinition.add_elementwise",
+    "INetworkDefinition.add_gather",
+    "INetworkDefinition.add_input",
     "INetworkDefinition.add_kv_cache_update",
+    "INetworkDefinition.add_matrix_multiply",
+    "INetworkDefinition.add_reduce",
     "INetworkDefinition.add_rotary_embedding",
+    "INetworkDefinition.add_select",
+    "INetworkDefinition.add_shuffle",
+    "INetworkDefinition.add_slice",
+    "INetworkDefinition.add_unary",
     "IProgressMonitor",
     "IStreamWriter",
     "KVCacheMode.LINEAR",
-    "LayerType.ATTENTION_INPUT",
+    "MatrixOperation.NONE",
     "MatrixOperation.TRANSPOSE",
-    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "Permutation",
     "ReduceOperation.AVG",
+    "ReduceOperation.NONE",
+    "ReduceOperation.SUM",
     "Runtime.deserialize_cuda_engine",
-    "TensorIOMode.INPUT",
     "UnaryOperation.SQRT",
     "Weights",
 )
-
 # TensorRT for RTX compiles for several GPUs at once; the other compiles for the one at hand.
 NAMES_FOR_RTX = ("ComputeCapability", "IBuilderConfig.set_compute_capability")
 
@@ -170,7 +195,7 @@ def check_names(found: Library) -> None:
     missing = [name for name in needed if not has(found.trt, name)]
     if missing:
         raise EngineError(
-            f"{found.title} lacks {', '.join(missing)}",
+            f"{found.title} lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}",
             expected="TensorRT 11 or later, or TensorRT for RTX 1.5 or later",
             remedy="pip install --upgrade tensorrt",
         )

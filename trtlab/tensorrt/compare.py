@@ -1,0 +1,182 @@
+"""Torch and a TensorRT network side by side: every step of the decoder compared, and what the pattern points to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trtlab.config import Mapping, ModelConfig
+from trtlab.errors import EngineError, RequestError
+from trtlab.model.decoder import decoder
+from trtlab.model.rope import rotary_table
+from trtlab.model.weights import rank_weights
+from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.parallel.comm import Solo
+from trtlab.runtime.executor import Chunk
+from trtlab.tensorrt.batching import Run, input_tensors
+from trtlab.tensorrt.emit import Emission
+from trtlab.tensorrt.executor import allocate
+from trtlab.tensorrt.taps import TappedOps
+
+# Relative differences that rounding alone explains in a model of a few dozen layers.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+# A difference that grows this much within one operation was made there, not carried there.
+JUMP = 10.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One result of the decoder, torch against the network. ``step`` 0 is the prompt, 1 the first decoded token."""
+
+    step: int
+    name: str
+    max_abs: float
+    relative: float  # ||difference|| / ||torch's||
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences in the order in which they were computed; ``same_token`` says for each step if top-1 agrees."""
+
+    differences: tuple[Difference, ...]
+    same_token: tuple[bool, ...]
+    tolerance: float
+
+    @property
+    def start(self) -> Difference | None:
+        """The first result that differs by more than the tolerance; None when all agree."""
+        return next((d for d in self.differences if not d.relative <= self.tolerance), None)
+
+    @property
+    def factor(self) -> float:
+        """How much the difference grew at ``start`` over the worst before it in the same step."""
+        if self.start is None:
+            return 1.0
+        before = self.step(self.start.step)
+        earlier = [d.relative for d in before[: before.index(self.start)]]
+        # What float32 rounding leaves of an exact result counts as the floor.
+        return self.start.relative / max([*earlier, 1e-6])
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the difference was made at ``start``; otherwise it grew on the way."""
+        return self.start is not None and not self.factor < JUMP
+
+    def step(self, number: int) -> tuple[Difference, ...]:
+        """The differences of one step, layer by layer."""
+        return tuple(d for d in self.differences if d.step == number)
+
+    @property
+    def reading(self) -> str:
+        """What the pattern points to, in a sentence."""
+        start = self.start
+        if start is None:
+            agree = "and every next token agrees" if all(self.same_token) else "yet a near tie picks another token"
+            return f"torch and the network agree within {self.tolerance:g}, {agree}"
+        where = f"step {start.step}, {start.name}"
+        if start.step > 0:
+            return f"the prompt agrees and decoding differs from {where}: the mask, the positions or the KV cache"
+        if not self.jumps:
+            return f"the difference grows and passes {self.tolerance:g} at {where}: precision"
+        return f"the difference jumps by {self.factor:.0f} at {where}: {suspect(start.name)}"
+
+
+def suspect(name: str) -> str:
+    """What can be wrong where a difference is made, by the verb at the end of the name."""
+    verb = name.partition(":")[2].split(".")[0]
+    suspects = {
+        "": "this layer's weights, their order, or the config",
+        "q": "how query, key and value are split",
+        "k": "how query, key and value are split",
+        "v": "how query, key and value are split",
+        "rotary_q": "rotary embedding: base, scaling or positions",
+        "rotary_k": "rotary embedding: base, scaling or positions",
+        "attention": "the mask, the softmax scale or the KV cache",
+        "activation": "the activation function",
+        "multiply": "the gated product: gate and up may be swapped",
+    }
+    return suspects.get(verb, f"the operation {verb}")
+
+
+@torch.inference_mode()
+def compare(
+    emission: Emission,
+    config: ModelConfig,
+    weights: MappingOf[str, torch.Tensor],
+    token_ids: Sequence[int],
+    *,
+    steps: int = 4,
+    tolerance: float | None = None,
+) -> Comparison:
+    """Run a prompt and ``steps`` more tokens through torch in float32 and through an emitted network.
+
+    ``weights`` are the whole model's, as the checkpoint has them; the network has its own, in its own dtype. Both
+    sides are fed torch's greedy tokens. ``tolerance`` is relative; by default what the network's dtype explains.
+    Raises EngineError for a network of one rank of several, RequestError for a prompt that does not fit.
+    """
+    capacity = emission.build.seq_len
+    if not 0 < len(token_ids) <= capacity - steps:
+        raise RequestError(f"a prompt of {len(token_ids)} tokens and {steps} steps do not fit max_seq_len {capacity}")
+    network, result = emission.read(), emission.bindings.result.name
+    if any(layer.kind == "dist_collective" for layer in network) or result != "logits":
+        raise EngineError("compare() needs a network that is the whole model", remedy="build with Mapping()")
+    reference = Reference(config, capacity, weights)
+    caches = allocate(emission.bindings, 1, torch.device("cpu"))
+    differences: list[Difference] = []
+    same_token: list[bool] = []
+    past, ids = 0, list(token_ids)
+    for step in range(steps + 1):
+        expected = reference.run(past, ids)
+        every = tuple((token, 0, token) for token in range(len(ids)))
+        inputs = input_tensors(Run("context", 0, (Chunk(0, past, ids),), len(ids), every), capacity)
+        got = network.run({**inputs, **caches}, keep=emission.taps.values())
+        taps = {name: per_token(got[tensor]) for name, tensor in emission.taps.items()}
+        differences += [difference(step, name, value, taps[name]) for name, value in expected.items()]
+        logits, ours = list(expected.values())[-1][-1], got[result][0, -1]
+        same_token.append(bool(logits.argmax() == ours.argmax()))
+        past, ids = past + len(ids), [int(logits.argmax())]
+    used = TOLERANCES[emission.build.dtype or "float32"] if tolerance is None else tolerance
+    return Comparison(tuple(differences), tuple(same_token), used)
+
+
+class Reference:
+    """The decoder in torch, float32, one request, every result recorded by name."""
+
+    def __init__(self, config: ModelConfig, capacity: int, weights: MappingOf[str, torch.Tensor]) -> None:
+        self._config = config
+        self._device = torch.device("cpu")
+        whole = {name: tensor.float() for name, tensor in weights.items()}
+        self._weights = rank_weights(config, Mapping(), 0, whole)
+        self._rotary = spread(rotary_table(config, capacity), torch.float32, self._device)
+        self._cache = SlotCache(
+            layers=config.num_hidden_layers,
+            slots=1,
+            kv_heads=self._weights.kv_heads,
+            capacity=capacity,
+            head_size=config.head_size,
+            dtype=torch.float32,
+            device=self._device,
+        )
+
+    def run(self, past: int, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Every result for some new tokens, ``[tokens, ...]`` each, the logits last."""
+        batch = PackedBatch([NewTokens(0, past, len(ids))], self._rotary, self._device)
+        results: dict[str, torch.Tensor] = {}
+        ops = TappedOps(TorchOps(batch, self._cache, Solo(), every_token=True), results.__setitem__)
+        decoder(ops, self._config, self._weights, torch.tensor(ids))
+        return results
+
+
+def per_token(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the network, padded with a batch of one, in torch's packed layout ``[tokens, ...]``."""
+    return tensor[0].transpose(0, 1) if tensor.dim() == 4 else tensor[0]  # [1, heads, tokens, head_size] or [1, ...]
+
+
+def difference(step: int, name: str, expected: torch.Tensor, got: torch.Tensor) -> Difference:
+    """The largest and the relative difference of one result; a NaN anywhere makes both NaN."""
+    error = got.float() - expected.float()
+    scale = float(expected.float().norm()) or 1.0
+    return Difference(step, name, float(error.abs().max()), float(error.norm()) / scale)
