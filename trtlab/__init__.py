@@ -2,6 +2,8 @@
 
 from trtlab.checkpoint import Checkpoint
 from trtlab.config import BuildConfig, Mapping, ModelConfig, RotaryScaling, SamplingParams, SessionConfig
+from trtlab.display import cards as _cards  # registers how each object shows itself
+from trtlab.display.card import card
 from trtlab.engine import Engine
 from trtlab.errors import (
     CheckpointError,
@@ -33,5 +35,6 @@ __all__ = [
     "SessionConfig",
     "TrtlabError",
     "__version__",
+    "card",
     "machine",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trtlab.display.card import Shown
 from trtlab.errors import ConfigError
 
 logger = logging.getLogger("trtlab")
@@ -52,8 +53,8 @@ class RotaryScaling:
     truncate: bool = True
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, repr=False)
+class ModelConfig(Shown):
     """The shape of one decoder, by TensorRT-LLM's config.json names.
 
     ``attn_bias`` is a bias on q, k and v, ``dense_bias`` one on the attention output, ``mlp_bias`` one on the three

@@ -25,8 +25,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
 
 
-@dataclass(frozen=True)
-class Completion:
+@dataclass(frozen=True, repr=False)
+class Completion(Shown):
     """One finished answer. ``finish_reason`` is ``"stop"`` (end token, or ``stop_reason``) or ``"length"``.
 
     ``logprobs`` are natural logarithms, one a token, None unless asked for. ``text`` is empty without a tokenizer.
@@ -60,6 +60,16 @@ class Session(Shown):
     def backend(self) -> str:
         """Which executor runs: tensorrt, torch or interpreter."""
         return self._executor.name
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._scheduler.waiting)
 
     @overload
     def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
@@ -100,8 +110,8 @@ class Session(Shown):
         try:
             while not answer.request.done:
                 self.step()
-                if answer.fresh:
-                    yield answer.take()
+                if piece := answer.take():
+                    yield piece
         finally:
             self._withdraw([answer])
 
@@ -123,12 +133,9 @@ class Session(Shown):
         return sum(len(chunk.token_ids) for _, chunk in step)
 
     def _accept(self, request: Request, token: int, logprob: float | None) -> None:
-        kept = len(request.output_ids)
         request.accept(token, logprob)
-        answer = self._answers[request]
-        answer.feed(request.output_ids[kept:])
+        self._answers[request].advance()
         if request.done:
-            answer.finish()
             self._scheduler.release(request)
             del self._answers[request]
 
@@ -233,31 +240,39 @@ class Session(Shown):
 
 
 class _Answer:
-    """A request and its text so far."""
+    """A request and its text. Tokens become text when a reader takes it, or at once when a stop word may end it."""
 
     def __init__(self, request: Request, stream: TextStream | None) -> None:
         self.request = request
         self._stream = stream
-        self.fresh = ""
+        self._read = 0  # tokens that the stream has seen
+        self._fresh = ""  # text that nobody has taken yet
 
-    def feed(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            if self._stream is not None:
-                self.fresh += self._stream.feed(token)
-                if self._stream.stopped_by is not None:
-                    self.request.finish_reason = "stop"
-
-    def finish(self) -> None:
-        if self._stream is not None:
-            self.fresh += self._stream.finish()
-            if self._stream.stopped_by is not None:
-                self.request.finish_reason = "stop"
+    def advance(self) -> None:
+        """Look for stop words in what is new; a request that meets one is done."""
+        if self.request.params.stop:
+            self._fresh += self._settle()
 
     def take(self) -> str:
-        piece, self.fresh = self.fresh, ""
+        """The text that has settled since the last call; all of it once the request is done."""
+        piece, self._fresh = self._fresh + self._settle(), ""
+        return piece
+
+    def _settle(self) -> str:
+        if self._stream is None:
+            return ""
+        new = self.request.output_ids[self._read :]
+        self._read += len(new)
+        piece = self._stream.feed(new)
+        if self.request.done:
+            piece += self._stream.finish()
+        if self._stream.stopped_by is not None:
+            self.request.finish_reason = "stop"
         return piece
 
     def completion(self) -> Completion:
+        """The finished answer."""
+        self.take()
         request = self.request
         assert request.finish_reason is not None, "the answer is finished"
         return Completion(

@@ -30,11 +30,11 @@ class TextStream:
         self.text = ""
         self.stopped_by: str | None = None
 
-    def feed(self, token: int) -> str:
-        """The text that one more token settles; empty when nothing is settled yet."""
-        if self.stopped_by is not None:
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that more tokens settle; empty when nothing is settled yet."""
+        if self.stopped_by is not None or not tokens:
             return ""
-        self._ids.append(token)
+        self._ids.extend(tokens)
         known = self._tokenizer.decode(self._ids[self._context : self._read])
         longer = self._tokenizer.decode(self._ids[self._context :])
         if longer.endswith("�"):
