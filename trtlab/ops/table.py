@@ -1,0 +1,261 @@
+"""The op set that computes nothing and writes one row an op: shapes, bytes, FLOPs. Reads no weight: meta tensors do.
+
+FLOPs are counted so: 2 a multiply-add of a matrix product; 1 an element for each operation of an elementwise op, where
+an activation function is one; attention is its two products over the keys that each query really sees, its softmax
+left out; what only moves data (lookup, gather, all-reduce, send) counts none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trtlab.display.card import Shown
+from trtlab.model.weights import Dense, Embedding, Norm
+
+RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain
+ROTARY_FLOPS = 3  # times cosine, times sine, add
+
+
+class Span(NamedTuple):
+    """One request's share of a packed step: ``length`` new tokens after ``past`` cached ones."""
+
+    past: int
+    length: int
+
+    @property
+    def keys_seen(self) -> int:
+        """Pairs of a new token and a key that it may look at: its own past and itself."""
+        return self.length * self.past + self.length * (self.length + 1) // 2
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor without data. ``storage`` names the tensor whose memory it lies in: its own name, or a view's source."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: str
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that it takes for itself: none for a view."""
+        return self.elements * self.dtype.itemsize if self.storage == self.name else 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op: what it read, what it made, and what that costs. ``weight_bytes`` counts the bias too."""
+
+    op: str
+    weight: str | None
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    weight_bytes: int
+    flops: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the (first) result."""
+        return self.outputs[0].shape
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory that the results take; a view takes none."""
+        return sum(out.new_bytes for out in self.outputs)
+
+
+@dataclass(frozen=True, repr=False)
+class OpTable(Shown):
+    """The rows of one step of one rank, in the order in which they run."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the step."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that the step meets; a table that serves as lookup and head counts once."""
+        return sum({row.weight: row.weight_bytes for row in self.rows if row.weight}.values())
+
+    @property
+    def live_bytes(self) -> list[int]:
+        """Bytes of activations alive while each row runs.
+
+        A tensor lives from the row that makes it to the last row that reads it or a view of it; the last result
+        stays. Scratch space within an op is not counted, and token ids are not an activation.
+        """
+        last = {spec.storage: i for i, row in enumerate(self.rows) for spec in (*row.inputs, *row.outputs)}
+        live, alive, total = [], dict[str, int](), 0
+        for i, row in enumerate(self.rows):
+            made = {out.name: out.new_bytes for out in row.outputs if out.new_bytes}
+            alive |= made
+            total += sum(made.values())
+            live.append(total)
+            for name in [name for name in alive if last[name] <= i]:
+                total -= alive.pop(name)
+        return live
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most activation bytes alive at once."""
+        return max(self.live_bytes, default=0)
+
+
+class TableOps:
+    """``Ops[Spec]`` over one packed step of one rank; ``rows`` fills as the decoder runs. See the module for FLOPs.
+
+    An op that does nothing writes no row: a sum over one rank, a choice of last tokens where there are no others.
+    ``dtype`` is that of the activations.
+    """
+
+    def __init__(
+        self, spans: Sequence[Span], *, dtype: torch.dtype, tp_size: int = 1, every_token: bool = False
+    ) -> None:
+        self._spans = tuple(spans)
+        self._dtype = dtype
+        self._tp_size = tp_size
+        self._every_token = every_token
+        self.rows: list[Row] = []
+
+    @property
+    def table(self) -> OpTable:
+        """What has been written so far."""
+        return OpTable(tuple(self.rows))
+
+    def tokens(self) -> Spec:
+        """The step's token ids ``[tokens]``, with which a decoder starts."""
+        return Spec("tokens", (sum(span.length for span in self._spans),), torch.int64, "tokens")
+
+    def embedding(self, tokens: Spec, weight: Embedding) -> Spec:
+        """See Ops."""
+        shape = (*tokens.shape, weight.weight.shape[1])
+        return self._write("embedding", (tokens,), shape, weight=weight)
+
+    def rms_norm(self, x: Spec, weight: Norm) -> Spec:
+        """See Ops."""
+        return self._write("rms_norm", (x,), x.shape, weight=weight, flops=RMS_NORM_FLOPS * x.elements)
+
+    def linear(self, x: Spec, weight: Dense) -> Spec:
+        """See Ops."""
+        rows, columns = weight.weight.shape
+        shape = (*x.shape[:-1], rows)
+        flops = 2 * x.elements * rows + (prod(shape) if weight.bias is not None else 0)
+        assert x.shape[-1] == columns, (weight.name, x.shape, columns)
+        return self._write("linear", (x,), shape, weight=weight, flops=flops)
+
+    def split_heads(self, qkv: Spec, heads: int, kv_heads: int) -> tuple[Spec, Spec, Spec]:
+        """See Ops. Three views of one tensor."""
+        size = qkv.shape[-1] // (heads + 2 * kv_heads)
+        parts = [(*qkv.shape[:-1], n, size) for n in (heads, kv_heads, kv_heads)]  # [tokens, heads, head_size]
+        q, k, v = self._write_many("split_heads", (qkv,), parts, view_of=qkv)
+        return q, k, v
+
+    def rotary(self, q: Spec, k: Spec) -> tuple[Spec, Spec]:
+        """See Ops."""
+        flops = ROTARY_FLOPS * (q.elements + k.elements)
+        q, k = self._write_many("rotary", (q, k), [q.shape, k.shape], flops=flops)
+        return q, k
+
+    def attention(self, layer: int, q: Spec, k: Spec, v: Spec) -> Spec:
+        """See Ops. The cache is no activation: it takes no bytes here."""
+        tokens, heads, size = q.shape
+        products = 2  # queries by keys, then probabilities by values
+        flops = products * 2 * heads * size * sum(span.keys_seen for span in self._spans)
+        return self._write("attention", (q, k, v), (tokens, heads * size), flops=flops)
+
+    def activation(self, kind: str, x: Spec) -> Spec:
+        """See Ops."""
+        return self._write(kind, (x,), x.shape, flops=x.elements)
+
+    def multiply(self, a: Spec, b: Spec) -> Spec:
+        """See Ops."""
+        return self._write("multiply", (a, b), a.shape, flops=a.elements)
+
+    def add(self, a: Spec, b: Spec) -> Spec:
+        """See Ops."""
+        return self._write("add", (a, b), a.shape, flops=a.elements)
+
+    def all_reduce(self, x: Spec) -> Spec:
+        """See Ops."""
+        return x if self._tp_size == 1 else self._write("all_reduce", (x,), x.shape)
+
+    def all_gather(self, x: Spec) -> Spec:
+        """See Ops."""
+        shape = (*x.shape[:-1], x.shape[-1] * self._tp_size)
+        return x if self._tp_size == 1 else self._write("all_gather", (x,), shape)
+
+    def receive(self, tokens: Spec, hidden_size: int) -> Spec:
+        """See Ops."""
+        return self._write("receive", (tokens,), (*tokens.shape, hidden_size))
+
+    def send(self, x: Spec) -> Spec:
+        """See Ops."""
+        return self._write("send", (x,), x.shape, view_of=x)
+
+    def last_tokens(self, x: Spec) -> Spec:
+        """See Ops."""
+        wanted = len(self._spans)
+        if self._every_token or x.shape[0] == wanted:
+            return x
+        return self._write("last_tokens", (x,), (wanted, *x.shape[1:]))
+
+    def logits(self, x: Spec, vocab_size: int) -> Spec:
+        """See Ops. In float32 already, it is a view."""
+        shape = (*x.shape[:-1], vocab_size)
+        view_of = x if x.dtype == torch.float32 else None
+        (out,) = self._write_many("logits", (x,), [shape], dtype=torch.float32, view_of=view_of)
+        return out
+
+    def _write(
+        self,
+        op: str,
+        inputs: tuple[Spec, ...],
+        shape: tuple[int, ...],
+        *,
+        weight: Embedding | Norm | Dense | None = None,
+        flops: int = 0,
+        view_of: Spec | None = None,
+    ) -> Spec:
+        (out,) = self._write_many(op, inputs, [shape], weight=weight, flops=flops, view_of=view_of)
+        return out
+
+    def _write_many(
+        self,
+        op: str,
+        inputs: tuple[Spec, ...],
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        weight: Embedding | Norm | Dense | None = None,
+        dtype: torch.dtype | None = None,
+        flops: int = 0,
+        view_of: Spec | None = None,
+    ) -> list[Spec]:
+        outputs = []
+        for place, shape in enumerate(shapes):
+            name = f"{op}_{len(self.rows)}" + (f".{place}" if len(shapes) > 1 else "")
+            outputs.append(Spec(name, shape, dtype or self._dtype, view_of.storage if view_of else name))
+        row = Row(op, weight.name if weight else None, inputs, tuple(outputs), _weight_bytes(weight), flops)
+        self.rows.append(row)
+        return outputs
+
+
+def _weight_bytes(weight: Embedding | Norm | Dense | None) -> int:
+    if weight is None:
+        return 0
+    bias: Tensor | None = weight.bias if isinstance(weight, Dense) else None
+    return weight.weight.nbytes + (bias.nbytes if bias is not None else 0)
