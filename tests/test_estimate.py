@@ -322,6 +322,6 @@ def test_no_tokens_fit_where_the_weights_do_not() -> None:
 def test_the_card_names_weights_cache_and_what_fits(mapping: Mapping) -> None:
     card = estimate_card(estimate(LLAMA_3_8B, BuildConfig(), mapping, quant_algo="W8A16", kv_cache_quant_algo="INT8"))
     for shown in (text(card), html(card)):
-        assert "8.03 B parameters, bfloat16, weights W8A16, KV INT8" in shown
+        assert "LlamaForCausalLM · bfloat16, weights W8A16, KV INT8" in shown
         assert "tokens of KV" in shown
         assert ("divided evenly" in shown) == (len(mapping.ranks) > 1)

@@ -17,7 +17,7 @@ def estimate_card(estimate: Estimate) -> Card:
     build, rank = estimate.build_config, estimate.largest
     cached = build.max_batch_size * build.seq_len
     facts = [
-        ("model", f"{count(estimate.parameters)} parameters, {_precision(estimate)}"),
+        ("model", f"{count(estimate.parameters)} parameters"),
         ("weights", size(rank.weight_bytes)),
         ("KV a token", f"{size(rank.kv_bytes_per_token)}, {size(estimate.kv_bytes_per_block)} a block of "
                        f"{build.tokens_per_block}"),
@@ -36,7 +36,12 @@ def estimate_card(estimate: Estimate) -> Card:
     tables = [share_bars(parts), _what_fits(estimate), _ceilings(estimate)]
     if len(estimate.ranks) > 1:
         tables.insert(1, _ranks(estimate))
-    return Card(f"Estimate of {estimate.config.architecture}", tuple(facts), tuple(tables))
+    return Card(
+        f"Estimate · {estimate.config.architecture} · {_precision(estimate)}",
+        tuple(facts),
+        tuple(tables),
+        next="engine = checkpoint.build(build_config, mapping)",
+    )
 
 
 def _precision(estimate: Estimate) -> str:
@@ -108,7 +113,7 @@ def op_table_card(table: OpTable) -> Card:
         place = len(before) + len(layers[0])
         cells.insert(place, (f"… {len(layers) - 1} more layers", "", "", "", "", ""))
     heads = ("op", "weight", "result", " weight bytes", " activation bytes", " work")
-    return Card("One step, op by op", facts, (Table(heads, tuple(cells)),))
+    return Card("OpTable · one step, op by op", facts, (Table(heads, tuple(cells)),))
 
 
 def _by_layer(rows: Sequence[Row]) -> tuple[Sequence[Row], list[Sequence[Row]], Sequence[Row]]:
