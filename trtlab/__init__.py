@@ -1,8 +1,9 @@
 """TensorRT-LLM's workflow as four notebook objects: Checkpoint, QuantizedCheckpoint, Engine, Session."""
 
+from trtlab.bench import benchmark
 from trtlab.checkpoint import Checkpoint
 from trtlab.config import BuildConfig, Mapping, ModelConfig, RotaryScaling, SamplingParams, SessionConfig
-from trtlab.display import cards as _cards  # registers how each object shows itself
+from trtlab.display import cards as _cards  # noqa: F401 - registers how each object shows itself
 from trtlab.display.card import card
 from trtlab.engine import Engine
 from trtlab.errors import (
@@ -13,6 +14,7 @@ from trtlab.errors import (
     RequestError,
     TrtlabError,
 )
+from trtlab.estimate import estimate
 from trtlab.machine import machine
 from trtlab.session import Completion, Session
 from trtlab.version import VERSION as __version__
@@ -35,6 +37,8 @@ __all__ = [
     "SessionConfig",
     "TrtlabError",
     "__version__",
+    "benchmark",
     "card",
+    "estimate",
     "machine",
 ]

@@ -117,7 +117,7 @@ class Checkpoint(Shown):
         config = self._tied_config() if use_embedding_sharing else self.config
         ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
         folder = Path(ckpt_dir)
-        with replacing(folder, ours=_is_ours, error=CheckpointError) as scratch:
+        with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
             meta = config_to_json(config, mapping, layout, {"source": self.source})
             (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             total = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -32,6 +33,17 @@ def require_positive(owner: str, **values: int) -> None:
             raise ConfigError(f"{owner}.{name} must be a whole number of at least 1", got=repr(value))
 
 
+def require_number(owner: str, **values: object) -> None:
+    """ConfigError naming the first value that is not a positive, finite number."""
+    for name, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:  # type: ignore[operator]
+            raise ConfigError(f"{owner}.{name} must be a positive number", got=repr(value))
+
+
+ROTARY_SCALINGS = ("linear", "llama3", "yarn")
+
+
 @dataclass(frozen=True)
 class RotaryScaling:
     """How rotary frequencies are stretched beyond the trained length: linear, llama3 or yarn.
@@ -51,6 +63,20 @@ class RotaryScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROTARY_SCALINGS:
+            raise ConfigError(
+                f"rotary scaling {self.kind!r} is not supported yet", expected=" | ".join(ROTARY_SCALINGS)
+            )
+        require_number("RotaryScaling", factor=self.factor)
+        if self.kind == "llama3":
+            low, high, trained = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+            require_number(
+                "RotaryScaling", low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=trained
+            )
+            if low == high:
+                raise ConfigError("low_freq_factor and high_freq_factor must differ", got=low)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +122,9 @@ class ModelConfig(Shown):
             intermediate_size=self.intermediate_size,
             max_position_embeddings=self.max_position_embeddings,
         )
+        require_number("ModelConfig", norm_epsilon=self.norm_epsilon, rotary_base=self.rotary_base)
+        if self.sliding_window is not None:
+            require_positive("ModelConfig", sliding_window=self.sliding_window)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 "query heads must be a multiple of key/value heads",
@@ -179,23 +208,26 @@ class Mapping:
     def check(self, config: ModelConfig) -> None:
         """ConfigError when the model cannot be split this way, naming the sizes that would work."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        fits = [
-            n
-            for n in range(1, heads + 1)
-            if heads % n == 0 and config.intermediate_size % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
-        ]
-        if self.tp_size not in fits:
+
+        def fits(n: int) -> bool:
+            return heads % n == 0 and config.intermediate_size % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+        if not fits(self.tp_size):
             raise ConfigError(
                 f"{heads} query heads, {kv_heads} key/value heads and intermediate size {config.intermediate_size} "
                 f"cannot be split over tp_size={self.tp_size}",
-                remedy=f"use {_one_of(fits)}",
+                remedy=f"use {_one_of([n for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n)])}",
             )
-        stages = [n for n in range(1, config.num_hidden_layers + 1) if config.num_hidden_layers % n == 0]
-        if self.pp_size not in stages:
+        layers = config.num_hidden_layers
+        if layers % self.pp_size:
+            stages = [n for n in range(1, min(layers, MOST_RANKS) + 1) if layers % n == 0]
             raise ConfigError(
                 f"{config.num_hidden_layers} layers cannot be split over pp_size={self.pp_size}",
                 remedy=f"use {_one_of(stages)}",
             )
+
+
+MOST_RANKS = 1024  # sizes above it are not proposed
 
 
 def _one_of(values: list[int]) -> str:
@@ -358,12 +390,16 @@ class SamplingParams:
         require_positive("SamplingParams", max_new_tokens=self.max_new_tokens)
         if self.temperature is not None and not self.temperature >= 0:
             raise ConfigError("temperature must not be negative", got=self.temperature)
-        if self.top_k is not None and self.top_k < 0:
-            raise ConfigError("top_k must not be negative", got=self.top_k, remedy="0 keeps every token")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+            raise ConfigError("top_k must be a whole number", got=self.top_k, remedy="0 keeps every token")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ConfigError("seed must be a whole number", got=repr(self.seed))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError("top_p must lie in (0, 1]", got=self.top_p)
         if not self.repetition_penalty > 0:
             raise ConfigError("repetition_penalty must be positive", got=self.repetition_penalty)
+        if any(not isinstance(word, str) for word in self.stop):
+            raise ConfigError("stop words must be texts", got=self.stop)
         if any(not word for word in self.stop):
             raise ConfigError("an empty stop word would stop at once", got=self.stop)
 

@@ -66,7 +66,7 @@ class Engine(Shown):
         if weights not in WEIGHTS:
             raise EngineError("unknown way to keep weights", got=repr(weights), expected=" | ".join(WEIGHTS))
         folder = Path(engine_dir)
-        with replacing(folder, ours=_is_ours, error=EngineError) as scratch:
+        with replacing(folder, ours=_is_ours, marker="build_config", error=EngineError) as scratch:
             meta = json.dumps(_to_json(self), indent=2) + "\n"
             (scratch / "config.json").write_text(meta, encoding="utf-8")
             if weights != "none":

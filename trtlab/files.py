@@ -20,14 +20,14 @@ from trtlab.lazy import SAFETENSORS_DTYPES, LazyTensor
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, *, ours: Callable[[str], bool], error: type[TrtlabError]) -> Iterator[Path]:
+def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: type[TrtlabError]) -> Iterator[Path]:
     """A new folder to fill, which takes the place of ``folder`` in one step when the block ends without an error.
 
-    An existing folder is replaced only when every name in it satisfies ``ours``; otherwise ``error`` is raised before
-    anything is written. After an exception (a full disk, an interrupt) the old folder is as it was.
+    An existing folder is replaced only when it is empty, or when every name in it satisfies ``ours`` and its
+    config.json has the key ``marker``; otherwise ``error`` is raised before anything is written. After an exception (a full disk, an interrupt) the old folder is as it was.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
-    foreign = _foreign(folder, ours)
+    foreign = _foreign(folder, ours, marker)
     if foreign:
         raise error(
             f"{folder} is not a folder that this call may replace",
@@ -49,13 +49,24 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], error: type[TrtlabEr
             remedy="nothing was changed; free some space or choose another place",
         ) from cause
     finally:
+        if scratch.is_symlink():  # the folder was a link: what it points to stays
+            scratch.unlink()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _foreign(folder: Path, ours: Callable[[str], bool]) -> list[str]:
-    if folder.is_dir():
-        return sorted(entry.name for entry in folder.iterdir() if not ours(entry.name))
-    return [f"a file of that name, {folder.name}"] if folder.exists() else []
+def _foreign(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:
+    """What in a folder forbids that it be replaced."""
+    if not folder.is_dir():
+        return [f"a file of that name, {folder.name}"] if folder.exists() else []
+    names = sorted(entry.name for entry in folder.iterdir())
+    return [name for name in names if not ours(name)] or (names if names and not _has_key(folder, marker) else [])
+
+
+def _has_key(folder: Path, key: str) -> bool:
+    try:
+        return key in read_json(folder / "config.json", remedy="")
+    except CheckpointError:
+        return False
 
 
 def _umask() -> int:
@@ -124,7 +135,7 @@ def _check(path: Path, name: str, expected: LazyTensor, value: Tensor) -> None:
 
 def _bytes(value: Tensor) -> memoryview:
     """The raw bytes of a tensor, without a copy when it is contiguous."""
-    flat = value.contiguous().reshape(-1)
+    flat = value.cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
@@ -134,11 +145,11 @@ def read_json(path: Path, *, remedy: str, known: Collection[str] = ()) -> dict[s
         raise CheckpointError(f"{path} is missing", remedy=remedy)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}", remedy=remedy) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
-    missing = [key for key in known if key not in value]
+    missing = [key for key in known if value.get(key) is None]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}", remedy=remedy)
     return value

@@ -76,8 +76,9 @@ class LazyTensor:
 
 
 def held(tensor: Tensor) -> LazyTensor:
-    """A tensor that is in memory already."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    """A tensor that is in memory already; of a trained parameter its values."""
+    values = tensor.detach()
+    return LazyTensor(tuple(values.shape), values.dtype, lambda: values)
 
 
 def cat(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
@@ -106,9 +107,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
     try:
+        stamp = _stamp(path)
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {name: _stored(path, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+            return {name: _stored(path, stamp, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except CheckpointError:
         raise
     except Exception as error:
@@ -124,20 +126,35 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
-    tensors = _load_pickle(path)
+    stamp = _stamp(path)
     return {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(_from_pickle, path, name))
-        for name, value in tensors.items()
+        name: LazyTensor(tuple(value.shape), value.dtype, partial(_from_pickle, path, stamp, name))
+        for name, value in _load_pickle(path, stamp).items()
         if isinstance(value, Tensor)
     }
 
 
-def _from_pickle(path: Path, name: str) -> Tensor:
-    return _load_pickle(path)[name]
+def _from_pickle(path: Path, stamp: Stamp, name: str) -> Tensor:
+    _require_unchanged(path, stamp)
+    return _load_pickle(path, stamp)[name]
+
+
+Stamp = tuple[int, int, int]
+
+
+def _stamp(path: Path) -> Stamp:
+    """What tells a file from one that took its place: its inode, its size and when it was last written."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _require_unchanged(path: Path, stamp: Stamp) -> None:
+    if not path.is_file() or _stamp(path) != stamp:
+        raise CheckpointError(f"{path} has changed since it was opened", remedy="open its folder again")
 
 
 @lru_cache(maxsize=1)
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+def _load_pickle(path: Path, stamp: Stamp) -> dict[str, Tensor]:
     try:
         loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -145,18 +162,21 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path.name} is refused: its pickle holds more than tensors, and loading it would run code",
             remedy="convert it to safetensors where you trust it",
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
         ) from error
+    if not isinstance(loaded, dict) or any(not isinstance(name, str) for name in loaded):
+        raise CheckpointError(f"{path.name} holds no tensors by name", remedy="copy the model's own file again")
     return loaded
 
 
-def _stored(path: Path, name: str, shape: Sequence[int], kind: str) -> LazyTensor:
+def _stored(path: Path, stamp: Stamp, name: str, shape: Sequence[int], kind: str) -> LazyTensor:
     if kind not in SAFETENSORS_DTYPES:
         raise CheckpointError(f"{name} in {path.name} has dtype {kind}", expected=" | ".join(SAFETENSORS_DTYPES))
 
     def read() -> Tensor:
+        _require_unchanged(path, stamp)
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -74,7 +74,9 @@ class Session(Shown):
     @overload
     def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
     @overload
-    def generate(self, prompts: Sequence[int] | Sequence[Message], params: SamplingParams | None = None) -> Completion: ...
+    def generate(
+        self, prompts: Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+    ) -> Completion: ...
     @overload
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from statistics import median
 
+from trtlab.bench import Benchmark, Duel
 from trtlab.checkpoint import Checkpoint
 from trtlab.config import BuildConfig, ModelConfig
 from trtlab.display.card import Card, Table, bar, card, count, size
-from trtlab.display.estimate import estimate_card
+from trtlab.display.estimate import estimate_card, op_table_card, v100_card
 from trtlab.engine import Engine
 from trtlab.estimate import Estimate
 from trtlab.lazy import LazyTensor
 from trtlab.machine import Machine
+from trtlab.ops.table import OpTable
+from trtlab.published import V100Table
 from trtlab.session import Completion, Session
 
 card.register(Estimate)(estimate_card)
+card.register(OpTable)(op_table_card)
+card.register(V100Table)(v100_card)
 
 
 @card.register
@@ -125,6 +131,36 @@ def machine_card(machine: Machine) -> Card:
     )
 
 
+@card.register
+def benchmark_card(sweep: Benchmark) -> Card:
+    """A sweep: tokens a second as bars."""
+    best = max((row.tokens_per_sec for row in sweep.rows if row.tokens_per_sec == row.tokens_per_sec), default=1.0)
+    rows = tuple(
+        (
+            str(row.batch_size),
+            f"{row.input_length}, {row.output_length}",
+            row.cells["tokens_per_sec"],
+            row.cells["latency(ms)"],
+            bar(row.tokens_per_sec / best) if row.tokens_per_sec == row.tokens_per_sec else "",
+        )
+        for row in sweep.rows
+    )
+    return Card("Benchmark", tables=(Table((" batch", "in, out", " tokens/s", " latency ms", ""), rows),))
+
+
+@card.register
+def duel_card(duel: Duel) -> Card:
+    """Two ways side by side: the median of each, and the ratio run by run."""
+    speeds = [
+        (who, duel.tokens / median(times)) for who, times in (("trtlab", duel.ours_s), ("transformers", duel.theirs_s))
+    ]
+    best = max(speed for _, speed in speeds)
+    rows = tuple((who, f"{speed:,.0f}", bar(speed / best)) for who, speed in speeds)
+    return Card(
+        f"{duel.ratio:.2f} times transformers' speed · {duel.what}", tables=(Table(("", " tokens/s", ""), rows),)
+    )
+
+
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -132,7 +168,8 @@ def _yes(value: bool) -> str:
 def _weights(tensors: Iterable[LazyTensor]) -> str:
     listed = list(tensors)
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in listed)
-    return f"{count(parameters)} parameters, {size(sum(t.nbytes for t in listed))} in {len(listed)} tensors, read when needed"
+    nbytes = sum(tensor.nbytes for tensor in listed)
+    return f"{count(parameters)} parameters, {size(nbytes)} in {len(listed)} tensors, read when needed"
 
 
 def _attention(config: ModelConfig) -> str:

@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: make demo, make test. They need Python 3.11 or later with venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export TRANSFORMERS_VERBOSITY ?= error
+
+.PHONY: demo test lab check venv bench clean
+
+demo: venv
+	$(BIN)/trtlab demo --output_dir build/demo_engine
+
+test: venv
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
+
+lab: venv
+	$(BIN)/jupyter lab notebooks/01_llama.ipynb
+
+check: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/convert.py
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch .venv/ready
+
+clean:
+	rm -rf .venv build

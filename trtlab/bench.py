@@ -1,0 +1,220 @@
+"""Measures a session: TensorRT-LLM's sweep over batch sizes and lengths, its [BENCHMARK] line and its csv."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from trtlab.config import SamplingParams
+from trtlab.display.card import Shown
+from trtlab.errors import ConfigError
+from trtlab.progress import progress
+from trtlab.session import Session
+
+COLUMNS = {
+    "peak_memory_gb": "gpu_peak_mem(gb)",
+    "percentile95_ms": "percentile95(ms)",
+    "percentile99_ms": "percentile99(ms)",
+    "latency_ms": "latency(ms)",
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One cell of the sweep, by the names of TensorRT-LLM's line; ``tokens_per_sec`` counts generated tokens.
+
+    ``latency_ms`` is the mean of a whole batch, prompt and answer; the percentiles are of the same runs, by sorted
+    index. ``peak_memory_gb`` is in GiB, of the GPU; 0 on a CPU. A cell that ran out of memory holds NaN.
+    """
+
+    model_name: str
+    world_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    precision: str
+    batch_size: int
+    input_length: int
+    output_length: int
+    peak_memory_gb: float
+    tokens_per_sec: float
+    percentile95_ms: float
+    percentile99_ms: float
+    latency_ms: float
+    compute_cap: str
+
+    @property
+    def line(self) -> str:
+        """``[BENCHMARK] model_name ... world_size ...``; OOM stands for what was not measured."""
+        return " ".join(["[BENCHMARK]", *(f"{name} {value}" for name, value in self.cells.items())])
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Column to text, as in the line and the csv."""
+        return {COLUMNS.get(f.name, f.name): _cell(getattr(self, f.name)) for f in fields(self)}
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "OOM" if math.isnan(value) else f"{value:.3f}".rstrip("0").rstrip(".")
+    return str(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Benchmark(Shown):
+    """The rows of one sweep, in its order."""
+
+    rows: tuple[BenchmarkRow, ...]
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the rows under TensorRT-LLM's column names; gives the path."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0].cells) if self.rows else [])
+            writer.writeheader()
+            writer.writerows(row.cells for row in self.rows)
+        return Path(path)
+
+
+def benchmark(
+    session: Session,
+    batch_size: Sequence[int] = (1, 8),
+    input_output_len: Sequence[tuple[int, int]] = ((128, 32),),
+    warm_up: int = 1,
+    num_runs: int = 5,
+) -> Benchmark:
+    """Time every batch size with every (input, output) length in tokens; random prompts, greedy, no early end.
+
+    Raises ConfigError for a cell beyond the engine's bounds, before anything is measured.
+    """
+    if num_runs < 1 or warm_up < 0:
+        raise ConfigError("num_runs must be at least 1 and warm_up at least 0", got=(num_runs, warm_up))
+    build = session.engine.build_config
+    cells = list(itertools.product(input_output_len, batch_size))
+    for (inputs, outputs), batch in cells:
+        if batch > build.max_batch_size or inputs > build.max_input_len or inputs + outputs > build.seq_len:
+            raise ConfigError(
+                f"batch {batch} of {inputs} + {outputs} tokens is beyond the engine's bounds",
+                expected=f"batch up to {build.max_batch_size}, input up to {build.max_input_len}, "
+                f"both lengths up to {build.seq_len}",
+                remedy="build with larger bounds",
+            )
+    rows = []
+    with progress("benchmark", len(cells) * (warm_up + num_runs), unit="run") as bar:
+        for (inputs, outputs), batch in cells:
+            rows.append(_measure(session, batch, inputs, outputs, warm_up, num_runs, bar))
+    return Benchmark(tuple(rows))
+
+
+def random_prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
+    """The same prompts at every call: ``batch`` lists of ``length`` ids."""
+    generator = random.Random(0)
+    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(batch)]
+
+
+def _measure(
+    session: Session, batch: int, inputs: int, outputs: int, warm_up: int, num_runs: int, bar: Any
+) -> BenchmarkRow:
+    config = session.engine.config
+    prompts = random_prompts(config.vocab_size, batch, inputs)
+    params = SamplingParams(max_new_tokens=outputs, ignore_eos=True)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    try:
+        for run in range(warm_up + num_runs):
+            seconds = timed(lambda: session.generate(prompts, params))
+            bar.update(1)
+            if run >= warm_up:
+                times.append(seconds)
+    except torch.cuda.OutOfMemoryError:
+        times = []
+    ordered = sorted(times)
+    mean = sum(times) / len(times) if times else math.nan
+    return BenchmarkRow(
+        model_name=config.architecture,
+        world_size=len(session.engine.mapping.ranks),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        precision=config.dtype if on_gpu else "float32",
+        batch_size=batch,
+        input_length=inputs,
+        output_length=outputs,
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        tokens_per_sec=batch * outputs / mean,
+        percentile95_ms=_percentile(ordered, 0.95) * 1e3,
+        percentile99_ms=_percentile(ordered, 0.99) * 1e3,
+        latency_ms=mean * 1e3,
+        compute_cap="sm{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else "cpu",
+    )
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that a call takes, the GPU's work included."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True, repr=False)
+class Duel(Shown):
+    """Two ways to do the same, timed in turn in one run. ``ratio`` is how many times faster ours was, run by run."""
+
+    what: str
+    tokens: int
+    ours_s: tuple[float, ...]
+    theirs_s: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The median over the runs of theirs / ours."""
+        return median(theirs / ours for ours, theirs in zip(self.ours_s, self.theirs_s, strict=True))
+
+
+def against_transformers(
+    session: Session, model: Any, batch_size: int = 1, lengths: tuple[int, int] = (32, 64), num_runs: int = 5
+) -> Duel:
+    """Greedy generation here and by ``transformers.generate`` on the same prompts, one after the other, run by run.
+
+    ``model`` is the same model loaded by transformers; ``lengths`` are (input, output) tokens. The first round warms
+    both up and is not counted.
+    """
+    inputs, outputs = lengths
+    prompts = random_prompts(session.engine.config.vocab_size, batch_size, inputs)
+    params = SamplingParams(max_new_tokens=outputs, ignore_eos=True)
+    ids = torch.tensor(prompts, device=model.device)
+    mask = torch.ones_like(ids)
+
+    def theirs() -> None:
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=outputs, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+
+    rounds = [(timed(lambda: session.generate(prompts, params)), timed(theirs)) for _ in range(num_runs + 1)]
+    return Duel(
+        f"batch {batch_size}, {inputs} tokens in, {outputs} out, greedy",
+        batch_size * outputs,
+        tuple(ours for ours, _ in rounds[1:]),
+        tuple(hf for _, hf in rounds[1:]),
+    )

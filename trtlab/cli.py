@@ -1,0 +1,145 @@
+"""The command line, thin: each command is one object call, by TensorRT-LLM's flag names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trtlab.bench import benchmark
+from trtlab.checkpoint import Checkpoint
+from trtlab.config import BuildConfig, Mapping, SamplingParams
+from trtlab.engine import Engine
+from trtlab.errors import TrtlabError
+from trtlab.machine import machine
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status. A TrtlabError is one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+    except TrtlabError as error:
+        print(f"trtlab: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
+    if options.meta_ckpt_dir:
+        checkpoint = Checkpoint.from_meta_ckpt(options.meta_ckpt_dir, options.dtype)
+    else:
+        checkpoint = Checkpoint.from_hugging_face(options.model_dir, options.dtype)
+    checkpoint.save(
+        options.output_dir,
+        Mapping(tp_size=options.tp_size, pp_size=options.pp_size),
+        options.use_parallel_embedding,
+        options.embedding_sharding_dim,
+        options.use_embedding_sharing,
+    )
+    print(checkpoint)
+
+
+def _build(options: argparse.Namespace) -> None:
+    checkpoint = Checkpoint.load(options.checkpoint_dir)
+    bounds = BuildConfig(
+        max_batch_size=options.max_batch_size,
+        max_input_len=options.max_input_len,
+        max_seq_len=options.max_seq_len,
+        max_num_tokens=options.max_num_tokens,
+        weight_streaming=options.weight_streaming,
+    )
+    engine = checkpoint.build(bounds, checkpoint.mapping)
+    engine.save(options.output_dir)
+    print(engine)
+
+
+def _run(options: argparse.Namespace) -> None:
+    with Engine.load(options.engine_dir) as engine, engine.session() as session:
+        for piece in session.stream(options.input_text, SamplingParams(max_new_tokens=options.max_output_len)):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _bench(options: argparse.Namespace) -> None:
+    lengths = [tuple(int(n) for n in pair.split(",")) for pair in options.input_output_len.split(";")]
+    if any(len(pair) != 2 for pair in lengths):
+        raise TrtlabError("--input_output_len", got=options.input_output_len, expected='pairs such as "128,32;32,128"')
+    with Engine.load(options.engine_dir) as engine, engine.session() as session:
+        sweep = benchmark(
+            session,
+            [int(n) for n in options.batch_size.split(";")],
+            [(pair[0], pair[1]) for pair in lengths],
+            options.warm_up,
+            options.num_runs,
+        )
+    for row in sweep.rows:
+        print(row.line)
+    if options.csv:
+        sweep.to_csv(options.csv)
+
+
+def _machine(options: argparse.Namespace) -> None:
+    print(machine())
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from trtlab.demo import demo
+
+    demo(Path(options.output_dir))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trtlab", description="TensorRT-LLM's workflow, as four objects")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    convert = command("convert", _convert, "a Hugging Face or Meta folder to a TensorRT-LLM checkpoint")
+    source = convert.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model_dir", help="Hugging Face folder")
+    source.add_argument("--meta_ckpt_dir", help="folder in Meta's format")
+    convert.add_argument("--output_dir", required=True)
+    convert.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    convert.add_argument("--tp_size", type=int, default=1)
+    convert.add_argument("--pp_size", type=int, default=1)
+    convert.add_argument("--use_parallel_embedding", action="store_true")
+    convert.add_argument("--embedding_sharding_dim", type=int, default=0)
+    convert.add_argument("--use_embedding_sharing", action="store_true")
+
+    build = command("build", _build, "a checkpoint to an engine")
+    build.add_argument("--checkpoint_dir", required=True)
+    build.add_argument("--output_dir", required=True)
+    build.add_argument("--max_batch_size", type=int, default=BuildConfig.max_batch_size)
+    build.add_argument("--max_input_len", type=int, default=BuildConfig.max_input_len)
+    build.add_argument("--max_seq_len", type=int, default=None)
+    build.add_argument("--max_num_tokens", type=int, default=BuildConfig.max_num_tokens)
+    build.add_argument("--weight_streaming", action="store_true")
+
+    run = command("run", _run, "generate text with an engine")
+    run.add_argument("--engine_dir", required=True)
+    run.add_argument("--input_text", required=True)
+    run.add_argument("--max_output_len", type=int, default=32)
+
+    bench = command("bench", _bench, "time an engine over batch sizes and lengths")
+    bench.add_argument("--engine_dir", required=True)
+    bench.add_argument("--batch_size", default="1;8")
+    bench.add_argument("--input_output_len", default="128,32")
+    bench.add_argument("--warm_up", type=int, default=1)
+    bench.add_argument("--num_runs", type=int, default=5)
+    bench.add_argument("--csv", help="also write the rows here")
+
+    demo = command("demo", _demo, "the LLaMA recipe in the terminal")
+    demo.add_argument("--output_dir", default="demo_engine")
+
+    command("machine", _machine, "what this machine has, and what follows for plans")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
