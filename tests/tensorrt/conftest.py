@@ -16,9 +16,6 @@ from trtlab.tensorrt.interpreter import Network
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
 
-# Two threads on a busy machine wait for each other longer than these small tensors take to compute.
-torch.set_num_threads(1)
-
 
 class ByHand:
     """TensorRT's own calls with a little less writing; the meaning of each layer stays TensorRT's."""

@@ -58,6 +58,7 @@ def build_plan(
     """
     resolved = build.resolve(config)
     check_targets(library(), resolved)
+    check_heads(config, resolved)
     return compile_plan(emit(config, resolved, mapping, rank, weights), stream, timing_cache=timing_cache)
 
 
@@ -116,6 +117,16 @@ def check_targets(found: Library, build: BuildConfig) -> tuple[Capability, ...]:
             names = ", ".join(f"{major}.{minor}" for major, minor in found.targets)
             raise EngineError(f"a plan cannot be pinned to compute capability {target[0]}.{target[1]}", expected=names)
     return targets
+
+
+def check_heads(config: ModelConfig, build: BuildConfig) -> None:
+    """Refuse heads that TensorRT's low-precision attention cannot tile; it says so only in the middle of a build."""
+    if build.dtype != "float32" and config.head_size % 8:
+        raise EngineError(
+            f"TensorRT builds no {build.dtype} attention with heads of {config.head_size}",
+            expected="a head_size that 8 divides",
+            remedy='build with dtype="float32", or plan=False',
+        )
 
 
 def capability(text: str) -> Capability:
