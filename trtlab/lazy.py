@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,7 +120,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one ``torch.save`` file, loaded as data alone and memory-mapped; one file is kept open at a time.
+    """The tensors of one ``torch.save`` file, loaded as data alone; it stays mapped, its pages are read when used.
 
     Raises CheckpointError when the file is missing or damaged, or when its pickle would run code.
     """
@@ -128,15 +128,15 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
     stamp = _stamp(path)
     return {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(_from_pickle, path, stamp, name))
-        for name, value in _load_pickle(path, stamp).items()
+        name: LazyTensor(tuple(value.shape), value.dtype, partial(_mapped, path, stamp, value))
+        for name, value in _load_pickle(path).items()
         if isinstance(value, Tensor)
     }
 
 
-def _from_pickle(path: Path, stamp: Stamp, name: str) -> Tensor:
+def _mapped(path: Path, stamp: Stamp, value: Tensor) -> Tensor:
     _require_unchanged(path, stamp)
-    return _load_pickle(path, stamp)[name]
+    return value
 
 
 Stamp = tuple[int, int, int]
@@ -153,8 +153,7 @@ def _require_unchanged(path: Path, stamp: Stamp) -> None:
         raise CheckpointError(f"{path} has changed since it was opened", remedy="open its folder again")
 
 
-@lru_cache(maxsize=1)
-def _load_pickle(path: Path, stamp: Stamp) -> dict[str, Tensor]:
+def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

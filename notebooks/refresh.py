@@ -1,0 +1,53 @@
+"""Executes the notebooks and writes them back fit for comparison: ``python notebooks/refresh.py [names]``.
+
+No widget state, no timing, no machine's paths; a notebook above 60 KB, or with a cell that was not executed, is refused,
+because nbval compares nothing in such a cell.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401 - sets the environment that the kernel inherits
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+LIMIT_KB = 60
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def refresh(path: Path) -> None:
+    """Run one notebook from its own folder and write its outputs back."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(HERE)}}
+    )
+    client.execute()
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
+    text = nbformat.writes(notebook) + "\n"
+    check(path, notebook, text)
+    path.write_text(text, encoding="utf-8")
+    print(f"{path.name}: {len(text) / 1024:.0f} KB")
+
+
+def check(path: Path, notebook: nbformat.NotebookNode, text: str) -> None:
+    """SystemExit when the notebook would be too large, or holds a cell that nbval could not compare."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    skipped = [cell for cell in code if cell.execution_count is None]
+    if skipped:
+        raise SystemExit(f"{path.name}: not executed: {skipped[0].source[:60]!r}")
+    if len(text) > LIMIT_KB * 1024:
+        raise SystemExit(f"{path.name}: {len(text) / 1024:.0f} KB, at most {LIMIT_KB}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or sorted(p.name for p in HERE.glob("[0-9]*.ipynb")):
+        refresh(HERE / name)
