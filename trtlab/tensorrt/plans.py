@@ -1,0 +1,119 @@
+"""The plans of an engine, one a rank: built to files, saved with the engine, and checked when they are opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Mapping as MappingOf
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.errors import EngineError, TrtlabError
+from trtlab.lazy import LazyTensor
+from trtlab.tensorrt.library import library
+from trtlab.tensorrt.plan import PlanRecord, build_plan
+
+BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(folder, plan=False) to run the weights"
+
+
+def plan_file(rank: int) -> str:
+    """The file name of one rank's plan."""
+    return f"rank{rank}.engine"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Records and files, in rank order. ``scratch`` is the temporary folder of plans that were not saved yet."""
+
+    records: tuple[PlanRecord, ...]
+    files: tuple[Path, ...]
+    scratch: TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def build(
+        cls, config: ModelConfig, build: BuildConfig, mapping: Mapping, ranks: Sequence[MappingOf[str, LazyTensor]]
+    ) -> Plans:
+        """Compile every rank, one after the other; an error or an interrupt leaves nothing behind."""
+        library()  # says what is missing before a weight is read
+        scratch = TemporaryDirectory(prefix="trtlab-plan-")
+        try:
+            records, files = [], []
+            for rank, tensors in enumerate(ranks):
+                path = Path(scratch.name) / plan_file(rank)
+                with path.open("wb") as stream:
+                    weights = {name: tensor.read() for name, tensor in tensors.items()}
+                    records.append(build_plan(config, build, mapping, rank, weights, stream))
+                files.append(path)
+        except BaseException:
+            scratch.cleanup()
+            raise
+        return cls(tuple(records), tuple(files), scratch)
+
+    @classmethod
+    def load(cls, folder: Path, records: Sequence[MappingOf[str, Any]]) -> Plans:
+        """Open the plans of an engine folder; EngineError when one is missing, damaged or of another TensorRT."""
+        plans = cls(tuple(_record(raw) for raw in records), tuple(folder / plan_file(r) for r in range(len(records))))
+        for record, path in zip(plans.records, plans.files, strict=True):
+            _check_file(record, path)
+        _check_library(plans.records[0])
+        return plans
+
+    def save(self, folder: Path) -> None:
+        """Copy the plans into a folder."""
+        for path in self.files:
+            shutil.copyfile(path, folder / path.name)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The records as config.json keeps them."""
+        return [dataclasses.asdict(record) for record in self.records]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all plans."""
+        return sum(record.plan_bytes for record in self.records)
+
+    def close(self) -> None:
+        """Delete plans that were never saved."""
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+def _record(raw: MappingOf[str, Any]) -> PlanRecord:
+    known = {field.name for field in dataclasses.fields(PlanRecord)}
+    if set(raw) != known:
+        raise EngineError("config.json describes its plan in another way", remedy="build the engine again")
+    return PlanRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+
+
+def _check_file(record: PlanRecord, path: Path) -> None:
+    if not path.is_file():
+        raise EngineError(f"{path.name} is missing", remedy="copy the engine folder again, or build again")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != record.digest:
+        raise EngineError(
+            f"{path.name} is damaged: its digest is not the build's",
+            got=f"{path.stat().st_size} bytes",
+            expected=f"{record.plan_bytes} bytes",
+            remedy="copy the engine folder again, or build again",
+        )
+
+
+def _check_library(record: PlanRecord) -> None:
+    """A plan opens in the very TensorRT that built it; where there is none, only its weights can run anyway."""
+    try:
+        found = library()
+    except TrtlabError:
+        return
+    if (record.flavour, record.version) != (found.flavour, found.version):
+        raise EngineError(
+            "the plan was built by another TensorRT",
+            got=f"{record.flavour} {record.version}",
+            expected=f"{found.flavour} {found.version}",
+            remedy=BUILD_AGAIN,
+        )
