@@ -35,6 +35,8 @@ def test_the_table_adds_up(small, bounds, weights_of):
     config = small.replace(dtype="bfloat16")
     weights = weights_of(config)
     rows = emit(config, bounds, Mapping(), 0, weights).table(batch=2, tokens=5)
+    assert rows.weight_bytes > sum(tensor.nbytes for tensor in weights.values())  # the rotary tables come on top
+    assert rows.mix["matrix_multiply"] == 1 + 5 * config.num_hidden_layers
     own = {row.name: row.weight_bytes for row in rows if row.name in weights}
     assert own == {name: tensor.nbytes for name, tensor in weights.items()}
     linears = [w for name, w in weights.items() if w.dim() == 2 and "vocab" not in name and "lm_head" not in name]

@@ -17,6 +17,8 @@ from trtlab.tensorrt.library import NAMES, NAMES_FOR_RTX, Library, check_names, 
 from trtlab.tensorrt.ops import ACTIVATIONS
 from trtlab.tensorrt.readback import PARAMETERS
 
+bundled = pytest.mark.skipif(library().source != finder.BINDINGS, reason="TensorRT is not from the PyPI wheels")
+
 
 def rtx() -> Library:
     return Library(library().trt, "tensorrt_rtx", "1.7.1", "tensorrt_rtx")
@@ -93,6 +95,41 @@ def test_without_tensorrt_one_error_names_the_feature_and_the_install_line(monke
     library.cache_clear()
     try:
         with pytest.raises(MissingDependency, match=r"needs TensorRT; pip install"):
+            library()
+    finally:
+        library.cache_clear()
+
+
+def test_a_tensorrt_that_does_not_load_is_passed_over_and_named(monkeypatch):
+    real = importlib.import_module
+    broken = importlib.util.find_spec("json")
+
+    def find(name, *args):
+        return broken if name == "tensorrt" else None
+
+    def load(name, *args):
+        if name == "tensorrt":
+            raise ImportError("libnvinfer.so.11: cannot open shared object file")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(importlib, "import_module", load)
+    library.cache_clear()
+    try:
+        with pytest.raises(MissingDependency, match=r"tensorrt does not load: libnvinfer.*pip install"):
+            library()
+    finally:
+        library.cache_clear()
+
+
+@bundled
+def test_bindings_and_libraries_of_two_releases_are_refused(monkeypatch):
+    release = finder.load_shared_libraries()
+    assert library().version.startswith(release)
+    monkeypatch.setattr(finder, "load_shared_libraries", lambda: "1.5.0")
+    library.cache_clear()
+    try:
+        with pytest.raises(EngineError, match=r"bindings are .* and its libraries 1\.5\.0"):
             library()
     finally:
         library.cache_clear()

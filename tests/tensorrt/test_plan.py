@@ -12,6 +12,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 import trtlab.tensorrt.plan as plan_module
 from trtlab.config import Mapping
@@ -155,6 +156,12 @@ def test_heads_that_cannot_be_tiled_are_refused_before_the_wait(small, bounds, w
     with pytest.raises(EngineError, match="no bfloat16 attention with heads of 12; expected a head_size"):
         build(odd, bounds, weights_of(odd))
     assert build(odd, bounds, weights_of(odd), dtype="float32")[0].plan_bytes > 0
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_the_wait(small, bounds):
+    huge = {"lm_head.weight": torch.empty(1 << 40, device="meta")}
+    with pytest.raises(EngineError, match=r"does not fit this machine's memory.*expected about 10649\.6 GiB"):
+        build(small, bounds, huge)
 
 
 def test_what_tensorrt_refuses_says_why(small, bounds, weights_of):

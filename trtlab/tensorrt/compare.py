@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from trtlab.config import Mapping, ModelConfig
+from trtlab.display.card import Shown
 from trtlab.errors import EngineError, RequestError
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
@@ -37,8 +38,8 @@ class Difference:
     relative: float  # ||difference|| / ||torch's||
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """All differences in the order in which they were computed; ``same_token`` says for each step if top-1 agrees."""
 
     differences: tuple[Difference, ...]

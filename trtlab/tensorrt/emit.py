@@ -14,7 +14,7 @@ from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import BATCH, TOKENS, WANTED, Binding, Bindings, bindings
-from trtlab.tensorrt.interpreter import LayerRow, Network
+from trtlab.tensorrt.interpreter import LayerTable, Network
 from trtlab.tensorrt.library import Library, library
 from trtlab.tensorrt.log import log
 from trtlab.tensorrt.ops import TensorRTOps
@@ -41,7 +41,7 @@ class Emission:
         """The network read back, to walk through and to run."""
         return Network.read(self.library.trt, self.network, self.constants)
 
-    def table(self, *, batch: int = 1, tokens: int = 1) -> tuple[LayerRow, ...]:
+    def table(self, *, batch: int = 1, tokens: int = 1) -> LayerTable:
         """One row a layer, in order: name, kind, precision, shape, weight bytes, and FLOPs for so many tokens.
 
         Each row of the batch asks for the logits of one token. Only shapes are computed.

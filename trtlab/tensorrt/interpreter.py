@@ -6,12 +6,14 @@ What it runs is what TensorRT compiles: every layer is read back from the ``INet
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from trtlab.display.card import Shown
 from trtlab.errors import EngineError
 from trtlab.parallel.comm import Comm
 from trtlab.tensorrt import dtypes, kernels
@@ -30,8 +32,39 @@ class LayerRow:
     flops: int
 
 
-@dataclass(frozen=True)
-class Network:
+@dataclass(frozen=True, repr=False)
+class LayerTable(Shown):
+    """The rows of a network's layers, in the order in which they run; a sequence."""
+
+    rows: tuple[LayerRow, ...]
+
+    def __iter__(self) -> Iterator[LayerRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LayerRow:
+        return self.rows[index]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(row.weight_bytes for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Arithmetic of one run."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def mix(self) -> dict[str, int]:
+        """How many layers there are of each kind, the most frequent first."""
+        return dict(Counter(row.kind for row in self.rows).most_common())
+
+
+@dataclass(frozen=True, repr=False)
+class Network(Shown):
     """The layers of a network in the order in which they run, with its inputs and outputs."""
 
     layers: tuple[Layer, ...]
@@ -99,7 +132,7 @@ class Network:
                 if last[name] == i:
                     tensors.pop(name, None)
 
-    def table(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerRow, ...]:
+    def table(self, shapes: Mapping[str, tuple[int, ...]]) -> LayerTable:
         """One row a layer for inputs of the given shapes; only shapes are computed, no numbers."""
         meta = Network(tuple(on_meta(layer) for layer in self.layers), self.inputs, self.outputs)
         inputs = {t.name: empty(t, shapes.get(t.name, t.shape)) for t in self.inputs}
@@ -112,7 +145,7 @@ class Network:
             rows.append(
                 LayerRow(layer.name, layer.kind, layer.precision, tuple(result.shape), layer.weight_bytes, work)
             )
-        return tuple(rows)
+        return LayerTable(tuple(rows))
 
     def tensor_name(self, name: str) -> str:
         """The tensor that a name stands for: an input, a tensor, or what a layer of that name writes."""

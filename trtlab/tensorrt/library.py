@@ -133,7 +133,7 @@ class Library:
         if self.flavour == "tensorrt_rtx":
             return Verdict(True, f"{self.title} compiles on a CPU; no GPU is needed")
         if gpu is None:
-            return Verdict(False, f"{self.title} compiles on the GPU it compiles for; {INSTALL.split(' (')[0]}")
+            return Verdict(False, f"{self.title} compiles on the GPU it compiles for; TensorRT for RTX needs none")
         return self.runs_on(gpu)
 
     def runs_on(self, gpu: Capability, dtypes: Iterable[str] = ()) -> Verdict:
@@ -156,37 +156,45 @@ class Library:
 def library() -> Library:
     """The TensorRT of this environment: ``tensorrt``, else ``tensorrt_rtx``, else the two wheels from PyPI.
 
-    Raises MissingDependency if there is none, EngineError if it is older than the attention layer this package emits.
+    Raises MissingDependency if there is none, EngineError if it is older than the attention layer this package emits
+    or if bindings and libraries are not of one release.
     """
+    failures = []
     for source in ("tensorrt", "tensorrt_rtx", BINDINGS):
         if importlib.util.find_spec(source) is None:
             continue
-        if source == BINDINGS and not load_shared_libraries():
+        try:
+            release = load_shared_libraries() if source == BINDINGS else ""
+            module = importlib.import_module(source)
+        except (ImportError, OSError) as error:  # installed, but its shared libraries are not to be found
+            failures.append(f"{source} does not load: {error}")
             continue
-        module = importlib.import_module(source)
         flavour = "tensorrt" if source == "tensorrt" else "tensorrt_rtx"
         found = Library(trt=module, flavour=flavour, version=str(module.__version__), source=source)
+        if not found.version.startswith(release):
+            raise EngineError(f"TensorRT's bindings are {found.version} and its libraries {release}", remedy=INSTALL)
         check_names(found)
         return found
-    raise MissingDependency("building, reading or running a TensorRT plan needs TensorRT", remedy=INSTALL)
+    what = "building, reading or running a TensorRT plan needs TensorRT"
+    raise MissingDependency(what, got="; ".join(failures) or None, remedy=INSTALL)
 
 
-def load_shared_libraries() -> bool:
-    """Load TensorRT for RTX's libraries from the wheel that bundles them; the bindings find them by their names."""
+def load_shared_libraries() -> str:
+    """Load TensorRT for RTX's libraries from the wheel that bundles them, where the bindings find them; gives their
+    release. ImportError when the wheel is missing, OSError when one does not load."""
     spec = importlib.util.find_spec(LIBRARIES)
     if spec is None or not spec.submodule_search_locations:
-        return False
+        raise ImportError(f"{LIBRARIES} is not installed")
     folder = Path(spec.submodule_search_locations[0])
+    release = ""
     # The order is that of dependence: the parser needs the builder, which needs the CUDA runtime.
-    for pattern in ("libcudart.so.*", "libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"):
-        path = min(folder.glob(pattern), default=None)
+    for stem in ("libcudart.so.", "libtensorrt_rtx.so.", "libtensorrt_onnxparser_rtx.so."):
+        path = min(folder.glob(f"{stem}*"), default=None)
         if path is None:
-            return False
-        try:
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise MissingDependency(f"TensorRT's {path.name} does not load: {error}", remedy=INSTALL) from error
-    return True
+            raise ImportError(f"{LIBRARIES} has no {stem}*")
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        release = path.name.removeprefix(stem)
+    return release
 
 
 def check_names(found: Library) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,7 @@ class Log:
 
     def __init__(self, trt: Any) -> None:
         self.listeners: list[Listener] = []
+        self._turn = threading.Lock()
         severity = trt.ILogger.Severity
         self.levels = {
             severity.INTERNAL_ERROR: logging.ERROR,
@@ -39,12 +41,16 @@ class Log:
 
     @contextmanager
     def heard_by(self, listener: Listener) -> Iterator[None]:
-        """Send every message to ``listener`` as well, for the length of a with block."""
-        self.listeners.append(listener)
-        try:
-            yield
-        finally:
-            self.listeners.remove(listener)
+        """Send every message to ``listener`` as well, for the length of a with block.
+
+        A second thread waits for its turn: TensorRT does not say which build a message comes from.
+        """
+        with self._turn:
+            self.listeners.append(listener)
+            try:
+                yield
+            finally:
+                self.listeners.remove(listener)
 
 
 @cache

@@ -64,6 +64,8 @@ class PlanRunner:
                     kind, count = dtypes.to_torch(binding.dtype), torch.Size(binding.sized(largest)).numel()
                     self._buffers[profile.name, binding.name] = torch.empty(count, dtype=kind, device=device)
         self._stream.synchronize()
+        # Streamed weights are copied while the plan runs, which a graph would not repeat.
+        self._may_capture = not build.weight_streaming
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_key: object = None
 
@@ -81,7 +83,7 @@ class PlanRunner:
             else:
                 self._bind(profile, bound, result)
                 self._enqueue(profile)
-                if profile == "generation":
+                if profile == "generation" and self._may_capture:
                     self._capture(key)
             copy = result.clone()  # the buffer is written again by the next run
         self._stream.synchronize()

@@ -91,7 +91,7 @@ def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
         thread.start()
         while thread.is_alive():
             try:
-                thread.join(0.1)
+                thread.join(0.05)
                 bar.total, bar.n = watch.total, watch.steps
                 if time.monotonic() - started > PATIENCE_S:
                     bar.refresh()
