@@ -121,7 +121,7 @@ def margins(loaded: Loaded, prompt: str, max_new_tokens: int = 64) -> list[float
 
 
 def report(folder: Path, parts: Iterable[str] = (), device: str = "cpu", *, full: bool = False) -> None:
-    """Print the figures of ``parts`` (default: all); ``full`` takes more samples and the passkeys up to 8,192 tokens."""
+    """Print the figures of ``parts`` (default: all); ``full`` takes more samples, and passkeys up to 8,192 tokens."""
     loaded = load(folder, device)
     for part in parts or PARTS:
         PARTS[part](loaded, full)
@@ -166,10 +166,13 @@ def _report_margins(loaded: Loaded, full: bool) -> None:
 
 
 def _report_passkeys(loaded: Loaded, full: bool) -> None:
+    keys = range(4 if full else 1)  # of each cell; no two cells share one
     for length in LENGTHS if full else LENGTHS[:3]:
-        row = [[passkey_found(loaded, length, depth, seed) for seed in range(4 if full else 1)] for depth in DEPTHS]
-        cells = " ".join(f"{sum(cell)}/{len(cell)}" for cell in row)
-        print(f"passkey {length:5d} tokens, depth 0 to 1: {cells}", flush=True)
+        cells = []
+        for place, depth in enumerate(DEPTHS):
+            found = sum(passkey_found(loaded, length, depth, length * 100 + place * 4 + key) for key in keys)
+            cells.append(f"{found}/{len(keys)}")
+        print(f"passkey {length:5d} tokens, depth 0 to 1: {' '.join(cells)}", flush=True)
 
 
 PARTS: dict[str, Callable[[Loaded, bool], None]] = {

@@ -43,7 +43,6 @@ class Recipe:
     minutes: float = 9.0
     lengths: tuple[int, ...] = LENGTHS
     outlier_gain: float = OUTLIER_GAIN
-    compile: bool = False
 
 
 def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
@@ -56,13 +55,12 @@ def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
         torch.manual_seed(recipe.seed)
         model = new_model(recipe.outlier_gain).to(device)
         optimizer = _optimizer(model, recipe)
-        run = torch.compile(model) if recipe.compile else model
         start = time.perf_counter()
         seen, mark, marked = 0, start, 0
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            loss = _loss(run, batch, device)
+            loss = _loss(model, batch, device)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -192,8 +190,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS)
     parser.add_argument("--workers", type=int, default=Recipe.workers)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="stop after so long, whatever the steps")
-    parser.add_argument("--outlier-gain", type=float, default=Recipe.outlier_gain)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--outlier-gain", type=float, default=Recipe.outlier_gain, help="1 trains without outliers")
     parser.add_argument("--evaluate", choices=("none", "quick", "full"), default="full")
     arguments = vars(parser.parse_args())
     output, device, how = arguments.pop("output"), arguments.pop("device"), arguments.pop("evaluate")
