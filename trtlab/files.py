@@ -24,7 +24,8 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
     """A new folder to fill, which takes the place of ``folder`` in one step when the block ends without an error.
 
     An existing folder is replaced only when it is empty, or when every name in it satisfies ``ours`` and its
-    config.json has the key ``marker``; otherwise ``error`` is raised before anything is written. After an exception (a full disk, an interrupt) the old folder is as it was.
+    config.json has the key ``marker``; otherwise ``error`` is raised before anything is written. After an exception
+    (a full disk, an interrupt) the old folder is as it was.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
     foreign = _foreign(folder, ours, marker)

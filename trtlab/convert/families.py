@@ -32,14 +32,16 @@ _COMMON = {
     "sliding_window": None,
 }
 
+_SWITCHED_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "LlamaForCausalLM": Family(
             {**_COMMON, "num_key_value_heads": None, "max_position_embeddings": 2048}, mlp_bias=True
         ),
         "MistralForCausalLM": Family({**_COMMON, "sliding_window": 4096}, attn_bias=False),
-        "Qwen2ForCausalLM": Family({**_COMMON, "use_sliding_window": False}, attn_bias=True),
-        "Qwen3ForCausalLM": Family({**_COMMON, "use_sliding_window": False, "head_dim": 128}, qk_layernorm=True),
+        "Qwen2ForCausalLM": Family({**_COMMON, **_SWITCHED_WINDOW}, attn_bias=True),
+        "Qwen3ForCausalLM": Family({**_COMMON, **_SWITCHED_WINDOW, "head_dim": 128}, qk_layernorm=True),
     }
 )
 

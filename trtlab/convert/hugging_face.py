@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
-from trtlab.convert.check import check_floating, check_tensors
+from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES, HUGGING_FACE_NAMES, Family, source_shapes
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, cat, open_pickle, open_safetensors
+from trtlab.ops.torch import ACTIVATIONS
 
 HANDLED_KEYS = frozenset(
     """
@@ -39,8 +40,24 @@ ROPE_KEYS = frozenset(
     beta_fast beta_slow attention_factor mscale mscale_all_dim truncate partial_rotary_factor
     """.split()
 )
+KINDS = {
+    "a whole number of at least 1": "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim intermediate_size max_position_embeddings sliding_window",
+    "a positive number": "rms_norm_eps rope_theta partial_rotary_factor",
+    "true or false": "tie_word_embeddings attention_bias mlp_bias use_sliding_window",
+    "a text": "hidden_act dtype torch_dtype",
+    "a list of texts": "architectures layer_types",
+    "an object": "rope_scaling rope_parameters quantization_config",
+}
+ROPE_KINDS = {
+    "a whole number of at least 1": "original_max_position_embeddings",
+    "a positive number": "rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor "
+    "partial_rotary_factor",
+    "a number": "mscale mscale_all_dim",
+    "true or false": "truncate",
+    "a text": "rope_type type",
+}
 NO_SCALING = ("default", None)
-KNOWN_SCALINGS = ("linear", "llama3", "yarn")
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old folders store the rotary frequencies; Hugging Face ignores them
 
 
@@ -49,12 +66,22 @@ def read_hugging_face(model_dir: Path, dtype: str = "auto") -> tuple[ModelConfig
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is not a folder", remedy="give a folder with config.json and safetensors")
     raw = read_json(model_dir / "config.json", remedy="give a folder that save_pretrained() wrote")
+    config = read_config(raw, "float32")  # what the config forbids is said before the weights are opened
     found = {name: t for name, t in _find_tensors(model_dir).items() if not BUFFERS.search(name)}
     check_floating(model_dir.name, found.items())
-    config = read_config(raw, _choose_dtype(raw, dtype, found))
-    if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+    config = config.replace(dtype=_choose_dtype(raw, dtype, found))
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        if _head_differs(found):
+            config = config.replace(tie_word_embeddings=False)
+        else:
+            del found["lm_head.weight"]
     return config, _rename(model_dir.name, config, found)
+
+
+def _head_differs(found: Mapping[str, LazyTensor]) -> bool:
+    """Whether a folder that calls itself tied holds two different tables; transformers 5 then uses both, as we do."""
+    table, head = found.get("model.embed_tokens.weight"), found["lm_head.weight"]
+    return table is not None and (table.shape != head.shape or not torch.equal(table.read(), head.read()))
 
 
 def _choose_dtype(raw: Mapping[str, Any], dtype: str, found: Mapping[str, LazyTensor]) -> str:
@@ -62,14 +89,15 @@ def _choose_dtype(raw: Mapping[str, Any], dtype: str, found: Mapping[str, LazyTe
     if dtype != "auto":
         torch_dtype(dtype)
         return dtype
-    named = raw.get("dtype") or raw.get("torch_dtype")
+    named: str | None = raw.get("dtype") or raw.get("torch_dtype")
     if named in DTYPES:
-        return str(named)
+        return named
     stored = next(iter(found.values())).dtype if found else torch.float32
     return next((name for name, kind in DTYPES.items() if kind == stored), "float32")
 
 
 def _rename(where: str, config: ModelConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    check_layers(where, config.num_hidden_layers, len(found))
     sources = HUGGING_FACE_NAMES.sources(config)
     shapes = {
         theirs: shape
@@ -85,11 +113,14 @@ def _find_tensors(model_dir: Path) -> dict[str, LazyTensor]:
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_pickle)):
         index = model_dir / f"{stem}.index.json"
         if index.is_file():
-            where = read_json(index, remedy="copy the folder again", known=("weight_map",))["weight_map"]
+            where = _read_index(index)
             shards = {file: opener(model_dir / file) for file in sorted(set(where.values()))}
             absent = [name for name, file in where.items() if name not in shards[file]]
             if absent:
-                raise CheckpointError(f"{index.name} lists tensors that its shards lack: {', '.join(absent[:5])}")
+                raise CheckpointError(
+                    f"{index.name} lists tensors that its shards lack: {', '.join(absent[:5])}",
+                    remedy="copy the folder again",
+                )
             return {name: shards[file][name] for name, file in where.items()}
         if (model_dir / stem).is_file():
             return opener(model_dir / stem)
@@ -100,19 +131,28 @@ def _find_tensors(model_dir: Path) -> dict[str, LazyTensor]:
     )
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor; shards lie in the folder itself."""
+    where = read_json(index, remedy="copy the folder again", known=("weight_map",))["weight_map"]
+    if not isinstance(where, dict) or any(not isinstance(f, str) or Path(f).name != f for f in where.values()):
+        raise CheckpointError(f"{index.name} has no map from tensors to files", remedy="copy the folder again")
+    return where
+
+
 def read_config(raw: Mapping[str, Any], dtype: str) -> ModelConfig:
     """A ModelConfig from config.json in the spelling of transformers 4 or 5.
 
     Raises CheckpointError naming an unknown architecture, a quantized source, a missing key, or a key that would
     change the numbers and is not handled.
     """
+    check_kinds("config.json", raw, KINDS)
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise CheckpointError(
             f"unknown architecture {architecture!r}", expected=" | ".join(FAMILIES), remedy="convert one of these"
         )
     if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unnamed")
+        method = raw["quantization_config"].get("quant_method", "unnamed")
         raise CheckpointError(
             f"the folder is quantized already (quantization_config, method {method!r}), which is not supported yet",
             remedy="start from the unquantized model and use checkpoint.quantize()",
@@ -144,6 +184,10 @@ def _build_config(architecture: str, family: Family, values: Mapping[str, Any], 
     )
     if values.get("mlp_bias") and not family.mlp_bias:
         raise CheckpointError(f"mlp_bias is not a setting of {architecture}", remedy="take it out of config.json")
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"hidden_act {values['hidden_act']!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
+        )
     base, scaling = _rope(values)
     bias = bool(values["attention_bias"]) if family.attn_bias is None else family.attn_bias
     return ModelConfig(
@@ -158,7 +202,7 @@ def _build_config(architecture: str, family: Family, values: Mapping[str, Any], 
         intermediate_size=need("intermediate_size"),
         max_position_embeddings=need("max_position_embeddings"),
         hidden_act=values["hidden_act"],
-        norm_epsilon=values["rms_norm_eps"],
+        norm_epsilon=need("rms_norm_eps"),
         rotary_base=base,
         rotary_scaling=scaling,
         attn_bias=bias,
@@ -184,20 +228,26 @@ def _window(values: Mapping[str, Any]) -> int | None:
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RotaryScaling | None]:
     """Base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
-    raw: dict[str, Any] = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if new and old and new != old:
+        raise CheckpointError(
+            f"config.json has both rope_parameters {new} and rope_scaling {old}", remedy="keep the one that is meant"
+        )
+    raw: dict[str, Any] = new or old
     unknown = sorted(set(raw) - ROPE_KEYS)
     if unknown:
         raise CheckpointError(f"rotary settings that are not handled: {', '.join(unknown)}", expected=sorted(ROPE_KEYS))
+    check_kinds("config.json", raw, ROPE_KINDS)
     partial = raw.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise CheckpointError(f"partial_rotary_factor={partial} is not supported yet", expected=1.0)
-    base = float(raw.get("rope_theta", values["rope_theta"]))
+    base = raw.get("rope_theta", values["rope_theta"])
+    if base is None:
+        raise CheckpointError("config.json lacks rope_theta", remedy="copy the model's own config.json")
     kind = raw.get("rope_type", raw.get("type"))
     if kind in NO_SCALING:
-        return base, None
-    if kind not in KNOWN_SCALINGS:
-        raise CheckpointError(f"rotary scaling {kind!r} is not supported yet", expected=" | ".join(KNOWN_SCALINGS))
-    return base, _scaling(str(kind), raw, int(values["max_position_embeddings"]))
+        return float(base), None
+    return float(base), _scaling(str(kind), raw, int(values["max_position_embeddings"]))
 
 
 def _scaling(kind: str, raw: Mapping[str, Any], longest: int) -> RotaryScaling:
@@ -216,5 +266,5 @@ def _scaling(kind: str, raw: Mapping[str, Any], longest: int) -> RotaryScaling:
         attention_factor=raw.get("attention_factor"),
         mscale=raw.get("mscale"),
         mscale_all_dim=raw.get("mscale_all_dim"),
-        truncate=raw.get("truncate", True),
+        truncate=bool(raw.get("truncate", True)),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
-from trtlab.convert.check import check_floating, check_tensors
+from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import META_NAMES, source_shapes
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
@@ -21,6 +21,11 @@ PARAMS = frozenset(
     use_scaled_rope rope_scaling_factor max_seq_len max_batch_size
     """.split()
 )
+KINDS = {
+    "a whole number of at least 1": "dim n_layers n_heads n_kv_heads max_seq_len",
+    "a positive number": "norm_eps rope_theta rope_scaling_factor",
+    "true or false": "use_scaled_rope",
+}
 BUFFERS = ("rope.freqs",)
 COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards lie side by side
 # params.json of Llama 3.2 does not tell its factor of 32 from Llama 3.1's 8: these (dim, n_layers) do.
@@ -32,11 +37,13 @@ def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[st
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder with params.json and *.pth")
     params = read_json(ckpt_dir / "params.json", remedy="give Meta's own folder", known=("dim", "n_layers", "n_heads"))
+    check_kinds("params.json", params, KINDS)
     files = sorted(ckpt_dir.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"{ckpt_dir} holds no consolidated.*.pth", remedy="give Meta's own folder")
     shards = [{n: t for n, t in open_pickle(file).items() if n not in BUFFERS} for file in files]
-    found = {name: _merge(name, [shard.get(name) for shard in shards], params["dim"]) for name in shards[0]}
+    names = dict.fromkeys(name for shard in shards for name in shard)
+    found = {name: _merge(name, [shard.get(name) for shard in shards], params["dim"]) for name in names}
     check_floating(ckpt_dir.name, found.items())
     config = _read_config(params, found, dtype)
     return config, _rename(ckpt_dir.name, config, found)
@@ -56,13 +63,13 @@ def _read_config(params: Mapping[str, Any], found: Mapping[str, LazyTensor], dty
     unknown = sorted(key for key, value in params.items() if key not in PARAMS and value)
     if unknown:
         raise CheckpointError(
-            f"params.json has keys that are not handled: {', '.join(unknown)}", expected=sorted(PARAMS)
+            f"params.json has keys that are not handled: {', '.join(unknown)}", expected=" ".join(sorted(PARAMS))
         )
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if any(name not in found for name in needed):
         raise CheckpointError("these are not the weights of a LLaMA", expected=", ".join(needed))
     scaled = bool(params.get("use_scaled_rope"))
-    base = float(params.get("rope_theta", 10000.0))
+    base = float(params.get("rope_theta") or 10000.0)
     stored = next((name for name, kind in DTYPES.items() if kind == found[needed[0]].dtype), "float32")
     if dtype != "auto":
         torch_dtype(dtype)
@@ -78,7 +85,7 @@ def _read_config(params: Mapping[str, Any], found: Mapping[str, LazyTensor], dty
         head_size=params["dim"] // heads,
         intermediate_size=found[needed[1]].shape[0],
         max_position_embeddings=params.get("max_seq_len") or _context(scaled, base),
-        norm_epsilon=params.get("norm_eps", 1e-5),
+        norm_epsilon=params.get("norm_eps") or 1e-5,
         rotary_base=base,
         rotary_scaling=_scaling(params) if scaled else None,
         tie_word_embeddings="output.weight" not in found,
@@ -96,6 +103,7 @@ def _scaling(params: Mapping[str, Any]) -> RotaryScaling:
 
 
 def _rename(where: str, config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    check_layers(where, config.num_hidden_layers, len(found))
     sources = META_NAMES.sources(config)
     shapes = {
         theirs: shape

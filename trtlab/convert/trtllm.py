@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trtlab.config import Mapping, ModelConfig, RotaryScaling
-from trtlab.convert.check import check_tensors
+from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, open_safetensors
 from trtlab.model.weights import layer_name, tensor_specs
+from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
 from trtlab.version import VERSION
 
@@ -40,6 +41,40 @@ PLAIN_FIELDS = (
     "sliding_window",
 )
 REQUIRED = PLAIN_FIELDS[:8]
+KINDS = {
+    "a whole number of at least 1": "vocab_size max_position_embeddings hidden_size num_hidden_layers "
+    "num_attention_heads num_key_value_heads head_size intermediate_size sliding_window",
+    "a positive number": "norm_epsilon rotary_base",
+    "true or false": "attn_bias dense_bias mlp_bias qk_layernorm tie_word_embeddings use_parallel_embedding "
+    "share_embedding_table",
+    "a text": "architecture dtype hidden_act",
+    "a number": "embedding_sharding_dim",
+    "an object": "mapping quantization trtlab rotary_scaling moe",
+}
+SCALING_KINDS = {
+    "a whole number of at least 1": "original_max_position_embeddings",
+    "a positive number": "factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor",
+    "a number": "mscale mscale_all_dim",
+    "true or false": "truncate",
+    "a text": "rope_type type",
+}
+# What TensorRT-LLM writes besides and what it must say, because nothing else is served; and what changes no number.
+FIXED = {
+    "position_embedding_type": "rope_gpt_neox",
+    "rotary_pct": 1.0,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "output_multiplier_scale": 1.0,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+}
+NEUTRAL = frozenset(
+    """
+    logits_dtype kv_dtype producer version runtime_defaults disable_weight_only_quant_plugin use_prompt_tuning
+    has_partial_lora_mask remove_duplicated_kv_heads
+    """.split()
+)
 
 
 def rank_file(rank: int) -> str:
@@ -78,21 +113,34 @@ def _scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
 
 def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
     """The inverse of ``config_to_json``; keys that a checkpoint of TensorRT-LLM's own lacks take its defaults."""
-    written = dict(raw.get("trtlab") or {}).get("format", FORMAT)
-    if written > FORMAT:
+    missing = [key for key in REQUIRED if raw.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"config.json lacks {', '.join(missing)}", remedy="give a folder that checkpoint.save() wrote"
+        )
+    check_kinds("config.json", raw, KINDS)
+    _refuse_unknown_keys(raw)
+    written = (raw.get("trtlab") or {}).get("format", FORMAT)
+    if not isinstance(written, int) or written > FORMAT:
         raise CheckpointError(
             f"the checkpoint has format {written}; this trtlab {VERSION} reads up to {FORMAT}", remedy="upgrade trtlab"
         )
     if raw["architecture"] not in FAMILIES:
         raise CheckpointError(f"unknown architecture {raw['architecture']!r}", expected=" | ".join(FAMILIES))
-    quantization = {k: v for k, v in dict(raw.get("quantization") or {}).items() if k.endswith("_algo") and v}
+    if raw.get("hidden_act", "silu") not in ACTIVATIONS:
+        raise CheckpointError(
+            f"hidden_act {raw['hidden_act']!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
+        )
+    quantization = {k: v for k, v in (raw.get("quantization") or {}).items() if k.endswith("_algo") and v}
     if quantization:
         raise CheckpointError(
             f"a quantized checkpoint ({quantization}) is not supported yet", remedy="load the unquantized one"
         )
-    values = {name: raw[name] for name in PLAIN_FIELDS if name in raw}
+    values = {name: raw[name] for name in PLAIN_FIELDS if raw.get(name) is not None}
     config = ModelConfig(**values, rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")))
-    sizes = raw.get("mapping", {})
+    sizes = raw.get("mapping") or {}
+    if sizes.get("cp_size", 1) != 1:
+        raise CheckpointError(f"cp_size={sizes['cp_size']} is not supported yet", expected=1)
     mapping = Mapping(**{key: sizes[key] for key in ("world_size", "tp_size", "pp_size") if key in sizes})
     if config.tie_word_embeddings is False and raw.get("share_embedding_table"):
         config = config.replace(tie_word_embeddings=True)
@@ -104,11 +152,25 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
     return config, mapping, layout
 
 
+def _refuse_unknown_keys(raw: MappingOf[str, Any]) -> None:
+    known = {*" ".join(KINDS.values()).split(), *FIXED, *NEUTRAL}
+    odd = [f"{k}={v!r}" for k, v in raw.items() if k not in known and v not in (None, False, 0, {}, [], "")]
+    odd += [f"{key}={raw[key]!r}" for key, value in FIXED.items() if key in raw and raw[key] != value]
+    if (raw.get("moe") or {}).get("num_experts"):
+        odd.append(f"moe={raw['moe']!r}")
+    if odd:
+        raise CheckpointError(
+            f"config.json has keys that may change the numbers and are not handled: {', '.join(sorted(odd))}",
+            remedy="if they do not, take them out of config.json",
+        )
+
+
 def _scaling_from_json(raw: MappingOf[str, Any] | None) -> RotaryScaling | None:
     if not raw:
         return None
     fields = dict(raw)
     kind = fields.pop("rope_type", None) or fields.pop("type", None)
+    check_kinds("rotary_scaling", fields, SCALING_KINDS)
     known = {field.name for field in dataclasses.fields(RotaryScaling)}
     unknown = sorted(set(fields) - known)
     if kind is None or unknown:
@@ -136,14 +198,17 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     """
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder that checkpoint.save() wrote")
-    raw = read_json(ckpt_dir / "config.json", remedy="give a folder that checkpoint.save() wrote", known=REQUIRED)
+    raw = read_json(ckpt_dir / "config.json", remedy="give a folder that checkpoint.save() wrote")
     config, mapping, layout = config_from_json(raw)
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
     ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
+    check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks.values())))
     config = _with_dense_bias(config, ranks)
     for r, found in ranks.items():
-        check_tensors(f"{ckpt_dir.name}/{rank_file(r)}", found, rank_shapes(config, mapping, r, layout))
+        where = f"{ckpt_dir.name}/{rank_file(r)}"
+        check_tensors(where, found, rank_shapes(config, mapping, r, layout))
+        check_dtype(where, found, config.torch_dtype)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from trtlab.config import ModelConfig, RotaryScaling
-from trtlab.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     scaling = config.rotary_scaling
     if scaling is None:
         return frequencies, 1.0
-    if scaling.kind not in SCALINGS:
-        raise ConfigError("unknown rotary scaling", got=repr(scaling.kind), expected=" | ".join(SCALINGS))
     return SCALINGS[scaling.kind](config, scaling, frequencies)
 
 
@@ -48,11 +45,7 @@ def _llama3(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) ->
     """Long wavelengths are stretched, short ones kept, those between blended."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     trained = scaling.original_max_position_embeddings
-    if low is None or high is None or trained is None:
-        raise ConfigError(
-            "llama3 rotary scaling needs low_freq_factor, high_freq_factor and original_max_position_embeddings",
-            got=(low, high, trained),
-        )
+    assert low is not None and high is not None and trained is not None, "RotaryScaling asks for them"
     turns = trained * frequencies / (2 * math.pi)  # full turns over the trained length
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies, 1.0
@@ -71,7 +64,7 @@ def _yarn(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> t
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_size - 1)
-    span = high - low if high > low else 0.001
+    span = high - low or 0.001
     ramp = ((torch.arange(half, dtype=torch.float32) - low) / span).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), _yarn_factor(scaling)
 
