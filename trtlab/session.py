@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,14 +107,18 @@ class Session(Shown):
         request = self._request(prompt, params or SamplingParams())
         if self._tokenizer is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
-        return self._pieces(self._submit(request))
+        return self._pieces(request)
 
-    def _pieces(self, answer: _Answer) -> Iterator[str]:
+    def _pieces(self, request: Request) -> Iterator[str]:
+        """The request joins at the first ``next``, so that a stream which nobody reads takes no slot."""
+        answer = self._submit(request)
         try:
-            while not answer.request.done:
+            while not request.done:
                 self.step()
                 if piece := answer.take():
                     yield piece
+            if piece := answer.take():  # another call finished the request between two pieces
+                yield piece
         finally:
             self._withdraw([answer])
 
@@ -124,12 +129,10 @@ class Session(Shown):
         if not step:
             return 0
         logits = self._executor.run(StepInputs([chunk for _, chunk in step]))
-        ready = []
-        for row, (request, chunk) in enumerate(step):
-            request.past += len(chunk.token_ids)
-            if request.past == request.total:
-                ready.append(row)
+        ready = [row for row, (request, chunk) in enumerate(step) if chunk.past + len(chunk.token_ids) == request.total]
         chosen = sample(logits if len(ready) == len(step) else logits[ready], [step[row][0] for row in ready])
+        for request, chunk in step:  # only now: a step that failed is run again by whoever goes on
+            request.past += len(chunk.token_ids)
         for row, (token, logprob) in zip(ready, chosen, strict=True):
             self._accept(step[row][0], token, logprob)
         return sum(len(chunk.token_ids) for _, chunk in step)
@@ -181,10 +184,12 @@ class Session(Shown):
             )
         ids = self._checked_ids(self._ids(prompt))
         build = self.engine.build_config
-        if len(ids) + params.max_new_tokens > build.seq_len:
+        room = build.seq_len - len(ids)
+        if params.max_new_tokens > room:
+            shorter = f"lower max_new_tokens to {room}" if room else "shorten the prompt"
             raise RequestError(
                 f"prompt of {len(ids)} and max_new_tokens {params.max_new_tokens} exceed max_seq_len {build.seq_len}",
-                remedy=f"lower max_new_tokens to {build.seq_len - len(ids)}, or build with a larger max_seq_len",
+                remedy=f"{shorter}, or build with a larger max_seq_len",
             )
         if len(ids) > build.max_num_tokens and not self.config.enable_chunked_context:
             raise RequestError(
@@ -198,12 +203,17 @@ class Session(Shown):
             if not prompt:
                 raise RequestError("the prompt is empty", remedy="give at least one character")
             return self._require_tokenizer().encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self._require_tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
         return prompt  # type: ignore[return-value]
 
     def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        ids = tuple(int(token) for token in token_ids)
+        try:
+            ids = tuple(operator.index(token) for token in token_ids)
+        except TypeError as error:
+            raise RequestError(
+                f"this prompt is no sequence of token ids: {error}", remedy="give text, or a list of whole numbers"
+            ) from error
         vocab, limit = self.engine.config.vocab_size, self.engine.build_config.max_input_len
         if not ids:
             raise RequestError("the prompt is empty", remedy="give at least one token")
@@ -288,8 +298,11 @@ class _Answer:
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt: a text, ids, or a conversation, and not a list of such."""
-    return isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], (int, Mapping))
+    """Whether this is one prompt: a text, ids (a list, an array, a tensor), or a conversation; not a list of such."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        return True
+    first = prompts[0]
+    return isinstance(first, Mapping) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0)
 
 
 def open_session(engine: Engine, config: SessionConfig, backend: str, device: str | None) -> Session:

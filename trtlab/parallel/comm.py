@@ -12,6 +12,10 @@ from torch import Tensor
 from trtlab.config import Mapping
 
 
+class RankFailed(RuntimeError):
+    """Another rank failed, so that this one would wait in vain; the cause is that rank's error."""
+
+
 class Comm(Protocol):
     """What one rank may ask of the others. Every rank of a group must make the same calls in the same order."""
 
@@ -80,10 +84,10 @@ class ThreadComm:
         self._after.put(x)
 
     def receive(self) -> Tensor:
-        """Wait for the stage before; RuntimeError when a rank failed meanwhile."""
+        """Wait for the stage before; RankFailed when a rank failed meanwhile."""
         x = self._before.get()
         if x is None:
-            raise RuntimeError("another rank failed")
+            raise RankFailed("another rank failed")
         return x
 
     def abort(self) -> None:
@@ -105,9 +109,12 @@ class _Group:
 
     def exchange(self, place: int, x: Tensor) -> list[Tensor]:
         self._parts[place] = x
-        self.barrier.wait()
-        parts = [p for p in self._parts if p is not None]
-        self.barrier.wait()  # nobody overwrites a part before all have read it
+        try:
+            self.barrier.wait()
+            parts = [p for p in self._parts if p is not None]
+            self.barrier.wait()  # nobody overwrites a part before all have read it
+        except threading.BrokenBarrierError as error:
+            raise RankFailed("another rank failed") from error
         return parts
 
 

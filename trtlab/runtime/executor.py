@@ -15,7 +15,7 @@ from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
-from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
+from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TorchExecutor:
         ]
         errors = [e for f in futures if (e := f.exception()) is not None]
         if errors:
-            raise next((e for e in errors if not isinstance(e, RuntimeError)), errors[0])
+            raise next((e for e in errors if not isinstance(e, RankFailed)), errors[0])
         return futures[-self._mapping.tp_size].result()
 
     @torch.inference_mode()

@@ -45,7 +45,8 @@ def penalize(row: Tensor, seen: list[int], penalty: float) -> Tensor:
 
 def filtered_probabilities(scores: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities ``[vocab]`` after temperature, then top-k, then top-p, in Hugging Face's order."""
-    scores = scores / (1.0 if params.temperature is None else params.temperature)
+    if params.temperature is not None:
+        scores = (scores - scores.max()) / params.temperature  # shifted, so that no small temperature overflows
     if params.top_k:
         kept = min(params.top_k, scores.shape[-1])
         scores = scores.masked_fill(scores < scores.topk(kept).values[-1], -torch.inf)

@@ -13,6 +13,10 @@ class Decodes(Protocol):
         """The text of some ids."""
         ...
 
+    def is_byte(self, token: int) -> bool:
+        """Whether the id stands for a single byte, whose meaning hangs on the bytes after it."""
+        ...
+
 
 class TextStream:
     """The text of one answer as it grows; it ends before the first stop word.
@@ -37,9 +41,11 @@ class TextStream:
         self._ids.extend(tokens)
         known = self._tokenizer.decode(self._ids[self._context : self._read])
         longer = self._tokenizer.decode(self._ids[self._context :])
-        if longer.endswith("�"):
+        if longer.endswith("�") or self._tokenizer.is_byte(self._ids[-1]):
             return ""
-        self._context, self._read = self._read, len(self._ids)
+        if longer != known:  # ids without text give the next ones no context: a tokenizer may drop their first space
+            self._context = self._read
+        self._read = len(self._ids)
         return self._settle(longer[len(known) :])
 
     def finish(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trtlab.errors import RequestError
+from trtlab.files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,6 +22,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 Message = Mapping[str, str]
 
@@ -45,7 +48,13 @@ class Tokenizer:
     def _inner(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            raise RequestError(
+                f"the tokenizer in {self.folder.name} cannot be read: {error}",
+                remedy="give token ids, or copy the model's tokenizer files again",
+            ) from error
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -53,7 +62,7 @@ class Tokenizer:
         ids = {self._inner.eos_token_id}
         generation = self.folder / "generation_config.json"
         if generation.is_file():
-            listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            listed = read_json(generation, remedy="copy it again, or remove it").get("eos_token_id")
             ids |= set(listed) if isinstance(listed, list) else {listed}
         return frozenset(i for i in ids if i is not None)
 
@@ -73,5 +82,17 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
-        text: str = self._inner.decode(list(token_ids), skip_special_tokens=True)
+        text: str = self._inner.decode(
+            list(token_ids),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # what is said of one piece must not depend on the next
+        )
         return text
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the id is a byte of a tokenizer with byte fallback, as Llama 2's; byte-level ones have none."""
+        return token in self._byte_ids
+
+    @cached_property
+    def _byte_ids(self) -> frozenset[int]:
+        return frozenset(i for token, i in self._inner.get_vocab().items() if BYTE_TOKEN.fullmatch(token))
