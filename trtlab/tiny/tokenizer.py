@@ -62,6 +62,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
         "eos_token": EOS,
         "pad_token": PAD,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
