@@ -45,7 +45,7 @@ def _race(session: trtlab.Session) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(tiny.llama_dir(), dtype=torch.float32)
     ids = session.encode(QUESTION)
     ours = session.generate(ids, trtlab.SamplingParams(max_new_tokens=32, ignore_eos=True)).token_ids

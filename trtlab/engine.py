@@ -1,41 +1,61 @@
-"""The third object of the workflow: a model cut into ranks, within bounds that are fixed at build."""
+"""The third object of the workflow: a model cut into ranks within bounds fixed at build, and its TensorRT plans."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
+from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trtlab.checkpoint import Checkpoint, PathLike
 from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
-from trtlab.convert.check import check_tensors
+from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.trtllm import config_from_json, config_to_json, rank_file, rank_shapes
 from trtlab.display.card import Shown
-from trtlab.errors import EngineError
+from trtlab.errors import EngineError, MissingDependency
 from trtlab.files import read_json, replacing, write_safetensors
+from trtlab.fingerprint import fingerprint
 from trtlab.lazy import LazyTensor, open_safetensors
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
-from trtlab.runtime.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
+from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
+from trtlab.tensorrt.compare import Comparison, compare
+from trtlab.tensorrt.emit import Emission, emit
+from trtlab.tensorrt.interpreter import LayerTable, Network
+from trtlab.tensorrt.ops import TensorRTOps
+from trtlab.tensorrt.plans import Plans
 from trtlab.version import VERSION
+
+logger = logging.getLogger("trtlab")
 
 if TYPE_CHECKING:
     from trtlab.session import Session
 
 WEIGHTS = ("link", "copy", "none")
+BUILD_KINDS = {
+    "a whole number of at least 1": "max_batch_size max_input_len max_seq_len max_num_tokens tokens_per_block",
+    "a number": "optimization_level",
+    "true or false": "weight_streaming",
+    "a text": "dtype",
+    "a list of texts": "compute_capabilities notes",
+}
 
 
 @dataclass(eq=False, repr=False)
 class Engine(Shown):
-    """A model ready to run: config, bounds, and each rank's weights, still lazy.
+    """A model ready to run: config, bounds, each rank's weights, still lazy, and its plans where TensorRT built them.
 
-    ``weight_files`` are the ranks' files when they lie on disk in this layout already, so that ``save`` can link them.
-    Use it as a context manager, or call ``close()``; afterwards it is an error to use it.
+    ``plans`` is None for an engine without TensorRT plans, which runs in torch all the same. ``weight_files`` are the
+    ranks' files when they lie on disk in this layout already, so that ``save`` can link them. Use the engine as a
+    context manager, or call ``close()``; afterwards it is an error to use it.
     """
 
     config: ModelConfig
@@ -46,6 +66,8 @@ class Engine(Shown):
     source: str
     tokenizer_dir: Path | None = None
     weight_files: Sequence[Path] = ()
+    plans: Plans | None = None
+    fingerprints: Sequence[str] = ()
     closed: bool = False
 
     def session(
@@ -56,6 +78,56 @@ class Engine(Shown):
 
         return open_session(self, session_config or SessionConfig(), backend, device)
 
+    def network(self, rank: int = 0) -> Network:
+        """The network that TensorRT compiles for one rank: a list of layers to walk, and to run on a CPU.
+
+        It is emitted anew from the weights, which gives the same network each time.
+        """
+        return self.emission(rank).read()
+
+    @property
+    def layers(self) -> LayerTable:
+        """Every layer of rank 0 as emitted, for one generated token: name, kind, precision, shape, bytes, FLOPs."""
+        return self.layer_table()
+
+    def layer_table(self, rank: int = 0, batch: int = 1, tokens: int = 1) -> LayerTable:
+        """``layers`` of any rank, for ``batch`` rows of ``tokens`` tokens; only shapes are computed."""
+        return self.emission(rank).table(batch=batch, tokens=tokens)
+
+    def compare(
+        self,
+        checkpoint: Checkpoint,
+        prompt: str | Sequence[int],
+        steps: int = 4,
+        op_set: type[TensorRTOps] = TensorRTOps,
+    ) -> Comparison:
+        """Torch in float32 on the checkpoint, and this engine's network, side by side: where do they part?
+
+        ``prompt`` is text or token ids; ``steps`` tokens are decoded after it. ``op_set`` may be a subclass that emits
+        some verb in another way, to plant an error and see it found.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer_dir is None:
+                raise EngineError("this engine has no tokenizer", remedy="give token ids")
+            prompt = Tokenizer(self.tokenizer_dir).encode(prompt)
+        weights = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+        return compare(self.emission(0, op_set), self.config, weights, [int(token) for token in prompt], steps=steps)
+
+    def emission(self, rank: int = 0, op_set: type[TensorRTOps] = TensorRTOps) -> Emission:
+        """One rank's network as TensorRT holds it, with its bindings and its weights."""
+        return emit(self.config, self.build_config, self.mapping, rank, self.weights(rank), op_set=op_set)
+
+    def weights(self, rank: int) -> dict[str, torch.Tensor]:
+        """One rank's tensors, read; EngineError when the folder was saved without weights."""
+        self.require_open()
+        if not self.ranks:
+            raise EngineError(
+                "this engine was saved without weights", remedy='only a plan on a GPU runs it: save with weights="link"'
+            )
+        if rank not in range(len(self.ranks)):
+            raise EngineError(f"there is no rank {rank}", expected=f"0 to {len(self.ranks) - 1}")
+        return {name: tensor.read() for name, tensor in self.ranks[rank].items()}
+
     def save(self, engine_dir: PathLike, weights: str = "link") -> Path:
         """Write the engine folder, in one step; gives the folder.
 
@@ -65,12 +137,18 @@ class Engine(Shown):
         self.require_open()
         if weights not in WEIGHTS:
             raise EngineError("unknown way to keep weights", got=repr(weights), expected=" | ".join(WEIGHTS))
+        if weights != "none" and not self.ranks:
+            raise EngineError("this engine was loaded without weights", remedy='save it with weights="none"')
+        if weights == "none" and self.plans is None:
+            raise EngineError("without a plan and without weights nothing could run", remedy='save with weights="link"')
         folder = Path(engine_dir)
         with replacing(folder, ours=_is_ours, marker="build_config", error=EngineError) as scratch:
             meta = json.dumps(_to_json(self), indent=2) + "\n"
             (scratch / "config.json").write_text(meta, encoding="utf-8")
             if weights != "none":
                 self._save_weights(scratch, link=weights == "link")
+            if self.plans is not None:
+                self.plans.save(scratch)
             for file in tokenizer_files(self.tokenizer_dir):
                 shutil.copy2(file, scratch / file.name)
         return folder
@@ -80,37 +158,54 @@ class Engine(Shown):
         with progress("saving weights", total) as bar:
             for rank, tensors in enumerate(self.ranks):
                 target = folder / rank_file(rank)
+                next(iter(tensors.values())).read()  # says so when the file is no longer the one that was opened
                 if not (link and self.weight_files and _linked(self.weight_files[rank], target)):
                     write_safetensors(target, tensors, on_tensor=lambda t: bar.update(t.nbytes))
 
     @classmethod
-    def load(cls, engine_dir: PathLike) -> Engine:
-        """Open an engine folder; EngineError or CheckpointError, in one line with the remedy, when it does not fit."""
+    def load(cls, engine_dir: PathLike, plan: bool = True) -> Engine:
+        """Open an engine folder; ``plan=False`` leaves its plans aside and runs the weights.
+
+        Raises EngineError or CheckpointError, in one line with the remedy, for a folder that is damaged, holds other
+        weights than it was built from, or whose plans come from another TensorRT than the one here.
+        """
         folder = Path(engine_dir)
         if not folder.is_dir():
             raise EngineError(f"{folder} is not a folder", remedy="give a folder that engine.save() wrote")
         raw = read_json(folder / "config.json", remedy="give a folder that engine.save() wrote")
-        if "build_config" not in raw or "pretrained_config" not in raw:
+        if not isinstance(raw.get("build_config"), dict) or not isinstance(raw.get("pretrained_config"), dict):
             raise EngineError(
                 f"{folder.name} is not an engine folder",
                 remedy="Checkpoint.load() opens a checkpoint; build() it first",
             )
+        build_config = _build_config_from_json(raw["build_config"])
         config, mapping, layout = config_from_json(raw["pretrained_config"])
         files = [folder / rank_file(rank) for rank in mapping.ranks]
         ranks = [open_safetensors(file) for file in files] if files[0].is_file() else []
+        if ranks:
+            check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
         for rank, tensors in enumerate(ranks):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
-        stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["build_config"].items()}
-        build_config = BuildConfig(**stored)
+            check_dtype(files[rank].name, tensors, config.torch_dtype)
+        provenance = raw["trtlab"] if isinstance(raw.get("trtlab"), dict) else {}
+        source = str(provenance.get("source") or f"engine {folder.name}")
+        prints = tuple(provenance.get("fingerprints") or ())
+        if ranks and prints and prints != tuple(fingerprint(tensors) for tensors in ranks):
+            raise EngineError(
+                f"{folder.name} holds other weights than it was built from", remedy="copy it again, or build again"
+            )
+        records = provenance.get("plans") if plan else None
+        plans = Plans.load(folder, records) if records else None
         tokenizer = find_tokenizer(folder)
-        return cls(
-            config, build_config, mapping, layout, ranks, raw["trtlab"]["source"], tokenizer, files if ranks else ()
-        )
+        files = files if ranks else []
+        return cls(config, build_config, mapping, layout, ranks, source, tokenizer, files, plans, prints)
 
     def close(self) -> None:
         """Let the weights go; a second close is harmless."""
         self.closed = True
         self.ranks = []
+        if self.plans is not None:
+            self.plans.close()
 
     def require_open(self) -> None:
         """EngineError after ``close``."""
@@ -128,7 +223,9 @@ class Engine(Shown):
 def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *, plan: bool) -> Engine:
     """An engine from a checkpoint, which does not change and can be built again.
 
-    Raises ConfigError when the bounds exceed the model or the model cannot be split over ``mapping``.
+    With ``plan`` every rank is compiled by TensorRT; where there is none, a line says so and the engine has no plan.
+    Raises ConfigError when the bounds exceed the model or the model cannot be split over ``mapping``, EngineError when
+    TensorRT refuses the network.
     """
     checkpoint.require_whole("built")
     resolved = build_config.resolve(checkpoint.config)
@@ -142,7 +239,21 @@ def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *
         layout,
     )
     files = [checkpoint.folder / rank_file(rank) for rank in mapping.ranks] if checkpoint.folder and linkable else []
-    return Engine(config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_dir, files)
+    prints = tuple(fingerprint(rank) for rank in ranks)
+    plans = _build_plans(config, resolved, mapping, ranks) if plan else None
+    return Engine(
+        config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_dir, files, plans, prints
+    )
+
+
+def _build_plans(
+    config: ModelConfig, build_config: BuildConfig, mapping: Mapping, ranks: Sequence[dict[str, LazyTensor]]
+) -> Plans | None:
+    try:
+        return Plans.build(config, build_config, mapping, ranks)
+    except MissingDependency as missing:
+        logger.warning("no plan was built: %s", missing)
+        return None
 
 
 def _to_json(engine: Engine) -> dict[str, Any]:
@@ -150,8 +261,25 @@ def _to_json(engine: Engine) -> dict[str, Any]:
         "version": VERSION,
         "pretrained_config": config_to_json(engine.config, engine.mapping, engine.layout, {}),
         "build_config": dataclasses.asdict(engine.build_config),
-        "trtlab": {"source": engine.source},
+        "trtlab": {
+            "source": engine.source,
+            "fingerprints": list(engine.fingerprints),
+            "plans": engine.plans.to_json() if engine.plans else None,
+        },
     }
+
+
+def _build_config_from_json(raw: MappingOf[str, Any]) -> BuildConfig:
+    """The inverse of ``dataclasses.asdict``; EngineError for keys that this version does not know."""
+    check_kinds("config.json", raw, BUILD_KINDS)
+    unknown = sorted(set(raw) - {field.name for field in dataclasses.fields(BuildConfig)})
+    if unknown or raw.get("max_seq_len") is None:
+        raise EngineError(
+            f"build_config is not understood: {', '.join(unknown) or 'it lacks max_seq_len'}",
+            remedy="build the engine again with this version",
+        )
+    stored: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return BuildConfig(**stored)
 
 
 def _is_ours(name: str) -> bool:

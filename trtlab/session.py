@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -21,6 +21,8 @@ from trtlab.runtime.sampler import sample
 from trtlab.runtime.scheduler import Scheduler
 from trtlab.runtime.streaming import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
+from trtlab.tensorrt.executor import interpreter_executor
+from trtlab.tensorrt.runtime import plan_executor
 
 Prompt = str | Sequence[int] | Sequence[Message]
 BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
@@ -312,16 +314,49 @@ def open_session(engine: Engine, config: SessionConfig, backend: str, device: st
     if asked not in BACKENDS:
         raise ConfigError("unknown backend", got=repr(asked), expected=" | ".join(BACKENDS))
     target = _device(device)
-    if asked in ("tensorrt", "interpreter"):
-        raise EngineError(f"backend {asked!r} is not here yet", remedy='use backend="torch"')
-    if not engine.ranks:
+    chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
+    executor = EXECUTORS[chosen](engine, target)
+    where = "cpu" if chosen == "interpreter" else target
+    return Session(engine, executor, config, f"{chosen} on {where}: {reason}")
+
+
+def _best(engine: Engine, device: torch.device) -> tuple[str, str]:
+    """TensorRT where a GPU is here that the plan runs on, else torch; and the reason in a few words."""
+    if device.type != "cuda":
+        return "torch", "asked for this device" if torch.cuda.is_available() else "no CUDA device is here"
+    if engine.plans is None:
+        return "torch", "the engine has no TensorRT plan"
+    verdict = engine.plans.run_on(device)
+    return ("tensorrt" if verdict else "torch"), verdict.reason
+
+
+def _torch(engine: Engine, device: torch.device) -> Executor:
+    ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
+    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device)
+
+
+def _interpreter(engine: Engine, device: torch.device) -> Executor:
+    ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
+    return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks)
+
+
+def _tensorrt(engine: Engine, device: torch.device) -> Executor:
+    if engine.plans is None:
+        raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
+    if device.type != "cuda":
         raise EngineError(
-            "this engine was saved without weights", remedy='save it with weights="link" to run it in torch'
+            "a TensorRT plan runs on an NVIDIA GPU, and none is here",
+            remedy='use backend="interpreter" for the same network, or "torch"',
         )
-    reason = "asked for" if asked == "torch" else "CUDA is here" if target.type == "cuda" else "no CUDA device is here"
-    ranks = [{name: tensor.read() for name, tensor in tensors.items()} for tensors in engine.ranks]
-    executor = TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, target)
-    return Session(engine, executor, config, f"torch on {target}: {reason}")
+    plan = engine.plans.files[0].read_bytes()
+    return plan_executor(engine.config, engine.build_config, engine.mapping, plan, engine.plans.records[0], device)
+
+
+EXECUTORS: dict[str, Callable[[Engine, torch.device], Executor]] = {
+    "torch": _torch,
+    "interpreter": _interpreter,
+    "tensorrt": _tensorrt,
+}
 
 
 def _device(name: str | None) -> torch.device:

@@ -12,6 +12,7 @@ from trtlab.checkpoint import Checkpoint
 from trtlab.config import BuildConfig, ModelConfig
 from trtlab.display.card import Card, Table, bar, card, count, size
 from trtlab.display.estimate import estimate_card, op_table_card, v100_card
+from trtlab.display.plan import comparison_card, layer_table_card, network_card, plan_facts
 from trtlab.engine import Engine
 from trtlab.estimate import Estimate
 from trtlab.lazy import LazyTensor
@@ -19,10 +20,15 @@ from trtlab.machine import Machine
 from trtlab.ops.table import OpTable
 from trtlab.published import V100Table
 from trtlab.session import Completion, Session
+from trtlab.tensorrt.compare import Comparison
+from trtlab.tensorrt.interpreter import LayerTable, Network
 
 card.register(Estimate)(estimate_card)
 card.register(OpTable)(op_table_card)
 card.register(V100Table)(v100_card)
+card.register(LayerTable)(layer_table_card)
+card.register(Network)(network_card)
+card.register(Comparison)(comparison_card)
 
 
 @card.register
@@ -53,6 +59,7 @@ def engine_card(engine: Engine) -> Card:
         ("from", engine.source),
         ("bounds", _bounds(build)),
         ("ranks", split),
+        *(plan_facts(engine.plans.records) if engine.plans else (("plan", "none: this engine runs in torch"),)),
         *((f"note {number}", note) for number, note in enumerate(build.notes, 1)),
     )
     closed = " · closed" if engine.closed else ""

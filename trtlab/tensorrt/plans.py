@@ -12,11 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.errors import EngineError, TrtlabError
 from trtlab.lazy import LazyTensor
-from trtlab.tensorrt.library import library
+from trtlab.tensorrt.library import Verdict, library
 from trtlab.tensorrt.plan import PlanRecord, build_plan
+from trtlab.tensorrt.runtime import check_plan
 
 BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(folder, plan=False) to run the weights"
 
@@ -72,6 +75,16 @@ class Plans:
         """The records as config.json keeps them."""
         return [dataclasses.asdict(record) for record in self.records]
 
+    def run_on(self, device: torch.device) -> Verdict:
+        """Whether these plans run on a GPU, and why."""
+        if len(self.records) > 1:
+            return Verdict(False, "plans of several ranks do not run in one process yet")
+        try:
+            check_plan(self.files[0].read_bytes(), self.records[0], torch.cuda.get_device_capability(device))
+        except TrtlabError as refusal:
+            return Verdict(False, str(refusal))
+        return Verdict(True, f"{self.records[0].flavour} {self.records[0].version} runs the plan on this GPU")
+
     @property
     def nbytes(self) -> int:
         """Bytes of all plans."""
@@ -87,7 +100,8 @@ def _record(raw: MappingOf[str, Any]) -> PlanRecord:
     known = {field.name for field in dataclasses.fields(PlanRecord)}
     if set(raw) != known:
         raise EngineError("config.json describes its plan in another way", remedy="build the engine again")
-    return PlanRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    return PlanRecord(**values)
 
 
 def _check_file(record: PlanRecord, path: Path) -> None:

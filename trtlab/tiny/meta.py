@@ -17,7 +17,7 @@ from trtlab.lazy import open_safetensors
 def write_meta_ckpt(model_dir: Path, ckpt_dir: Path, shards: int = 1) -> Path:
     """params.json and ``shards`` files consolidated.*.pth from a LLaMA in one model.safetensors; gives the folder.
 
-    The inverse of what ``Checkpoint.from_meta_ckpt`` does: rows of q and k return to neighbouring pairs, column-parallel
+    The inverse of what ``Checkpoint.from_meta_ckpt`` does: rows of q and k return to neighbouring pairs, other
     weights are cut by rows, row-parallel ones by columns, the embedding by columns, as in Meta's Llama 1 and 2.
     """
     config, _ = read_hugging_face(model_dir)
