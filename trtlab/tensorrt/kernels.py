@@ -55,11 +55,13 @@ def unsupported(layer: Layer, attribute: str) -> EngineError:
 
 
 def constant(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """The numbers that the layer holds."""
     assert layer.value is not None, layer.name
     return layer.value
 
 
 def identity(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """What comes in; a cast is this and a change of type, an attention is computed where it begins."""
     return only(inputs)
 
 
@@ -80,6 +82,7 @@ ELEMENTWISE: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 
 
 def elementwise(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Two tensors of one rank, axes of size 1 broadcast."""
     if layer.attributes["op"] not in ELEMENTWISE:
         raise unsupported(layer, "op")
     return ELEMENTWISE[layer.attributes["op"]](wide(only(inputs)), wide(only(inputs, 1)))
@@ -98,6 +101,7 @@ UNARY: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def unary(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """One function of each element."""
     if layer.attributes["op"] not in UNARY:
         raise unsupported(layer, "op")
     return UNARY[layer.attributes["op"]](wide(only(inputs)))
@@ -113,12 +117,14 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """One activation function of each element."""
     if layer.attributes["type"] not in ACTIVATIONS:
         raise unsupported(layer, "type")
     return ACTIVATIONS[layer.attributes["type"]](wide(only(inputs)))
 
 
 def softmax(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Over the one axis of the mask."""
     x = wide(only(inputs))
     (axis,) = axes_of(layer.attributes["axes"], x.dim())
     return torch.softmax(x, dim=axis)
@@ -133,6 +139,7 @@ REDUCTIONS: Mapping[str, Callable[[torch.Tensor, list[int], bool], torch.Tensor]
 
 
 def reduce(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Over the axes of the mask, kept with size 1 or dropped."""
     if layer.attributes["op"] not in REDUCTIONS:
         raise unsupported(layer, "op")
     x = wide(only(inputs))
@@ -141,6 +148,7 @@ def reduce(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
 
 
 def matrix_multiply(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """The product over the last two axes, either operand transposed; leading axes broadcast."""
     operands = []
     for index in (0, 1):
         operand, operation = wide(only(inputs, index)), layer.attributes[f"op{index}"]
@@ -151,6 +159,7 @@ def matrix_multiply(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Te
 
 
 def shuffle(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """A transpose, a reshape in which 0 copies a size and -1 is inferred, and a second transpose."""
     x = only(inputs).permute(layer.attributes["first_transpose"])
     dims = layer.attributes["reshape_dims"]
     if dims is not None:
@@ -161,6 +170,7 @@ def shuffle(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
 
 
 def slice_(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """From a start, so many elements, at a stride; ``axes`` names those that are cut, else all are."""
     if layer.attributes["mode"] != "strict_bounds":
         raise unsupported(layer, "mode")
     x = only(inputs)
@@ -172,14 +182,17 @@ def slice_(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
 
 
 def concatenation(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Side by side along one axis."""
     return torch.cat([only(inputs, i) for i in range(len(inputs))], dim=layer.attributes["axis"])
 
 
 def select(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """The second input where the first is True, the third elsewhere."""
     return torch.where(only(inputs), only(inputs, 1), only(inputs, 2))
 
 
 def gather(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Slices of the data along one axis; with a leading elementwise axis each row has its own indices."""
     if layer.attributes["mode"] != "default":
         raise unsupported(layer, "mode")
     data, indices = only(inputs), only(inputs, 1).long()
@@ -212,6 +225,7 @@ RANGES = {"int8": (-128.0, 127.0), "int4": (-8.0, 7.0), "float8_e4m3fn": (-448.0
 
 
 def quantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """x / scale, rounded half to even (FP8: to its own grid) and saturated."""
     x = wide(only(inputs))
     scaled = x / expanded_scale(layer, x, only(inputs, 1))
     if layer.precision != "float8_e4m3fn":
@@ -220,11 +234,13 @@ def quantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
 
 
 def dequantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """q * scale."""
     x = only(inputs).float()
     return x * expanded_scale(layer, x, only(inputs, 1))
 
 
 def rotary_embedding(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+    """Pairs (i, i + half), or neighbours when interleaved, turned by the angles of their positions."""
     x = wide(only(inputs))  # [batch, heads, tokens, head]
     cos, sin = wide(only(inputs, 1)), wide(only(inputs, 2))
     if len(inputs) > 3 and inputs[3] is not None:

@@ -67,6 +67,7 @@ def native_logger(trt: Any, write: Callable[[Any, str], None]) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
+            """Called by TensorRT."""
             write(severity, message)
 
     return Forwarding()
