@@ -16,14 +16,12 @@ from trtlab import BuildConfig, Checkpoint, Mapping, Session
 
 torch.set_num_threads(1)
 os.environ["TRTLAB_BACKEND"] = "torch"
-hypothesis.settings.register_profile(
-    "trtlab",
-    deadline=None,
-    derandomize=True,
-    max_examples=50,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("trtlab")
+QUIET = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+for name, examples in (("quick", 50), ("thorough", 1000)):
+    hypothesis.settings.register_profile(
+        name, deadline=None, derandomize=name == "quick", max_examples=examples, suppress_health_check=QUIET
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 SMALL = {
     "vocab_size": 99,

@@ -219,7 +219,10 @@ def _window(values: Mapping[str, Any]) -> int | None:
     kinds = set(values.get("layer_types") or ())
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
-        raise CheckpointError(f"layer_types names kinds of attention that are not supported: {sorted(unknown)}")
+        raise CheckpointError(
+            f"layer_types names kinds of attention that are not supported: {sorted(unknown)}",
+            expected="full_attention | sliding_attention",
+        )
     if values.get("use_sliding_window") is False or kinds == {"full_attention"}:
         return None
     window: int | None = values.get("sliding_window")
