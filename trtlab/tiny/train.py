@@ -34,7 +34,7 @@ class Recipe:
     """What a training run depends on; ``minutes`` only stops it early."""
 
     seed: int = 0
-    steps: int = 1350
+    steps: int = 2300
     tokens: int = 256 * 1024  # of one step
     learning_rate: float = 3e-3
     warmup: int = 100
