@@ -188,7 +188,8 @@ def _build_config(architecture: str, family: Family, values: Mapping[str, Any], 
         raise CheckpointError(
             f"hidden_act {values['hidden_act']!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
         )
-    base, scaling = _rope(values)
+    longest = need("max_position_embeddings")
+    base, scaling = _rope(values, longest)
     bias = bool(values["attention_bias"]) if family.attn_bias is None else family.attn_bias
     return ModelConfig(
         architecture=architecture,
@@ -200,7 +201,7 @@ def _build_config(architecture: str, family: Family, values: Mapping[str, Any], 
         num_key_value_heads=kv_heads or heads,
         head_size=values["head_dim"] or need("hidden_size") // heads,
         intermediate_size=need("intermediate_size"),
-        max_position_embeddings=need("max_position_embeddings"),
+        max_position_embeddings=longest,
         hidden_act=values["hidden_act"],
         norm_epsilon=need("rms_norm_eps"),
         rotary_base=base,
@@ -229,7 +230,7 @@ def _window(values: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, RotaryScaling | None]:
+def _rope(values: Mapping[str, Any], longest: int) -> tuple[float, RotaryScaling | None]:
     """Base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     if new and old and new != old:
@@ -250,7 +251,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RotaryScaling | None]:
     kind = raw.get("rope_type", raw.get("type"))
     if kind in NO_SCALING:
         return float(base), None
-    return float(base), _scaling(str(kind), raw, int(values["max_position_embeddings"]))
+    return float(base), _scaling(str(kind), raw, longest)
 
 
 def _scaling(kind: str, raw: Mapping[str, Any], longest: int) -> RotaryScaling:
