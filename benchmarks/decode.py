@@ -33,11 +33,11 @@ def race(title: str, folder: Path, runs: int, device: str, dtype: str, lengths: 
     """Print one duel for batch 1 and one for batch 8."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     bounds = trtlab.BuildConfig(max_batch_size=8, max_input_len=512, max_seq_len=1024, dtype=dtype)
-    with trtlab.Checkpoint.from_hugging_face(folder).build(bounds, plan=False) as engine:
-        with engine.session(device=device) as session:
-            for batch_size in (1, 8):
-                duel = against_transformers(session, model, batch_size, lengths, runs)
-                print(f"\n{title}, {dtype} on {device}: {duel}")
+    engine = trtlab.Checkpoint.from_hugging_face(folder).build(bounds, plan=False)
+    with engine, engine.session(device=device) as session:
+        for batch_size in (1, 8):
+            duel = against_transformers(session, model, batch_size, lengths, runs)
+            print(f"\n{title}, {dtype} on {device}: {duel}")
 
 
 def main() -> None:

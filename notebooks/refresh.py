@@ -1,7 +1,7 @@
 """Executes the notebooks and writes them back fit for comparison: ``python notebooks/refresh.py [names]``.
 
-No widget state, no timing, no machine's paths; a notebook above 60 KB, or with a cell that was not executed, is refused,
-because nbval compares nothing in such a cell.
+No widget state, no timing, no machine's paths; a notebook above 60 KB, or with a cell that was not executed,
+is refused, because nbval compares nothing in such a cell.
 """
 
 from __future__ import annotations
