@@ -1,0 +1,211 @@
+"""Engines without a plan: built as often as one likes, saved three ways, loaded whole or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtlab import BuildConfig, Checkpoint, ConfigError, Engine, EngineError, Mapping, SamplingParams, TrtlabError
+
+BOUNDS = {"max_seq_len": 48, "max_input_len": 32}
+PROMPT = [5, 17, 3, 0, 96]
+
+
+@pytest.fixture
+def checkpoint(random_model, tmp_path):
+    return Checkpoint.load(Checkpoint.from_hugging_face(random_model()).save(tmp_path / "ckpt"))
+
+
+@pytest.fixture
+def engine(checkpoint):
+    return checkpoint.build(BuildConfig(**BOUNDS), plan=False)
+
+
+def answer(engine):
+    with engine.session(backend="torch", device="cpu") as session:
+        return session.generate(PROMPT, SamplingParams(max_new_tokens=8))
+
+
+def test_a_checkpoint_can_be_built_again_and_does_not_change(checkpoint, files_of):
+    before = files_of(checkpoint.folder)
+    first = checkpoint.build(BuildConfig(**BOUNDS), plan=False)
+    second = checkpoint.build(BuildConfig(**BOUNDS), mapping=Mapping(tp_size=2), plan=False)
+    assert answer(first) == answer(second) == answer(checkpoint.build(BuildConfig(**BOUNDS), plan=False))
+    assert files_of(checkpoint.folder) == before
+
+
+@pytest.mark.parametrize("weights", ["link", "copy"])
+@pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(pp_size=2)], ids=["one", "tp2", "pp2"])
+def test_a_saved_engine_answers_as_before(weights, mapping, checkpoint, tmp_path):
+    engine = checkpoint.build(BuildConfig(**BOUNDS), mapping=mapping, plan=False)
+    engine.save(tmp_path / "engine", weights=weights)
+    again = Engine.load(tmp_path / "engine")
+    assert (again.config, again.build_config, again.mapping) == (engine.config, engine.build_config, engine.mapping)
+    assert answer(again) == answer(engine)
+
+
+def test_links_take_no_space_and_copies_stand_alone(engine, checkpoint, tmp_path):
+    engine.save(tmp_path / "linked")
+    engine.save(tmp_path / "copied", weights="copy")
+    source = checkpoint.folder / "rank0.safetensors"
+    assert (tmp_path / "linked" / "rank0.safetensors").samefile(source)
+    assert not (tmp_path / "copied" / "rank0.safetensors").samefile(source)
+    assert (tmp_path / "copied" / "rank0.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_what_cannot_be_linked_is_copied(engine, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr("trtlab.engine.os.link", refused)
+    engine.save(tmp_path / "engine")
+    assert answer(Engine.load(tmp_path / "engine")) == answer(engine)
+
+
+def test_a_link_is_made_only_of_the_weights_that_the_engine_has(random_model, checkpoint, tmp_path):
+    """Another dtype, another split, a shared table: then the checkpoint's file is not the engine's."""
+    for build, mapping in ((BuildConfig(dtype="float16", **BOUNDS), None), (BuildConfig(**BOUNDS), Mapping(tp_size=2))):
+        engine = checkpoint.build(build, mapping=mapping, plan=False)
+        engine.save(tmp_path / "engine")
+        again = Engine.load(tmp_path / "engine")
+        for rank, tensors in enumerate(engine.ranks):
+            for name, tensor in tensors.items():
+                assert torch.equal(again.ranks[rank][name].read(), tensor.read())
+    tied = Checkpoint.from_hugging_face(random_model("LlamaForCausalLM", tie_word_embeddings=True))
+    tied = Checkpoint.load(tied.save(tmp_path / "tied"))
+    tied.build(BuildConfig(**BOUNDS), plan=False).save(tmp_path / "engine")
+    assert "lm_head.weight" not in Engine.load(tmp_path / "engine").ranks[0]
+
+
+def test_a_build_dtype_rounds_the_weights(checkpoint):
+    half = checkpoint.build(BuildConfig(dtype="bfloat16", **BOUNDS), plan=False)
+    assert half.config.dtype == half.build_config.dtype == "bfloat16"
+    name = "transformer.layers.0.mlp.fc.weight"
+    assert torch.equal(half.ranks[0][name].read(), checkpoint.tensors[name].read().bfloat16())
+
+
+def test_an_engine_saves_over_itself(engine, tmp_path):
+    engine.save(tmp_path / "engine")
+    expected = answer(engine)
+    for _ in range(2):
+        again = Engine.load(tmp_path / "engine")
+        again.save(tmp_path / "engine")
+    assert answer(Engine.load(tmp_path / "engine")) == expected
+
+
+def test_bounds_beyond_the_model_name_flag_bound_and_value(checkpoint):
+    for changes, words in (
+        (
+            {"max_seq_len": 129, "max_input_len": 8},
+            "max_seq_len 129 exceeds the model's max_position_embeddings 128.*max_seq_len=128",
+        ),
+        ({"max_seq_len": 64, "max_input_len": 65}, "max_input_len 65 exceeds max_seq_len 64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            checkpoint.build(BuildConfig(**changes), plan=False)
+
+
+def test_open_bounds_are_filled_in_from_the_model(checkpoint):
+    built = checkpoint.build(plan=False).build_config
+    assert (built.max_seq_len, built.max_input_len, built.dtype) == (128, 128, "float32")
+
+
+def test_a_split_that_cannot_be_is_refused_at_build(checkpoint):
+    with pytest.raises(ConfigError, match=r"tp_size=3.*use 1, 2 or 4"):
+        checkpoint.build(BuildConfig(**BOUNDS), mapping=Mapping(tp_size=3), plan=False)
+
+
+def test_after_close_every_use_is_an_error_and_a_second_close_is_none(engine, tmp_path):
+    with engine:
+        pass
+    engine.close()
+    for use in (engine.session, engine.__enter__, lambda: engine.save(tmp_path / "x")):
+        with pytest.raises(EngineError, match="closed") as caught:
+            use()
+        assert caught.value.remedy
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_way_to_keep_weights_is_named(engine, tmp_path):
+    with pytest.raises(EngineError, match=r"link \| copy \| none"):
+        engine.save(tmp_path / "x", weights="move")
+    assert not (tmp_path / "x").exists()
+
+
+def rewrite(folder, section=None, **changes) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    part = raw[section] if section else raw
+    part |= changes
+    for key in [key for key, value in part.items() if value is ...]:
+        del part[key]
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+FAULTS = {
+    "no folder": (lambda f: f.rename(f.with_name("gone")), "not a folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "a checkpoint": (lambda f: rewrite(f, build_config=...), "not an engine folder"),
+    "nothing of a build": (lambda f: rewrite(f, build_config=[]), "not an engine folder"),
+    "no bounds": (lambda f: rewrite(f, "build_config", max_seq_len=...), "max_seq_len"),
+    "a bound of words": (lambda f: rewrite(f, "build_config", max_seq_len="long"), "max_seq_len is 'long'"),
+    "a bound from the future": (lambda f: rewrite(f, "build_config", max_dreams=3), "max_dreams"),
+    "no architecture": (lambda f: rewrite(f, "pretrained_config", architecture=...), "lacks architecture"),
+    "a rank is missing": (lambda f: (f / "rank1.safetensors").unlink(), "rank1.safetensors is missing"),
+    "a rank is cut short": (lambda f: (f / "rank1.safetensors").write_bytes(b"x" * 90), "rank1.safetensors cannot"),
+    "other shapes": (lambda f: rewrite(f, "pretrained_config", intermediate_size=64), r"is \[.*expected"),
+    "a billion layers": (lambda f: rewrite(f, "pretrained_config", num_hidden_layers=10**9), "1000000000 layers"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_folder_is_named_with_what_to_do(name, checkpoint, tmp_path):
+    folder = tmp_path / "engine"
+    checkpoint.build(BuildConfig(**BOUNDS), mapping=Mapping(tp_size=2), plan=False).save(folder, weights="copy")
+    fault, words = FAULTS[name]
+    fault(folder)
+    with pytest.raises(TrtlabError, match=words) as caught:
+        Engine.load(folder)
+    assert caught.value.remedy or caught.value.expected
+
+
+def test_other_weights_under_the_same_config_are_noticed(engine, random_model, tmp_path):
+    engine.save(tmp_path / "engine", weights="copy")
+    other = Checkpoint.from_hugging_face(random_model(seed=5)).save(tmp_path / "other")
+    (tmp_path / "engine" / "rank0.safetensors").write_bytes((other / "rank0.safetensors").read_bytes())
+    with pytest.raises(EngineError, match="other weights") as caught:
+        Engine.load(tmp_path / "engine")
+    assert caught.value.remedy
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.floats(allow_nan=True) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+)
+BUILD_KEYS = """max_batch_size max_input_len max_seq_len max_num_tokens tokens_per_block dtype weight_streaming
+compute_capabilities optimization_level notes""".split()
+
+
+@given(
+    st.dictionaries(st.sampled_from(BUILD_KEYS) | st.text(max_size=3), values, max_size=3),
+    st.dictionaries(st.sampled_from(["version", "trtlab", "pretrained_config", "build_config"]), values, max_size=1),
+    st.dictionaries(st.sampled_from(["source", "fingerprints", "plans"]), values, max_size=2),
+)
+def test_no_config_json_raises_anything_but_a_trtlab_error(fuzzed, build, whole, ours):
+    folder, good = fuzzed
+    raw = good | {"build_config": good["build_config"] | build, "trtlab": good["trtlab"] | ours} | whole
+    (folder / "config.json").write_text(json.dumps(raw))
+    try:
+        Engine.load(folder).close()
+    except TrtlabError as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(random_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "engine"
+    Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False).save(folder)
+    return folder, json.loads((folder / "config.json").read_text())
