@@ -1,4 +1,4 @@
-"""Conversion of a sharded Hugging Face folder of random weights: GB/s and peak memory, in a process of its own.
+"""Conversion of a sharded Hugging Face folder of random weights: GB/s and peak memory, in its own process on Linux.
 
 python benchmarks/convert.py [--gigabytes 2] [--tp_size 2]
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -70,11 +69,17 @@ def write_random(folder: Path, gigabytes: float) -> int:
 
 def convert(source: str, target: str, tp_size: int) -> None:
     """The measured process: prints seconds, and the peak above what it held before it opened the folder."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmRSS")
     start = time.perf_counter()
     trtlab.Checkpoint.from_hugging_face(source).save(target, mapping=trtlab.Mapping(tp_size=tp_size))
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024]))
+    print(json.dumps([seconds, memory("VmHWM") - before]))
+
+
+def memory(field: str) -> int:
+    """Bytes that this process holds (VmRSS) or has held at most (VmHWM), mapped pages included; Linux alone tells."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -109,7 +114,7 @@ def main() -> None:
     print(f"{total / 1e9:.2f} GB in {seconds:.1f} s: {total / 1e9 / seconds:.2f} GB/s")
     print(f"copying the same bytes: {' and '.join(f'{total / 1e9 / s:.2f} GB/s' for s in copies)}")
     print(
-        f"peak memory {peak / 2**20:.0f} MiB; a shard is {SHARD_BYTES / 2**20:.0f} MiB, a rank {rank / 2**20:.0f} MiB"
+        f"peak above the start {peak / 2**20:.0f} MiB; a shard is {SHARD_BYTES / 2**20:.0f} MiB, a rank {rank / 2**20:.0f}"
     )
 
 
