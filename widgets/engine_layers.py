@@ -1,0 +1,347 @@
+"""The layers that TensorRT compiles, by bytes, arithmetic or number: click a bar, read its layers from Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from ipywidgets import HTML, HBox, IntSlider, Label, ToggleButtons, VBox
+
+from trtlab.display.card import Card, Table, bar, count, size
+from trtlab.display.render import html
+from trtlab.engine import Engine
+from trtlab.errors import ConfigError
+from trtlab.tensorrt.bindings import profiles
+from trtlab.tensorrt.interpreter import LayerRow, LayerTable
+
+from .live import Dashboard, show_in
+
+LISTED = 10  # layers of a selection that are spelled out
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the legend and the table have the words.
+COLOURS = {"bfloat16": "#0072B2", "float16": "#009E73", "float32": "#E69F00", "int8": "#CC79A7", "int4": "#D55E00"}
+OTHER_COLOUR = "#7F7F7F"
+# These belong to no weight; by name they would count as part of the weight before them.
+ATTENTION = ("rotary_embedding", "kv_cache_update", "attention_input", "attention_output")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a bar's length means: a number for each layer, how to write it, and the units of the axis."""
+
+    of: Callable[[LayerRow], int]
+    text: Callable[[float], str]
+    title: str  # after the sum of all bars
+    axis: str
+    units: tuple[tuple[float, str], ...]
+
+    def unit(self, largest: float) -> tuple[float, str]:
+        """The largest unit that a number reaches, with its name for the axis."""
+        return next(((factor, name) for factor, name in self.units if largest >= factor), self.units[-1])
+
+
+MEASURES: Mapping[str, Measure] = {
+    "weight bytes": Measure(
+        lambda row: row.weight_bytes,
+        size,
+        "of weights",
+        "weights",
+        ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")),
+    ),
+    "FLOP": Measure(
+        lambda row: row.flops,
+        lambda number: f"{count(number)} FLOP",
+        "",
+        "floating-point operations",
+        ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, "")),
+    ),
+    "layers": Measure(lambda row: 1, lambda number: f"{number:.0f} layers", "", "number of layers", ((1, ""),)),
+}
+
+
+def part(row: LayerRow) -> str:
+    """The weight that a layer serves, without its decoder layer: ``mlp.fc``; ``attention`` for what has no weight."""
+    if row.kind in ATTENTION:
+        return "attention"
+    scope, colon, _ = row.name.partition(":")
+    scope = scope if colon else scope.rpartition(".")[0]  # a constant ends in .weight, .scale, .epsilon
+    return re.sub(r"^transformer\.(layers\.\d+\.)?", "", scope)
+
+
+def decoder_layer(row: LayerRow) -> str:
+    """``layer 3``, or ``outside`` for embedding, last norm, head and rotary tables."""
+    match = re.match(r"transformer\.layers\.(\d+)\.", row.name)
+    return f"layer {match[1]}" if match else "outside"
+
+
+GROUPINGS: Mapping[str, Callable[[LayerRow], str]] = {
+    "part": part,
+    "kind": lambda row: row.kind,
+    "decoder layer": decoder_layer,
+    "precision": lambda row: row.precision,
+}
+
+
+def groups(table: LayerTable, measure: str = "weight bytes", by: str = "part") -> dict[str, tuple[LayerRow, ...]]:
+    """The layers of each bar, the longest bar first (decoder layers in their order); bars of length zero are left out.
+
+    Raises ConfigError for an unknown measure or grouping.
+    """
+    amount, group_of = _known("measure", MEASURES, measure).of, _known("grouping", GROUPINGS, by)
+    found: dict[str, list[LayerRow]] = {}
+    for row in table:
+        found.setdefault(group_of(row), []).append(row)
+    totals = {name: sum(map(amount, rows)) for name, rows in found.items()}
+    names = [name for name in found if totals[name]]
+    if by != "decoder layer":
+        names.sort(key=lambda name: -totals[name])
+    else:
+        names.sort(key=lambda name: int(name.removeprefix("layer ")) if name != "outside" else -1)
+    return {name: tuple(found[name]) for name in names}
+
+
+def figure(
+    table: LayerTable, measure: str = "weight bytes", by: str = "part", selected: str = "", step: str = ""
+) -> go.Figure:
+    """One bar a group, split by precision, the selected one marked; ``step`` says which step the FLOP are of.
+
+    Traces: one a precision of the whole table, so that their number does not change, then the labels. The place of a
+    point is the place of its group in ``groups``.
+    """
+    shown = groups(table, measure, by)
+    how = MEASURES[measure]
+    totals = {name: sum(map(how.of, rows)) for name, rows in shown.items()}
+    whole, longest = sum(totals.values()), max(totals.values(), default=1)
+    factor, unit = how.unit(longest)
+    places = list(range(len(shown)))
+    traces: list[Any] = [
+        go.Bar(
+            name=precision,
+            orientation="h",
+            y=places,
+            x=[sum(how.of(row) for row in rows if row.precision == precision) / factor for rows in shown.values()],
+            marker={
+                "color": COLOURS.get(precision, OTHER_COLOUR),
+                "opacity": [1.0 if name == selected else 0.55 for name in shown],
+            },
+            hoverinfo="none",
+        )
+        for precision in sorted({row.precision for row in table})
+    ]
+    labels = go.Scatter(
+        mode="text",
+        y=places,
+        x=[total / factor for total in totals.values()],
+        text=[f" {how.text(total)} · {total / whole:.0%}" for total in totals.values()],
+        textposition="middle right",
+        cliponaxis=False,
+        hovertext=[_hover(name, rows) for name, rows in shown.items()],
+        hovertemplate="%{hovertext}<extra></extra>",
+        showlegend=False,
+    )
+    title = " ".join(filter(None, (how.text(whole), how.title, f"by {by}")))
+    title += f", in {step}" if step and measure == "FLOP" else ""
+    layout = _layout(title, [_mark(name, selected) for name in shown], longest / factor)
+    layout["xaxis"]["title"] = {"text": f"{how.axis}, {unit}" if unit else how.axis, "font": {"size": 13}}
+    return go.Figure([*traces, labels], layout)
+
+
+def _layout(title: str, names: list[str], longest: float) -> dict[str, Any]:
+    thickness = 26 if len(names) <= 24 else 18
+    return {
+        "template": "plotly_white",
+        "title": {"text": title, "x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
+        "font": {"size": 13},
+        "barmode": "stack",
+        "bargap": 0.25,
+        "hovermode": "y",  # the whole line of a bar answers to the mouse, however short the bar
+        "height": 130 + thickness * max(2, len(names)),
+        "autosize": True,
+        "margin": {"l": 170, "r": 20, "t": 66, "b": 56},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "title": {"text": "precision ", "font": {"size": 13}},
+        },
+        "xaxis": {"range": [0, longest * 1.3], "fixedrange": True},  # room for the labels
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(names))),
+            "ticktext": names,
+            "range": [max(2, len(names)) - 0.5, -0.5],
+            "fixedrange": True,
+            "showgrid": False,
+            "zeroline": False,
+        },
+    }
+
+
+def _mark(name: str, selected: str) -> str:
+    return f"<b>▶ {name}</b> " if name == selected else f"{name} "
+
+
+def _hover(name: str, rows: tuple[LayerRow, ...]) -> str:
+    layers, weights, flops = _sums(LayerTable(rows))
+    return f"<b>{name}</b><br>{layers} layers<br>{weights} of weights<br>{flops} FLOP"
+
+
+class EngineLayers(Dashboard):
+    """Shows an engine's layers as bars; click one and read its layers as ``selection``.
+
+    The controls are ``measure``, ``by``, ``step`` and ``amount`` (rows of a generation step, tokens of a context
+    step, within the plan's profiles); set their ``value`` from Python or in the page. Reads one rank of the engine.
+    """
+
+    def __init__(self, engine: Engine, rank: int = 0) -> None:
+        self._emission = engine.emission(rank)
+        context, generation = profiles(self._emission.build)
+        self._most = {"generation": generation.batch.max, "context": context.tokens.max}
+        self.measure = _buttons(list(MEASURES))
+        self.by = _buttons(list(GROUPINGS))
+        self.step = _buttons(list(self._most))
+        self.amount = IntSlider(1, 1, generation.batch.max, continuous_update=False)
+        self._table = self._emission.table()
+        self._selected = next(iter(groups(self._table)))
+        self.figure = go.FigureWidget(self._figure())
+        self._details = HTML()
+        lines = [
+            _line("bars show", self.measure),
+            _line("grouped by", self.by),
+            _line("for a step of", self.step, self.amount),
+        ]
+        self.view = VBox([*lines, self.figure, self._details])
+        self._details.add_class("jp-RenderedHTMLCommon")
+        self._details.value = html(Card("Selected", tables=(self._selection_table(),)))
+        self._observe()
+
+    @property
+    def table(self) -> LayerTable:
+        """All layers, with the FLOP of the step that is chosen."""
+        return self._table
+
+    @property
+    def selected(self) -> str:
+        """The name of the bar that is chosen."""
+        return self._selected
+
+    @property
+    def selection(self) -> LayerTable:
+        """The layers of the bar that is chosen, in the order in which they run."""
+        return LayerTable(groups(self._table, self.measure.value, self.by.value)[self._selected])
+
+    def select(self, name: str) -> None:
+        """Choose a bar, as a click does; ConfigError when there is none of that name."""
+        shown = groups(self._table, self.measure.value, self.by.value)
+        _known("bar", shown, name)
+        self._selected = name
+        self._show()
+
+    def card(self) -> Card:
+        """See Dashboard: the bars, and the layers of the one that is chosen."""
+        measure, by = self.measure.value, self.by.value
+        shown, amount = groups(self._table, measure, by), MEASURES[measure].of
+        longest = max(sum(map(amount, rows)) for rows in shown.values())
+        bars = tuple(
+            (name, *_sums(LayerTable(rows)), bar(sum(map(amount, rows)) / longest)) for name, rows in shown.items()
+        )
+        return Card(
+            f"EngineLayers · {len(self._table)} layers · {self._step_words()}",
+            tables=(Table((by, " layers", " weights", " FLOP", measure), bars), self._selection_table()),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"EngineLayers({len(self._table)} layers, {self.measure.value} by {self.by.value}, {self._step_words()}, "
+            f"selected {self._selected}: {len(self.selection)} layers)"
+        )
+
+    def _observe(self) -> None:
+        self.measure.observe(self._regroup, "value")
+        self.by.observe(self._regroup, "value")
+        self.step.observe(self._resize, "value")
+        self.amount.observe(self._recount, "value")
+        self._resize()
+        for trace in self.figure.data:
+            trace.on_click(self._click)
+
+    def _regroup(self, _: object = None) -> None:
+        """Other bars: the chosen one stays if it is among them, else it is the first."""
+        shown = groups(self._table, self.measure.value, self.by.value)
+        if self._selected not in shown:
+            self._selected = next(iter(shown))
+        self._show()
+
+    def _resize(self, _: object = None) -> None:
+        """Another profile: its own bound, and one row or token to begin with."""
+        self.amount.description = {"generation": "rows", "context": "tokens"}[self.step.value]
+        self.amount.max = self._most[self.step.value]
+        self.amount.value = min(self.amount.value, self.amount.max)
+        self._recount()
+
+    def _recount(self, _: object = None) -> None:
+        number = self.amount.value
+        one_token_each = self.step.value == "generation"
+        self._table = self._emission.table(batch=number) if one_token_each else self._emission.table(tokens=number)
+        self._show()
+
+    def _click(self, _: object, points: Any, __: object) -> None:
+        if points.point_inds:
+            names = list(groups(self._table, self.measure.value, self.by.value))
+            self.select(names[points.point_inds[0]])
+
+    def _show(self) -> None:
+        show_in(self.figure, self._figure())
+        self._details.value = html(Card("Selected", tables=(self._selection_table(),)))
+
+    def _figure(self) -> go.Figure:
+        return figure(self._table, self.measure.value, self.by.value, self._selected, self._step_words())
+
+    def _selection_table(self) -> Table:
+        return selection_table(self._selected, self.selection, self.measure.value)
+
+    def _step_words(self) -> str:
+        number = self.amount.value
+        if self.step.value == "generation":
+            return f"a generation step of {number} {'row' if number == 1 else 'rows'}"
+        return f"a context step of {number} {'token' if number == 1 else 'tokens'}"
+
+
+def selection_table(name: str, rows: LayerTable, measure: str = "weight bytes") -> Table:
+    """The chosen layers, the largest by ``measure`` first, else in the order in which they run."""
+    amount = MEASURES[measure].of
+    largest = sorted(rows, key=lambda row: -amount(row))[:LISTED]
+    layers, weights, flops = _sums(rows)
+    listed = tuple(
+        (row.name, row.kind, row.precision, str(list(row.shape)), size(row.weight_bytes), count(row.flops))
+        for row in largest
+    )
+    if len(rows) > len(largest):
+        listed += ((f"and {len(rows) - len(largest)} more", "", "", "", "", ""),)
+    caption = f"{name}: {layers} layers, {weights} of weights, {flops} FLOP"
+    return Table(("layer", "kind", "precision", "result", " weights", " FLOP"), listed, caption)
+
+
+def _sums(rows: LayerTable) -> tuple[str, str, str]:
+    """Number, weights and work of some layers."""
+    return str(len(rows)), size(rows.weight_bytes), count(rows.flops)
+
+
+def _buttons(options: list[str]) -> ToggleButtons:
+    buttons = ToggleButtons(options=options)
+    buttons.style.button_width = "auto"
+    return buttons
+
+
+def _line(label: str, *controls: Any) -> HBox:
+    """Controls behind their label, which has a column of its own."""
+    return HBox([Label(label, layout={"width": "90px"}), *controls])
+
+
+def _known(what: str, table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ConfigError(f"there is no such {what}", got=repr(name), expected=" | ".join(table))
+    return table[name]
