@@ -188,6 +188,7 @@ class Engine(Shown):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
             check_dtype(files[rank].name, tensors, config.torch_dtype)
         provenance = raw["trtlab"] if isinstance(raw.get("trtlab"), dict) else {}
+        check_kinds("config.json", provenance, {"a list of texts": "fingerprints", "a list of objects": "plans"})
         source = str(provenance.get("source") or f"engine {folder.name}")
         prints = tuple(provenance.get("fingerprints") or ())
         if ranks and prints and prints != tuple(fingerprint(tensors) for tensors in ranks):

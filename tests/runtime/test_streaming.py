@@ -78,6 +78,12 @@ def test_runs_of_byte_tokens_wait_until_no_later_byte_can_spoil_them(byte_fallba
     assert text.finish() == text.text == byte_fallback.decode([*euro, 1 + 0x82])
 
 
+def test_a_special_token_within_a_run_of_bytes_does_not_settle_it(byte_fallback):
+    end = byte_fallback._inner.eos_token_id
+    ids = [1 + 0x41, end, 1 + 0xE2]
+    assert stream(byte_fallback, ids).text == byte_fallback.decode(ids) == "\ufffd\ufffd"
+
+
 def test_a_special_token_between_words_swallows_no_space(byte_fallback):
     vocab = byte_fallback._inner.get_vocab()
     ids = [vocab["▁the"], vocab["</s>"], vocab["▁cat"]]

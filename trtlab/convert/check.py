@@ -32,6 +32,7 @@ KINDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "a text": lambda v: isinstance(v, str),
         "a list of texts": _texts,
         "an object": lambda v: isinstance(v, dict),
+        "a list of objects": lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v),
     }
 )
 

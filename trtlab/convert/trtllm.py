@@ -40,7 +40,7 @@ PLAIN_FIELDS = (
     "tie_word_embeddings",
     "sliding_window",
 )
-REQUIRED = PLAIN_FIELDS[:8]
+REQUIRED = (*PLAIN_FIELDS[:8], "intermediate_size")
 KINDS = {
     "a whole number of at least 1": "vocab_size max_position_embeddings hidden_size num_hidden_layers "
     "num_attention_heads num_key_value_heads head_size intermediate_size sliding_window",
@@ -137,6 +137,7 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
             f"a quantized checkpoint ({quantization}) is not supported yet", remedy="load the unquantized one"
         )
     values = {name: raw[name] for name in PLAIN_FIELDS if raw.get(name) is not None}
+    values.setdefault("head_size", raw["hidden_size"] // raw["num_attention_heads"])
     config = ModelConfig(**values, rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")))
     sizes = raw.get("mapping") or {}
     if sizes.get("cp_size", 1) != 1:

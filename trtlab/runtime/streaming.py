@@ -13,8 +13,8 @@ class Decodes(Protocol):
         """The text of some ids."""
         ...
 
-    def is_byte(self, token: int) -> bool:
-        """Whether the id stands for a single byte, whose meaning hangs on the bytes after it."""
+    def ends_open(self, token_ids: Sequence[int]) -> bool:
+        """Whether the ids end with a single byte, whose meaning hangs on the bytes that may follow."""
         ...
 
 
@@ -41,7 +41,7 @@ class TextStream:
         self._ids.extend(tokens)
         known = self._tokenizer.decode(self._ids[self._context : self._read])
         longer = self._tokenizer.decode(self._ids[self._context :])
-        if longer.endswith("�") or self._tokenizer.is_byte(self._ids[-1]):
+        if longer.endswith("�") or self._tokenizer.ends_open(self._ids):
             return ""
         if longer != known:  # ids without text give the next ones no context: a tokenizer may drop their first space
             self._context = self._read

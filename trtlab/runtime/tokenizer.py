@@ -89,9 +89,16 @@ class Tokenizer:
         )
         return text
 
-    def is_byte(self, token: int) -> bool:
-        """Whether the id is a byte of a tokenizer with byte fallback, as Llama 2's; byte-level ones have none."""
-        return token in self._byte_ids
+    def ends_open(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last id with a text is a byte of a tokenizer with byte fallback, as Llama 2's.
+
+        Such a tokenizer reads a run of bytes as a whole; byte-level tokenizers have no such ids.
+        """
+        return next((i in self._byte_ids for i in reversed(token_ids) if i not in self._special_ids), False)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._inner.all_special_ids)
 
     @cached_property
     def _byte_ids(self) -> frozenset[int]:
