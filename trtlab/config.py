@@ -301,6 +301,8 @@ class BuildConfig:
         )
         if self.max_seq_len is not None:
             require_positive("BuildConfig", max_seq_len=self.max_seq_len)
+            if self.max_input_len == BuildConfig.max_input_len:  # the default follows a smaller max_seq_len
+                object.__setattr__(self, "max_input_len", min(self.max_input_len, self.max_seq_len))
             if self.max_input_len > self.max_seq_len:
                 raise ConfigError(
                     f"max_input_len {self.max_input_len} exceeds max_seq_len {self.max_seq_len}",

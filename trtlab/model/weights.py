@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -147,6 +148,27 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: Mapp
         lm_head=_head(tensors) if last else None,
         gather_embedding=embedding is not None and embedding.weight.shape[1] < config.hidden_size,
         reduce_embedding=embedding is not None and embedding.first_row is not None,
+    )
+
+
+def map_dense(weights: ModelWeights, function: Callable[[Dense], Dense]) -> ModelWeights:
+    """The same weights with a function applied to every linear layer, the head among them."""
+
+    def mapped(layer: LayerWeights) -> LayerWeights:
+        return replace(
+            layer,
+            qkv=function(layer.qkv),
+            dense=function(layer.dense),
+            fc=function(layer.fc),
+            gate=function(layer.gate),
+            proj=function(layer.proj),
+        )
+
+    head = weights.lm_head
+    return replace(
+        weights,
+        layers=tuple(mapped(layer) for layer in weights.layers),
+        lm_head=None if head is None else function(head),
     )
 
 

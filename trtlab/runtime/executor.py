@@ -13,8 +13,8 @@ from torch import Tensor
 from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
-from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.model.weights import ModelWeights, map_dense, rank_weights
+from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, packed, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
 
 
@@ -76,7 +76,7 @@ class TorchExecutor:
         self._caches: list[SlotCache] = []
         for rank, tensors in enumerate(ranks):
             on_device = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-            weights = rank_weights(config, mapping, rank, on_device)
+            weights = map_dense(rank_weights(config, mapping, rank, on_device), packed)
             self._weights.append(weights)
             self._caches.append(_cache(config, build, weights, dtype, device))
         self._mapping = mapping
