@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trtlab.display.card import Card, Table
+
+# GitHub keeps align alone, and centres heads; JupyterLab moves every cell to the right unless a style says otherwise.
+SIDES = {
+    ("td", "left"): 'style="text-align:left"',
+    ("th", "left"): 'align="left" style="text-align:left"',
+    ("td", "right"): 'align="right"',
+    ("th", "right"): 'align="right"',
+}
 
 
 def text(card: Card) -> str:
@@ -38,10 +47,7 @@ def html(card: Card) -> str:
     """The card for a notebook."""
     parts = [f"<p><b>{escape(card.title)}</b></p>"]
     if card.facts:
-        rows = "".join(
-            f'<tr><td align="left">{escape(label)}</td><td align="left">{escape(value)}</td></tr>'
-            for label, value in card.facts
-        )
+        rows = "".join(_html_row("td", fact, ("left", "left")) for fact in card.facts)
         parts.append(f"<table>{rows}</table>")
     parts += [_html_table(table) for table in card.tables]
     if card.next:
@@ -51,14 +57,12 @@ def html(card: Card) -> str:
 
 def _html_table(table: Table) -> str:
     sides = ["right" if column.startswith(" ") else "left" for column in table.columns]
-    heads = "".join(
-        f'<th align="{side}">{escape(column.strip())}</th>' for column, side in zip(table.columns, sides, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(f'<td align="{side}">{escape(cell)}</td>' for cell, side in zip(row, sides, strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
+    head = _html_row("th", [column.strip() for column in table.columns], sides)
+    rows = "".join(_html_row("td", row, sides) for row in table.rows)
     caption = f"<p>{escape(table.caption)}</p>" if table.caption else ""
-    return f"{caption}<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"{caption}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
+    pairs = zip(cells, sides, strict=True)
+    return "<tr>" + "".join(f"<{tag} {SIDES[tag, side]}>{escape(cell)}</{tag}>" for cell, side in pairs) + "</tr>"
