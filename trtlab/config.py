@@ -13,6 +13,7 @@ import torch
 
 from trtlab.display.card import Shown
 from trtlab.errors import ConfigError
+from trtlab.quantize.config import QuantConfig
 
 logger = logging.getLogger("trtlab")
 
@@ -85,7 +86,7 @@ class ModelConfig(Shown):
 
     ``attn_bias`` is a bias on q, k and v, ``dense_bias`` one on the attention output, ``mlp_bias`` one on the three
     MLP linears, ``qk_layernorm`` an RMSNorm over each head of q and k. ``sliding_window`` is the source's window in
-    tokens; a build longer than it is refused.
+    tokens; a build longer than it is refused. ``quantization`` says how the tensors are stored; the default is plain.
     """
 
     architecture: str
@@ -108,6 +109,7 @@ class ModelConfig(Shown):
     qk_layernorm: bool = False
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
+    quantization: QuantConfig = QuantConfig()
 
     def __post_init__(self) -> None:
         torch_dtype(self.dtype)

@@ -24,6 +24,7 @@ from trtlab.errors import EngineError, MissingDependency
 from trtlab.files import read_json, replacing, write_safetensors
 from trtlab.fingerprint import fingerprint
 from trtlab.lazy import LazyTensor, open_safetensors
+from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
@@ -232,7 +233,11 @@ def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *
     resolved = build_config.resolve(checkpoint.config)
     config = checkpoint.config.replace(dtype=resolved.dtype)
     layout = shared_where_possible(config, mapping)
-    tensors = {name: tensor.to(config.torch_dtype) for name, tensor in checkpoint.tensors.items()}
+    specs = tensor_specs(config)
+    tensors = {
+        name: tensor if specs[name].dtype is not None else tensor.to(config.torch_dtype)
+        for name, tensor in checkpoint.tensors.items()
+    }
     ranks = [shard(config, mapping, rank, tensors, layout) for rank in mapping.ranks]
     linkable = checkpoint.folder is not None and (checkpoint.config, checkpoint.mapping, checkpoint.layout) == (
         config,

@@ -10,10 +10,12 @@ from typing import Any
 from trtlab.config import Mapping, ModelConfig, RotaryScaling
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
+from trtlab.convert.quantization import quantization_extras, quantization_from_json, quantization_to_json
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, open_safetensors
-from trtlab.model.weights import layer_name, tensor_specs
+from trtlab.model.specs import layer_name
+from trtlab.model.weights import tensor_specs
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
 from trtlab.version import VERSION
@@ -100,9 +102,9 @@ def config_to_json(
             "tp_size": mapping.tp_size,
             "pp_size": mapping.pp_size,
         },
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": quantization_to_json(config.quantization),
         "producer": {"name": "trtlab", "version": VERSION},
-        "trtlab": {"format": FORMAT, **provenance},
+        "trtlab": {"format": FORMAT, **quantization_extras(config.quantization), **provenance},
     }
 
 
@@ -131,14 +133,13 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
         raise CheckpointError(
             f"hidden_act {raw['hidden_act']!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
         )
-    quantization = {k: v for k, v in (raw.get("quantization") or {}).items() if k.endswith("_algo") and v}
-    if quantization:
-        raise CheckpointError(
-            f"a quantized checkpoint ({quantization}) is not supported yet", remedy="load the unquantized one"
-        )
     values = {name: raw[name] for name in PLAIN_FIELDS if raw.get(name) is not None}
     values.setdefault("head_size", raw["hidden_size"] // raw["num_attention_heads"])
-    config = ModelConfig(**values, rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")))
+    config = ModelConfig(
+        **values,
+        rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")),
+        quantization=quantization_from_json(raw.get("quantization") or {}, raw.get("trtlab") or {}),
+    )
     sizes = raw.get("mapping") or {}
     if sizes.get("cp_size", 1) != 1:
         raise CheckpointError(f"cp_size={sizes['cp_size']} is not supported yet", expected=1)

@@ -14,8 +14,7 @@ def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) 
     """
     x = _embed(ops, config, weights, tokens)  # [..., hidden]
     for index, layer in enumerate(weights.layers):
-        x = ops.add(x, _attention(ops, weights, layer, index, x))
-        x = ops.add(x, _mlp(ops, config, layer, x))
+        x = block(ops, config, weights, layer, index, x)
     if weights.final_norm is None or weights.lm_head is None:
         return ops.send(x)
     x = ops.rms_norm(ops.last_tokens(x), weights.final_norm)
@@ -29,6 +28,12 @@ def _embed(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -
     if weights.gather_embedding:
         return ops.all_gather(x)
     return ops.all_reduce(x) if weights.reduce_embedding else x
+
+
+def block(ops: Ops[T], config: ModelConfig, weights: ModelWeights, layer: LayerWeights, index: int, x: T) -> T:
+    """One layer: hidden states ``[..., hidden]`` to those that the next layer reads."""
+    x = ops.add(x, _attention(ops, weights, layer, index, x))
+    return ops.add(x, _mlp(ops, config, layer, x))
 
 
 def _attention(ops: Ops[T], weights: ModelWeights, layer: LayerWeights, index: int, x: T) -> T:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.quantized import KvScales
+from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.parallel.comm import Comm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -23,7 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SlotCache:
-    """K and V of one rank, ``[slots, kv_heads, capacity, head_size]`` a layer; a slot belongs to one request."""
+    """K and V of one rank, ``[slots, kv_heads, capacity, head_size]`` a layer; a slot belongs to one request.
+
+    With ``scales``, one a layer, they are kept in INT8 or FP8 and read back as ``dtype``.
+    """
 
     def __init__(
         self,
@@ -35,10 +40,30 @@ class SlotCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Sequence[KvScales] = (),
     ) -> None:
         shape = (layers, slots, kv_heads, capacity, head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._scales = scales
+        self._dtype = dtype
+        stored = scales[0].dtype if scales else dtype
+        self.keys = torch.zeros(shape, dtype=stored, device=device)
+        self.values = torch.zeros(shape, dtype=stored, device=device)
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """New K and V ``[tokens, kv_heads, head_size]`` at their slots and positions."""
+        if self._scales:
+            scales = self._scales[layer]
+            k, v = encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
+        self.keys[layer][slots, :, positions] = k
+        self.values[layer][slots, :, positions] = v
+
+    def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
+        """K and V of neighbouring slots up to ``length`` tokens: ``[slots, kv_heads, length, head_size]`` each."""
+        k, v = self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+        if self._scales:
+            scales = self._scales[layer]
+            return decode_cache(k, scales.keys, self._dtype), decode_cache(v, scales.values, self._dtype)
+        return k, v
 
 
 @dataclass(frozen=True)
@@ -117,9 +142,9 @@ class TorchOps:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + weight.epsilon)
         return weight.weight * wide.to(x.dtype)
 
-    def linear(self, x: Tensor, weight: Dense) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See Ops."""
-        return F.linear(x, weight.weight, weight.bias)
+        return linear(weight, x)
 
     def split_heads(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See Ops."""
@@ -139,21 +164,22 @@ class TorchOps:
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Ops. Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``."""
         batch = self._batch
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[batch.slots, :, batch.positions] = k
-        values[batch.slots, :, batch.positions] = v
+        self._cache.write(layer, batch.slots, batch.positions, k, v)
         parts = []
         start = len(batch.singles)
         if start:
-            parts.append(self._attend_singles(q[:start], keys, values))
+            parts.append(self._attend_singles(layer, q[:start]))
         for sequence in batch.longer:
             stop = start + sequence.length
+            slot = slice(sequence.slot, sequence.slot + 1)
+            keys, values = self._cache.read(layer, slot, sequence.past + sequence.length)
             parts.append(_attend_one(sequence, q[start:stop], keys, values))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_singles(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_singles(self, layer: int, q: Tensor) -> Tensor:
         batch = self._batch
+        keys, values = self._cache.read(layer, slice(batch.first, batch.stop), batch.reach)
         tokens, heads, size = q.shape
         kv_heads = keys.shape[1]
         grouped = q.reshape(tokens, kv_heads, heads // kv_heads, size)  # one key head serves a group of queries
@@ -161,12 +187,7 @@ class TorchOps:
             wide = grouped.new_zeros((batch.stop - batch.first, *grouped.shape[1:]))
             wide[batch.rows] = grouped
             grouped = wide
-        out = F.scaled_dot_product_attention(
-            grouped,
-            keys[batch.first : batch.stop, :, : batch.reach],
-            values[batch.first : batch.stop, :, : batch.reach],
-            attn_mask=batch.mask,
-        )
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=batch.mask)
         return (out if batch.dense else out[batch.rows]).reshape(tokens, heads * size)
 
     def activation(self, kind: str, x: Tensor) -> Tensor:
@@ -219,8 +240,8 @@ def _attend_one(sequence: NewTokens, q: Tensor, keys: Tensor, values: Tensor) ->
         mask = torch.arange(total, device=q.device) <= rows  # [tokens, total]
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],  # [1, heads, tokens, head_size]
-        keys[sequence.slot : sequence.slot + 1, :, :total],
-        values[sequence.slot : sequence.slot + 1, :, :total],
+        keys,
+        values,
         attn_mask=mask,
         is_causal=mask is None,
         enable_gqa=heads != keys.shape[1],

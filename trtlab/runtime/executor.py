@@ -75,7 +75,10 @@ class TorchExecutor:
         self._weights: list[ModelWeights] = []
         self._caches: list[SlotCache] = []
         for rank, tensors in enumerate(ranks):
-            on_device = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+            on_device = {
+                name: tensor.to(device, dtype if tensor.dtype == config.torch_dtype else tensor.dtype)
+                for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
+            }
             weights = rank_weights(config, mapping, rank, on_device)
             self._weights.append(weights)
             self._caches.append(_cache(config, build, weights, dtype, device))
@@ -140,4 +143,5 @@ def _cache(
         head_size=config.head_size,
         dtype=dtype,
         device=device,
+        scales=[layer.kv_scales for layer in weights.layers if layer.kv_scales is not None],
     )
