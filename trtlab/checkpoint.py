@@ -133,9 +133,7 @@ class Checkpoint(Shown):
         return folder
 
     @contextlib.contextmanager
-    def _writing(
-        self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout
-    ) -> Iterator[Path]:
+    def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
         """A folder that holds config.json and the tokenizer already, and takes its place when the block ends."""
         with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
             meta = config_to_json(config, mapping, layout, {"source": self.source})

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class ModelConfig(Shown):
     qk_layernorm: bool = False
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
-    quantization: QuantConfig = QuantConfig()
+    quantization: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
         torch_dtype(self.dtype)

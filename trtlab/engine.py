@@ -18,7 +18,7 @@ import torch
 from trtlab.checkpoint import Checkpoint, PathLike
 from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
-from trtlab.convert.trtllm import config_from_json, config_to_json, rank_file, rank_shapes
+from trtlab.convert.trtllm import config_from_json, config_to_json, rank_dtypes, rank_file, rank_shapes
 from trtlab.display.card import Shown
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.files import read_json, replacing, write_safetensors
@@ -187,7 +187,7 @@ class Engine(Shown):
             check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
         for rank, tensors in enumerate(ranks):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
-            check_dtype(files[rank].name, tensors, config.torch_dtype)
+            check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
         provenance = raw["trtlab"] if isinstance(raw.get("trtlab"), dict) else {}
         check_kinds("config.json", provenance, {"a list of texts": "fingerprints", "a list of objects": "plans"})
         source = str(provenance.get("source") or f"engine {folder.name}")

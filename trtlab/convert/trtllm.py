@@ -7,6 +7,8 @@ from collections.abc import Mapping as MappingOf
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trtlab.config import Mapping, ModelConfig, RotaryScaling
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
@@ -210,7 +212,7 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     for r, found in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
         check_tensors(where, found, rank_shapes(config, mapping, r, layout))
-        check_dtype(where, found, config.torch_dtype)
+        check_dtype(where, found, rank_dtypes(config, mapping, r, layout))
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
 
@@ -225,10 +227,20 @@ def rank_shapes(
     config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout
 ) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that one rank's file holds."""
+    return {name: tensor.shape for name, tensor in _rank(config, mapping, rank, layout).items()}
+
+
+def rank_dtypes(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, torch.dtype]:
+    """The name and dtype of every tensor that one rank's file holds: the model's, or what its algorithm stores."""
+    return {name: tensor.dtype for name, tensor in _rank(config, mapping, rank, layout).items()}
+
+
+def _rank(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
     whole = {
-        name: LazyTensor(spec.shape, config.torch_dtype, _never_read) for name, spec in tensor_specs(config).items()
+        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _never_read)
+        for name, spec in tensor_specs(config).items()
     }
-    return {name: tensor.shape for name, tensor in shard(config, mapping, rank, whole, layout).items()}
+    return shard(config, mapping, rank, whole, layout)
 
 
 def _never_read() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,8 +14,33 @@ from trtlab.quantize.primitives import FLOAT8, ToOriginal, ToQuantized, unpack_i
 from trtlab.quantize.recipes import NORM_BEFORE, STATIC_SCALE, Recipe
 
 
+def tensor_bytes(part: object) -> int:
+    """Bytes of all tensors in a weight, its scales and bias among them."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    if not dataclasses.is_dataclass(part):
+        return 0
+    return sum(tensor_bytes(getattr(part, field.name)) for field in dataclasses.fields(part))
+
+
+class _Sized:
+    """What every quantized linear tells of its size."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the integers, all scales and the bias."""
+        return tensor_bytes(self)
+
+
 @dataclass(frozen=True)
-class WeightOnly:
+class WeightOnly(_Sized):
     """Integers and scales; activations stay as they are: ``y = (x * prequant) W^T + b``.
 
     ``weight`` is int8 ``[out, in]``, or uint8 ``[ceil(out / 2), in]`` with two INT4 rows a byte; ``scale`` is
@@ -28,13 +54,18 @@ class WeightOnly:
     prequant: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, unpacked."""
+        return self.scale.value.shape[0], self.weight.shape[1]
+
+    @property
     def integers(self) -> Tensor:
         """int8 ``[out, in]``, unpacked."""
         return unpack_int4(self.weight, self.scale.value.shape[0]) if self.weight.dtype == torch.uint8 else self.weight
 
 
 @dataclass(frozen=True)
-class Int8Linear:
+class Int8Linear(_Sized):
     """INT8 weight and INT8 input: the INT32 product times ``output_scale`` ``[out]`` or ``[1]``.
 
     The input is divided by ``smoother`` or multiplied by ``prequant`` ``[in]`` and quantized with ``input_scale``;
@@ -51,7 +82,7 @@ class Int8Linear:
 
 
 @dataclass(frozen=True)
-class Float8Linear:
+class Float8Linear(_Sized):
     """E4M3 weight ``[out, in]`` and E4M3 input, one scale each."""
 
     name: str
@@ -62,7 +93,7 @@ class Float8Linear:
 
 
 @dataclass(frozen=True)
-class Int4Float8Linear:
+class Int4Float8Linear(_Sized):
     """AWQ's INT4 groups, read as E4M3 with ``weight_scale``; the input, times ``prequant``, is E4M3 too."""
 
     name: str
@@ -70,6 +101,11 @@ class Int4Float8Linear:
     weight_scale: ToOriginal
     input_scale: ToOriginal
     bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, unpacked."""
+        return self.groups.shape
 
 
 Quantized = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear
@@ -148,7 +184,7 @@ def _awq(recipe: Recipe, found: _Found) -> WeightOnly:
 def _awq_fp8(recipe: Recipe, found: _Found) -> Quantized:
     return Int4Float8Linear(
         found.name,
-        _awq(recipe, found),
+        dataclasses.replace(_awq(recipe, found), bias=None),
         ToOriginal(found.of("weights_scaling_factor_2")),
         ToOriginal(found.of("activation_scaling_factor")),
         found.bias,

@@ -104,9 +104,7 @@ def _modelopt_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[
         f"{shape.name}.weight": _integers(shape, recipe),
         f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out,), shape.out_split, dtype=torch.float32),
         f"{shape.name}.activation_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-        f"{shape.name}.prequant_scaling_factor": TensorSpec(
-            (shape.width,), shape.in_split, dim=0, dtype=torch.float32
-        ),
+        f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0, dtype=torch.float32),
     }
 
 
@@ -178,7 +176,10 @@ def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
             remedy="INT4 packs two rows a byte: use a smaller tp_size",
         )
     if recipe.grouped:
-        widths = {"attention.dense": config.num_attention_heads * config.head_size, "mlp.proj": config.intermediate_size}
+        widths = {
+            "attention.dense": config.num_attention_heads * config.head_size,
+            "mlp.proj": config.intermediate_size,
+        }
         for linear in COLUMN_CUT:
             layers = range(config.num_hidden_layers)
             if any(config.quantization.recipe_of(layer_name(layer, linear)) for layer in layers):

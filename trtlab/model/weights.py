@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trtlab.config import Mapping, ModelConfig
-from trtlab.model.quantized import KvScales, Quantized, kv_cache_scales, quantized_linear
+from trtlab.model.quantized import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
 from trtlab.model.specs import TensorSpec, layer_name, quantized_layer_specs
 
 EMBEDDING = "transformer.vocab_embedding.weight"
@@ -41,6 +41,16 @@ class Dense:
     name: str
     weight: Tensor
     bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return tensor_bytes(self)
 
 
 Linear = Dense | Quantized
@@ -170,7 +180,9 @@ def layer_weights(
         name = layer_name(layer, f"{part}.weight")
         bias = tensors.get(layer_name(layer, f"{part}.bias")) if keep else None
         recipe = config.quantization.recipe_of(layer_name(number, part))
-        return Dense(name, tensors[name], bias) if recipe is None else quantized_linear(recipe, part, name, tensor, bias)
+        return (
+            Dense(name, tensors[name], bias) if recipe is None else quantized_linear(recipe, part, name, tensor, bias)
+        )
 
     return LayerWeights(
         input_layernorm=norm("input_layernorm"),

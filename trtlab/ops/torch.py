@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
-from trtlab.model.rope import RotaryTable
 from trtlab.model.quantized import KvScales
+from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Embedding, Linear, Norm
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.parallel.comm import Comm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
 from dataclasses import dataclass
@@ -36,8 +35,9 @@ class QuantConfig:
         _one_of("kv_cache_quant_algo", self.kv_cache_quant_algo, (None, *KV_ALGORITHMS))
         _one_of("kv_cache_scales", self.kv_cache_scales, KV_SCALES)
         _one_of("group_size", self.group_size, GROUP_SIZES)
-        if isinstance(self.exclude_modules, str):
-            raise ConfigError("exclude_modules takes several patterns", got=repr(self.exclude_modules), expected="a tuple")
+        patterns: object = self.exclude_modules
+        if isinstance(patterns, str):
+            raise ConfigError("exclude_modules takes several patterns", got=repr(patterns), expected="a tuple")
         object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
         alpha = self.smoothquant_val
         if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= 1):
@@ -73,10 +73,6 @@ class QuantConfig:
         """The algorithm of one linear by its full name, None when it is excluded."""
         excluded = any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
         return None if excluded else self.recipe
-
-    def replace(self, **changes: object) -> QuantConfig:
-        """The same recipe with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:

@@ -76,7 +76,7 @@ class Layer:
             self.config.num_key_value_heads,
             self.config.head_size,
         )
-        return list(rows.split([heads * size, kv_heads * size, kv_heads * size]))
+        return list(torch.split(rows, [heads * size, kv_heads * size, kv_heads * size]))
 
     @property
     def observed(self) -> LayerStatistics:

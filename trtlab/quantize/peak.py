@@ -54,7 +54,8 @@ def predict(
     """The peak of quantizing ``tensors`` into ``config``; in memory the quantized tensors stay, on disk they go."""
     specs = tensor_specs(config)
     sizes = {
-        name: torch.Size(spec.shape).numel() * (spec.dtype or config.torch_dtype).itemsize for name, spec in specs.items()
+        name: torch.Size(spec.shape).numel() * (spec.dtype or config.torch_dtype).itemsize
+        for name, spec in specs.items()
     }
     produced = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
     prefix = layer_name(0, "")

@@ -40,7 +40,7 @@ class ToOriginal:
 
 @dataclass(frozen=True)
 class ToQuantized:
-    """A scale that a number is multiplied by to give its integer (``scale_to_int``, ``quantization_scaling_factor``)."""
+    """A scale that a number is multiplied by to give its integer (TensorRT-LLM's ``scale_to_int`` and its like)."""
 
     value: Tensor
 
@@ -134,7 +134,7 @@ def unpack_int4(packed: Tensor, rows: int) -> Tensor:
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """``[out, in]`` as ``[out, groups, in / groups]``."""
-    return x.unflatten(-1, (groups, -1))
+    return x.reshape(x.shape[0], groups, -1)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -148,6 +148,6 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     On every device alike: float32 products over slices of k short enough to be exact, added in INT32.
     """
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for left, right in zip(a.split(EXACT_TERMS, 1), b.split(EXACT_TERMS, 1), strict=True):
+    for left, right in zip(torch.split(a, EXACT_TERMS, 1), torch.split(b, EXACT_TERMS, 1), strict=True):
         total += (left.float() @ right.float().T).to(torch.int32)
     return total

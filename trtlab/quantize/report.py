@@ -180,10 +180,8 @@ def _fewest_bits(largest: Tensor, scale: Tensor) -> float:
 @card.register
 def _report_card(report: QuantizationReport) -> Card:
     quant = report.config
-    facts = [
-        ("weights", quant.quant_algo or "as they were"),
-        ("KV cache", f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"),
-    ]
+    cache = f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"
+    facts = [("weights", quant.quant_algo or "as they were"), ("KV cache", cache)]
     tables = []
     if report.linears:
         facts.append(("bytes saved", size(report.bytes_saved)))

@@ -94,9 +94,7 @@ class Quantization:
         algorithm = quant.kv_cache_quant_algo
         return {} if algorithm is None else kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics)
 
-    def _hand_over(
-        self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink
-    ) -> None:
+    def _hand_over(self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink) -> None:
         prefix = layer_name(index, "")
         for name, spec in wanted.items():
             if not name.startswith(prefix):

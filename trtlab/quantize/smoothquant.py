@@ -135,7 +135,7 @@ def fold(gain: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _int8_linear(layer: Layer, linear: str, s: Tensor, x_scale: ToQuantized, recipe: Recipe) -> dict[str, Tensor]:
-    """Weight and output scales; in static mode factored as TensorRT-LLM stores them: to the output's INT8, and from it."""
+    """Weight and output scales; static ones in two factors as TensorRT-LLM has them: to the output's INT8, and back."""
     q, w_scale = int8_weight([part * s for part in layer.parts(linear)], per_channel=recipe.per_channel)
     to_float = w_scale.inverse.value  # [out]
     tensors = {f"{linear}.weight": q}

@@ -47,9 +47,7 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
             )
         outside = next((token for token in row if not 0 <= token < vocab_size), None)
         if outside is not None:
-            raise QuantizeError(
-                f"calibration text {number} has token id {outside}", expected=f"0 to {vocab_size - 1}"
-            )
+            raise QuantizeError(f"calibration text {number} has token id {outside}", expected=f"0 to {vocab_size - 1}")
     if tokenizer is not None and all(token in tokenizer.special_ids for row in rows for token in row):
         raise QuantizeError(
             "the calibration texts have no token that the tokenizer knows",
