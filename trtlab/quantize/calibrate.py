@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trtlab.config import ModelConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.decoder import block
+from trtlab.model.decoder import attention, mlp
 from trtlab.model.rope import rotary_table
 from trtlab.model.specs import layer_name
 from trtlab.model.weights import Linear, ModelWeights, layer_weights
@@ -135,7 +135,9 @@ class Calibration:
             recorder.batch = batch
             sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
             ops = ObservingOps(PackedBatch(sequences, self._rotary, CPU), self._cache, recorder)
-            x = block(ops, self._config, heads, parts, 0, self.hidden[number])
+            x = self.hidden[number]
+            x = ops.add(x, attention(ops, heads, parts, 0, x))
+            x = ops.add(x, mlp(ops, self._config, parts, x))
             if not bool(torch.isfinite(x).all()):
                 raise QuantizeError(
                     f"the activations of layer {layer} hold NaN or infinity on the calibration texts",
