@@ -142,9 +142,9 @@ class ModelConfig(Shown):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers, in the storage dtype."""
+        """Bytes of K and V that one token takes over all layers, as they are stored."""
         elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_size  # K and V
-        return elements * self.torch_dtype.itemsize
+        return elements * (self.torch_dtype.itemsize if self.quantization.kv_recipe is None else 1)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """The same model with some fields changed."""

@@ -104,7 +104,7 @@ def _modelopt_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[
         f"{shape.name}.weight": _integers(shape, recipe),
         f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out,), shape.out_split, dtype=torch.float32),
         f"{shape.name}.activation_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-        f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0, dtype=torch.float32),
+        f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0),
     }
 
 
@@ -123,7 +123,7 @@ def _awq_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, 
     split, dim = (shape.out_split, 0) if shape.out_split else (shape.in_split, 1)
     return {
         f"{shape.name}.weight": _integers(shape, recipe),
-        f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out, groups), split, dim=dim),
+        f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out, groups), split, dim=dim, dtype=torch.float32),
         f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0),
     }
 

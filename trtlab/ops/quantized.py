@@ -47,7 +47,7 @@ def _int8(weight: Int8Linear, x: Tensor) -> Tensor:
     if weight.smoother is not None:
         wide = wide / weight.smoother
     if weight.prequant is not None:
-        wide = wide * weight.prequant
+        wide = wide * weight.prequant.float()
     if weight.input_scale is None:
         q, row_scale = quantize_rows(wide)
     else:

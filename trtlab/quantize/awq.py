@@ -75,10 +75,9 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
         prequant = _shared_prequant(layer, linears, result).to(dtype).float()  # as it is stored
         for linear in linears:
             weight = layer.weight(linear) / prequant
-            stored = group_scales(weight, layer.config.quantization.group_size).stored(dtype)
-            scale = ToOriginal(stored.float())
+            scale = group_scales(weight, layer.config.quantization.group_size)
             result.tensors[f"{linear}.weight"] = pack_int4(int4_groups(weight, scale))
-            result.tensors[f"{linear}.weights_scaling_factor"] = stored
+            result.tensors[f"{linear}.weights_scaling_factor"] = scale.value
             result.tensors[f"{linear}.prequant_scaling_factor"] = prequant.to(dtype)
             result.smoothing[linear] = 1 / prequant
     return result

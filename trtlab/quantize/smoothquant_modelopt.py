@@ -46,12 +46,14 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
             alpha = search_alpha(seen, layer, linears, quant.recipe)
         parts = [part for linear in linears for part in layer.parts(linear)]
         prequant = torch.stack([prequant_scale(seen.amax, amax(part, 0), alpha) for part in parts]).mean(0)
+        stored = prequant.to(layer.config.torch_dtype)
+        prequant = stored.float()  # what multiplies the input later is what the weight is divided by
         activation = positive((seen.amax * prequant).amax()) / INT8.high
         for linear in linears:
             q, scale = int8_rows(layer.weight(linear) / prequant)
             result.tensors[f"{linear}.weight"] = q
             result.tensors[f"{linear}.weights_scaling_factor"] = scale.value
             result.tensors[f"{linear}.activation_scaling_factor"] = activation.reshape(1)
-            result.tensors[f"{linear}.prequant_scaling_factor"] = prequant
+            result.tensors[f"{linear}.prequant_scaling_factor"] = stored
             result.smoothing[linear], result.alphas[linear] = 1 / prequant, alpha
     return result
