@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
@@ -28,9 +29,10 @@ from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
 from trtlab.quantize.run import prepare
-from trtlab.quantize.texts import Texts
+from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -219,6 +221,30 @@ class QuantizedCheckpoint(Checkpoint):
         if not isinstance(found, QuantizedCheckpoint):
             raise CheckpointError(f"{found.source} is not quantized", remedy="open it with Checkpoint.load()")
         return found
+
+    @classmethod
+    def from_modelopt(
+        cls, model_dir: PathLike, quant_config: QuantConfig, calibration: Texts, output_dir: PathLike
+    ) -> QuantizedCheckpoint:
+        """Let NVIDIA's ModelOpt quantize a Hugging Face folder, as TensorRT-LLM does for FP8, AWQ and SQ_PER_CHANNEL.
+
+        Raises MissingDependency without ``nvidia-modelopt``, QuantizeError for what does not go this way.
+        """
+        check_modelopt(quant_config)
+        plain = Checkpoint.from_hugging_face(model_dir)
+        tokenizer = Tokenizer(plain.tokenizer_dir) if plain.tokenizer_dir else None
+        limit = min(MAX_TOKENS, plain.config.max_position_embeddings)
+        rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
+        with tempfile.TemporaryDirectory() as scratch:
+            export_with_modelopt(Path(model_dir), plain.config, quant_config, rows, Path(scratch))
+            found = cls.load(scratch)
+            config = found.config.replace(vocab_size=plain.config.vocab_size)
+            tensors = {  # AWQ exports pad the vocabulary
+                name: tensor.narrow(0, 0, config.vocab_size) if name in (EMBEDDING, HEAD) else tensor
+                for name, tensor in found.tensors.items()
+            }
+            QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
+        return cls.load(output_dir)
 
 
 def _is_ours(name: str) -> bool:

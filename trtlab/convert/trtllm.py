@@ -53,7 +53,7 @@ KINDS = {
     "share_embedding_table",
     "a text": "architecture dtype hidden_act",
     "a number": "embedding_sharding_dim",
-    "an object": "mapping quantization trtlab rotary_scaling moe",
+    "an object": "mapping quantization trtlab rotary_scaling moe producer",
 }
 SCALING_KINDS = {
     "a whole number of at least 1": "original_max_position_embeddings",
@@ -72,11 +72,12 @@ FIXED = {
     "output_multiplier_scale": 1.0,
     "use_input_layernorm_in_first_layer": True,
     "use_last_layernorm": True,
+    "rmsnorm": True,
 }
 NEUTRAL = frozenset(
     """
     logits_dtype kv_dtype producer version runtime_defaults disable_weight_only_quant_plugin use_prompt_tuning
-    has_partial_lora_mask remove_duplicated_kv_heads
+    has_partial_lora_mask remove_duplicated_kv_heads decoder rank
     """.split()
 )
 
@@ -123,6 +124,11 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
             f"config.json lacks {', '.join(missing)}", remedy="give a folder that checkpoint.save() wrote"
         )
     check_kinds("config.json", raw, KINDS)
+    if (raw.get("producer") or {}).get("name") == "modelopt" and raw.get("rotary_base") is None:
+        raise CheckpointError(
+            "config.json comes from ModelOpt, which leaves rotary_base out",
+            remedy="add rotary_base (the source's rope_theta) and its rotary_scaling to config.json",
+        )
     _refuse_unknown_keys(raw)
     written = (raw.get("trtlab") or {}).get("format", FORMAT)
     if not isinstance(written, int) or written > FORMAT:
@@ -212,9 +218,18 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     for r, found in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
         check_tensors(where, found, rank_shapes(config, mapping, r, layout))
-        check_dtype(where, found, rank_dtypes(config, mapping, r, layout))
+        dtypes = rank_dtypes(config, mapping, r, layout)
+        ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in found.items()}
+        check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
+
+
+def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Packed INT4 and FP8 may be announced as plain int8: the bytes are the same."""
+    if tensor.dtype != torch.int8 or dtype not in (torch.uint8, torch.float8_e4m3fn):
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 
 
 def _with_dense_bias(config: ModelConfig, ranks: MappingOf[int, MappingOf[str, LazyTensor]]) -> ModelConfig:
