@@ -359,9 +359,14 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """How a session runs an engine. ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``."""
+    """How a session runs an engine. ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``.
+
+    ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
+    several times the speed, with answers that may differ from one kind of processor to another.
+    """
 
     enable_chunked_context: bool = True
+    fast_cpu_kernels: bool = False
 
 
 @dataclass(frozen=True)

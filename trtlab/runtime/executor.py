@@ -14,6 +14,7 @@ from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
+from trtlab.ops.fast import with_fast_kernels
 from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
 
@@ -66,8 +67,11 @@ class TorchExecutor:
         mapping: Mapping,
         ranks: Sequence[dict[str, Tensor]],
         device: torch.device,
+        *,
+        fast: bool = False,
     ) -> None:
-        dtype = compute_dtype(build, device)
+        fast = fast and device.type == "cpu"
+        dtype = torch.bfloat16 if fast else compute_dtype(build, device)
         rotary = spread(rotary_table(config, build.seq_len), dtype, device)
         self._config = config
         self._device = device
@@ -80,6 +84,8 @@ class TorchExecutor:
                 for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
             }
             weights = rank_weights(config, mapping, rank, on_device)
+            if fast:
+                weights = with_fast_kernels(weights)
             self._weights.append(weights)
             self._caches.append(_cache(config, build, weights, dtype, device))
         self._mapping = mapping
