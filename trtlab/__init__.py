@@ -1,7 +1,7 @@
 """TensorRT-LLM's workflow as four notebook objects: Checkpoint, QuantizedCheckpoint, Engine, Session."""
 
 from trtlab.bench import benchmark
-from trtlab.checkpoint import Checkpoint
+from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.config import BuildConfig, Mapping, ModelConfig, RotaryScaling, SamplingParams, SessionConfig
 from trtlab.display import cards as _cards  # noqa: F401 - registers how each object shows itself
 from trtlab.display.card import card
@@ -11,11 +11,13 @@ from trtlab.errors import (
     ConfigError,
     EngineError,
     MissingDependency,
+    QuantizeError,
     RequestError,
     TrtlabError,
 )
 from trtlab.estimate import estimate
 from trtlab.machine import machine
+from trtlab.quantize.config import QuantConfig
 from trtlab.session import Completion, Session
 from trtlab.version import VERSION as __version__
 
@@ -30,6 +32,9 @@ __all__ = [
     "Mapping",
     "MissingDependency",
     "ModelConfig",
+    "QuantConfig",
+    "QuantizeError",
+    "QuantizedCheckpoint",
     "RequestError",
     "RotaryScaling",
     "SamplingParams",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +23,17 @@ from trtlab.convert.meta import read_meta
 from trtlab.convert.trtllm import config_to_json, rank_file, read_checkpoint
 from trtlab.display.card import Shown
 from trtlab.errors import CheckpointError, ConfigError
-from trtlab.files import replacing, write_safetensors
+from trtlab.files import TensorFile, replacing, write_safetensors
 from trtlab.lazy import LazyTensor, held
 from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
-from trtlab.parallel.shard import EmbeddingLayout, shard
+from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
-from trtlab.runtime.tokenizer import TOKENIZER_FILES, find_tokenizer, tokenizer_files
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
+from trtlab.quantize.report import QuantizationReport
+from trtlab.quantize.run import prepare
+from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
+from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
     from trtlab.engine import Engine
@@ -86,7 +95,8 @@ class Checkpoint(Shown):
         """Open a folder that ``save`` or TensorRT-LLM wrote: all ranks put together lazily, or one rank's own."""
         folder = Path(ckpt_dir)
         stored = read_checkpoint(folder, rank)
-        return cls(
+        kind = QuantizedCheckpoint if stored.config.quantization.active else Checkpoint
+        return kind(
             stored.config,
             stored.tensors,
             str(stored.provenance.get("source", f"checkpoint {folder.name}")),
@@ -117,16 +127,47 @@ class Checkpoint(Shown):
         config = self._tied_config() if use_embedding_sharing else self.config
         ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
         folder = Path(ckpt_dir)
-        with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
-            meta = config_to_json(config, mapping, layout, {"source": self.source})
-            (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        with self._writing(folder, config, mapping, layout) as scratch:
             total = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())
             with progress(f"saving {folder.name}", total) as bar:
                 for rank, tensors in enumerate(ranks):
                     write_safetensors(scratch / rank_file(rank), tensors, on_tensor=lambda t: bar.update(t.nbytes))
+        return folder
+
+    @contextlib.contextmanager
+    def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
+        """A folder that holds config.json and the tokenizer already, and takes its place when the block ends."""
+        with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
+            meta = config_to_json(config, mapping, layout, {"source": self.source})
+            (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             for file in tokenizer_files(self.tokenizer_dir):
                 shutil.copy2(file, scratch / file.name)
-        return folder
+            yield scratch
+
+    def quantize(
+        self, quant_config: QuantConfig, calibration: Texts | None = None, output_dir: PathLike | None = None
+    ) -> QuantizedCheckpoint:
+        """A quantized checkpoint; this one does not change. ``calibration`` is texts (or token ids) to observe.
+
+        With ``output_dir`` each block is written as it is done, so that memory holds one block in both forms; the
+        predicted peak is printed first. Raises QuantizeError for texts that are missing, superfluous or useless and
+        for a model that is quantized already; then nothing is written.
+        """
+        self.require_whole("quantized")
+        tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
+        quantization = prepare(self.config, self.tensors, tokenizer, quant_config, calibration)
+        print(quantization.peak(in_memory=output_dir is None))
+        if output_dir is None:
+            tensors: dict[str, LazyTensor] = {}
+            report = quantization.run(tensors.__setitem__)
+            return QuantizedCheckpoint(quantization.config, tensors, self.source, self.tokenizer_dir, report=report)
+        folder, config, alone = Path(output_dir), quantization.config, Mapping()
+        with self._writing(folder, config, alone, shared_where_possible(config, alone)) as scratch:
+            specs = tensor_specs(config)
+            shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
+            with TensorFile(scratch / rank_file(0), shapes) as file:
+                report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
+        return dataclasses.replace(QuantizedCheckpoint.load(folder), report=report)
 
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
@@ -165,6 +206,45 @@ class Checkpoint(Shown):
                 remedy="leave use_embedding_sharing out",
             )
         return self.config.replace(tie_word_embeddings=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedCheckpoint(Checkpoint):
+    """A checkpoint with quantized linears, a quantized KV cache or both; ``report`` is there after ``quantize``."""
+
+    report: QuantizationReport | None = None
+
+    @classmethod
+    def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> QuantizedCheckpoint:
+        """Open a folder that holds a quantized checkpoint; see ``Checkpoint.load``."""
+        found = Checkpoint.load(ckpt_dir, rank)
+        if not isinstance(found, QuantizedCheckpoint):
+            raise CheckpointError(f"{found.source} is not quantized", remedy="open it with Checkpoint.load()")
+        return found
+
+    @classmethod
+    def from_modelopt(
+        cls, model_dir: PathLike, quant_config: QuantConfig, calibration: Texts, output_dir: PathLike
+    ) -> QuantizedCheckpoint:
+        """Let NVIDIA's ModelOpt quantize a Hugging Face folder, as TensorRT-LLM does for FP8, AWQ and SQ_PER_CHANNEL.
+
+        Raises MissingDependency without ``nvidia-modelopt``, QuantizeError for what does not go this way.
+        """
+        check_modelopt(quant_config)
+        plain = Checkpoint.from_hugging_face(model_dir)
+        tokenizer = Tokenizer(plain.tokenizer_dir) if plain.tokenizer_dir else None
+        limit = min(MAX_TOKENS, plain.config.max_position_embeddings)
+        rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
+        with tempfile.TemporaryDirectory() as scratch:
+            export_with_modelopt(Path(model_dir), plain.config, quant_config, rows, Path(scratch))
+            found = cls.load(scratch)
+            config = found.config.replace(vocab_size=plain.config.vocab_size)
+            tensors = {  # AWQ exports pad the vocabulary
+                name: tensor.narrow(0, 0, config.vocab_size) if name in (EMBEDDING, HEAD) else tensor
+                for name, tensor in found.tensors.items()
+            }
+            QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
+        return cls.load(output_dir)
 
 
 def _is_ours(name: str) -> bool:

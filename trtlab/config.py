@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
 
 from trtlab.display.card import Shown
 from trtlab.errors import ConfigError
+from trtlab.quantize.config import QuantConfig
 
 logger = logging.getLogger("trtlab")
 
@@ -85,7 +86,7 @@ class ModelConfig(Shown):
 
     ``attn_bias`` is a bias on q, k and v, ``dense_bias`` one on the attention output, ``mlp_bias`` one on the three
     MLP linears, ``qk_layernorm`` an RMSNorm over each head of q and k. ``sliding_window`` is the source's window in
-    tokens; a build longer than it is refused.
+    tokens; a build longer than it is refused. ``quantization`` says how the tensors are stored; the default is plain.
     """
 
     architecture: str
@@ -108,6 +109,7 @@ class ModelConfig(Shown):
     qk_layernorm: bool = False
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
+    quantization: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
         torch_dtype(self.dtype)
@@ -140,9 +142,9 @@ class ModelConfig(Shown):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes over all layers, in the storage dtype."""
+        """Bytes of K and V that one token takes over all layers, as they are stored."""
         elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_size  # K and V
-        return elements * self.torch_dtype.itemsize
+        return elements * (self.torch_dtype.itemsize if self.quantization.kv_recipe is None else 1)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """The same model with some fields changed."""
@@ -359,9 +361,14 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """How a session runs an engine. ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``."""
+    """How a session runs an engine. ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``.
+
+    ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
+    several times the speed, with answers that may differ from one kind of processor to another.
+    """
 
     enable_chunked_context: bool = True
+    fast_cpu_kernels: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import torch
 from trtlab.checkpoint import Checkpoint, PathLike
 from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
-from trtlab.convert.trtllm import config_from_json, config_to_json, rank_file, rank_shapes
+from trtlab.convert.trtllm import config_from_json, config_to_json, rank_dtypes, rank_file, rank_shapes
 from trtlab.display.card import Shown
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.files import read_json, replacing, write_safetensors
 from trtlab.fingerprint import fingerprint
 from trtlab.lazy import LazyTensor, open_safetensors
+from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
@@ -186,7 +187,7 @@ class Engine(Shown):
             check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
         for rank, tensors in enumerate(ranks):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
-            check_dtype(files[rank].name, tensors, config.torch_dtype)
+            check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
         provenance = raw["trtlab"] if isinstance(raw.get("trtlab"), dict) else {}
         check_kinds("config.json", provenance, {"a list of texts": "fingerprints", "a list of objects": "plans"})
         source = str(provenance.get("source") or f"engine {folder.name}")
@@ -232,7 +233,11 @@ def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *
     resolved = build_config.resolve(checkpoint.config)
     config = checkpoint.config.replace(dtype=resolved.dtype)
     layout = shared_where_possible(config, mapping)
-    tensors = {name: tensor.to(config.torch_dtype) for name, tensor in checkpoint.tensors.items()}
+    specs = tensor_specs(config)
+    tensors = {
+        name: tensor if specs[name].dtype is not None else tensor.to(config.torch_dtype)
+        for name, tensor in checkpoint.tensors.items()
+    }
     ranks = [shard(config, mapping, rank, tensors, layout) for rank in mapping.ranks]
     linkable = checkpoint.folder is not None and (checkpoint.config, checkpoint.mapping, checkpoint.layout) == (
         config,

@@ -36,6 +36,10 @@ class CheckpointError(TrtlabError):
     """A model folder or a set of weights that cannot be read, written or put together."""
 
 
+class QuantizeError(TrtlabError):
+    """A model or calibration texts that cannot be quantized this way."""
+
+
 class EngineError(TrtlabError):
     """An engine that cannot be built, saved, loaded or run here."""
 

@@ -24,6 +24,7 @@ from trtlab.model.formats import WeightFormat, kv_itemsize, weight_format
 from trtlab.model.weights import EMBEDDING, HEAD, ModelWeights, rank_weights, tensor_specs
 from trtlab.ops.table import OpTable, Span, TableOps
 from trtlab.parallel.shard import LAYER_PREFIX, EmbeddingLayout, shard, shared_where_possible
+from trtlab.quantize.config import QuantConfig
 
 # The kind of a weight is that of the first fragment that its name holds.
 KINDS = {EMBEDDING: "embedding", HEAD: "head", "norm": "norms", "ln_f": "norms", "attention": "attention", "mlp": "mlp"}
@@ -178,6 +179,11 @@ def estimate(
     6.522...
     """
     source = model if isinstance(model, ModelConfig) else model.config
+    quant = source.quantization
+    if quant.active:
+        quant_algo = quant_algo or quant.quant_algo
+        kv_cache_quant_algo = kv_cache_quant_algo or quant.kv_cache_quant_algo
+        group_size, source = quant.group_size, source.replace(quantization=QuantConfig())
     build = (build_config or BuildConfig()).resolve(source)
     config = source.replace(dtype=build.dtype)
     mapping = mapping or Mapping()
@@ -223,7 +229,10 @@ def _trace(
 
 def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
     """The tensors of one rank's file by name: shape and dtype, with nothing behind them."""
-    whole = {name: LazyTensor(spec.shape, config.torch_dtype, _no_data) for name, spec in tensor_specs(config).items()}
+    whole = {
+        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _no_data)
+        for name, spec in tensor_specs(config).items()
+    }
     return shard(config, mapping, rank, whole, layout)
 
 

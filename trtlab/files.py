@@ -94,44 +94,70 @@ def _swap(scratch: Path, folder: Path) -> None:
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+class TensorFile:
+    """A safetensors file whose tensors come in any order: their shapes are known, so the header goes first.
+
+    The library's own writer needs every tensor at once. Format: eight bytes of header length, the JSON header, the
+    tensors' bytes. Widest dtypes lie first, so that each tensor is aligned. Use it as a context manager.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._path = path
+        self._missing = dict(shapes)
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in self.order:
+            shape, dtype = shapes[name]
+            end = offset + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+            self._starts[name] = offset
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._data_start = 8 + len(encoded)
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little"))
+        self._file.write(encoded)
+
+    @property
+    def order(self) -> list[str]:
+        """The names still missing, in the order of their places in the file."""
+        return sorted(self._missing, key=lambda name: (-self._missing[name][1].itemsize, name))
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write one tensor to its place; CheckpointError when it is not of the shape and dtype announced."""
+        shape, dtype = self._missing[name]
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise CheckpointError(
+                f"{name} changed while {self._path.name} was written",
+                got=f"{value.dtype} {list(value.shape)}",
+                expected=f"{dtype} {list(shape)}",
+            )
+        self._file.seek(self._data_start + self._starts[name])
+        self._file.write(_bytes(value))
+        del self._missing[name]
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            assert not self._missing, f"{self._path.name} lacks {list(self._missing)[:3]}"
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], *, on_tensor: Callable[[LazyTensor], object] | None = None
 ) -> None:
-    """A safetensors file, one tensor in memory at a time; ``on_tensor`` is called after each.
-
-    The library's own writer needs every tensor at once. Format: eight bytes of header length, the JSON header, the
-    tensors' bytes. Widest dtypes come first, so that each tensor is aligned.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name, tensor in ordered:
-            value = tensor.read()
-            _check(path, name, tensor, value)
-            file.write(_bytes(value))
-            del value
+    """A safetensors file, one tensor in memory at a time; ``on_tensor`` is called after each."""
+    with TensorFile(path, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}) as file:
+        for name in file.order:
+            file.put(name, tensors[name].read())
             if on_tensor is not None:
-                on_tensor(tensor)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _check(path: Path, name: str, expected: LazyTensor, value: Tensor) -> None:
-    if tuple(value.shape) != expected.shape or value.dtype != expected.dtype:
-        raise CheckpointError(
-            f"{name} changed while {path.name} was written",
-            got=f"{value.dtype} {list(value.shape)}",
-            expected=f"{expected.dtype} {list(expected.shape)}",
-        )
+                on_tensor(tensors[name])
 
 
 def _bytes(value: Tensor) -> memoryview:

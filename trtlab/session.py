@@ -315,7 +315,7 @@ def open_session(engine: Engine, config: SessionConfig, backend: str, device: st
         raise ConfigError("unknown backend", got=repr(asked), expected=" | ".join(BACKENDS))
     target = _device(device)
     chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
-    executor = EXECUTORS[chosen](engine, target)
+    executor = EXECUTORS[chosen](engine, target, config)
     where = "cpu" if chosen == "interpreter" else target
     return Session(engine, executor, config, f"{chosen} on {where}: {reason}")
 
@@ -330,17 +330,18 @@ def _best(engine: Engine, device: torch.device) -> tuple[str, str]:
     return ("tensorrt" if verdict else "torch"), verdict.reason
 
 
-def _torch(engine: Engine, device: torch.device) -> Executor:
+def _torch(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device)
+    fast = config.fast_cpu_kernels
+    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device, fast=fast)
 
 
-def _interpreter(engine: Engine, device: torch.device) -> Executor:
+def _interpreter(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
     return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks)
 
 
-def _tensorrt(engine: Engine, device: torch.device) -> Executor:
+def _tensorrt(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
     if engine.plans is None:
         raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
     if device.type != "cuda":
@@ -352,7 +353,7 @@ def _tensorrt(engine: Engine, device: torch.device) -> Executor:
     return plan_executor(engine.config, engine.build_config, engine.mapping, plan, engine.plans.records[0], device)
 
 
-EXECUTORS: dict[str, Callable[[Engine, torch.device], Executor]] = {
+EXECUTORS: dict[str, Callable[[Engine, torch.device, SessionConfig], Executor]] = {
     "torch": _torch,
     "interpreter": _interpreter,
     "tensorrt": _tensorrt,

@@ -91,12 +91,16 @@ def check_floating(where: str, found: Iterable[tuple[str, LazyTensor]]) -> None:
         )
 
 
-def check_dtype(where: str, found: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:
-    """CheckpointError for tensors that are not stored in the dtype that the config names."""
-    odd = [f"{name} is {tensor.dtype}" for name, tensor in found.items() if tensor.dtype != dtype]
+def check_dtype(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, torch.dtype]) -> None:
+    """CheckpointError for tensors that are not stored in the dtypes that the config leads to."""
+    odd = [
+        f"{name} is {tensor.dtype}, expected {expected[name]}"
+        for name, tensor in found.items()
+        if tensor.dtype != expected[name]
+    ]
     if odd:
         raise CheckpointError(
-            f"{where} is not all {dtype}, as its config says: {_listed(odd)}", remedy="convert the model again"
+            f"{where} does not hold what its config says: {_listed(odd)}", remedy="convert the model again"
         )
 
 

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from trtlab.config import ModelConfig
-from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_name, tensor_specs
+from trtlab.model.specs import layer_name
+from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, tensor_specs
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ from collections.abc import Mapping as MappingOf
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trtlab.config import Mapping, ModelConfig, RotaryScaling
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
+from trtlab.convert.quantization import quantization_extras, quantization_from_json, quantization_to_json
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, open_safetensors
-from trtlab.model.weights import layer_name, tensor_specs
+from trtlab.model.specs import layer_name
+from trtlab.model.weights import tensor_specs
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
 from trtlab.version import VERSION
@@ -49,7 +53,7 @@ KINDS = {
     "share_embedding_table",
     "a text": "architecture dtype hidden_act",
     "a number": "embedding_sharding_dim",
-    "an object": "mapping quantization trtlab rotary_scaling moe",
+    "an object": "mapping quantization trtlab rotary_scaling moe producer",
 }
 SCALING_KINDS = {
     "a whole number of at least 1": "original_max_position_embeddings",
@@ -68,11 +72,12 @@ FIXED = {
     "output_multiplier_scale": 1.0,
     "use_input_layernorm_in_first_layer": True,
     "use_last_layernorm": True,
+    "rmsnorm": True,
 }
 NEUTRAL = frozenset(
     """
     logits_dtype kv_dtype producer version runtime_defaults disable_weight_only_quant_plugin use_prompt_tuning
-    has_partial_lora_mask remove_duplicated_kv_heads
+    has_partial_lora_mask remove_duplicated_kv_heads decoder rank
     """.split()
 )
 
@@ -100,9 +105,9 @@ def config_to_json(
             "tp_size": mapping.tp_size,
             "pp_size": mapping.pp_size,
         },
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": quantization_to_json(config.quantization),
         "producer": {"name": "trtlab", "version": VERSION},
-        "trtlab": {"format": FORMAT, **provenance},
+        "trtlab": {"format": FORMAT, **quantization_extras(config.quantization), **provenance},
     }
 
 
@@ -119,6 +124,11 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
             f"config.json lacks {', '.join(missing)}", remedy="give a folder that checkpoint.save() wrote"
         )
     check_kinds("config.json", raw, KINDS)
+    if (raw.get("producer") or {}).get("name") == "modelopt" and raw.get("rotary_base") is None:
+        raise CheckpointError(
+            "config.json comes from ModelOpt, which leaves rotary_base out",
+            remedy="add rotary_base (the source's rope_theta) and its rotary_scaling to config.json",
+        )
     _refuse_unknown_keys(raw)
     written = (raw.get("trtlab") or {}).get("format", FORMAT)
     if not isinstance(written, int) or written > FORMAT:
@@ -131,14 +141,13 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
         raise CheckpointError(
             f"hidden_act {raw['hidden_act']!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
         )
-    quantization = {k: v for k, v in (raw.get("quantization") or {}).items() if k.endswith("_algo") and v}
-    if quantization:
-        raise CheckpointError(
-            f"a quantized checkpoint ({quantization}) is not supported yet", remedy="load the unquantized one"
-        )
     values = {name: raw[name] for name in PLAIN_FIELDS if raw.get(name) is not None}
     values.setdefault("head_size", raw["hidden_size"] // raw["num_attention_heads"])
-    config = ModelConfig(**values, rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")))
+    config = ModelConfig(
+        **values,
+        rotary_scaling=_scaling_from_json(raw.get("rotary_scaling")),
+        quantization=quantization_from_json(raw.get("quantization") or {}, raw.get("trtlab") or {}),
+    )
     sizes = raw.get("mapping") or {}
     if sizes.get("cp_size", 1) != 1:
         raise CheckpointError(f"cp_size={sizes['cp_size']} is not supported yet", expected=1)
@@ -209,9 +218,18 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     for r, found in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
         check_tensors(where, found, rank_shapes(config, mapping, r, layout))
-        check_dtype(where, found, config.torch_dtype)
+        dtypes = rank_dtypes(config, mapping, r, layout)
+        ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in found.items()}
+        check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
+
+
+def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Packed INT4 and FP8 may be announced as plain int8: the bytes are the same."""
+    if tensor.dtype != torch.int8 or dtype not in (torch.uint8, torch.float8_e4m3fn):
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 
 
 def _with_dense_bias(config: ModelConfig, ranks: MappingOf[int, MappingOf[str, LazyTensor]]) -> ModelConfig:
@@ -224,10 +242,20 @@ def rank_shapes(
     config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout
 ) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that one rank's file holds."""
+    return {name: tensor.shape for name, tensor in _rank(config, mapping, rank, layout).items()}
+
+
+def rank_dtypes(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, torch.dtype]:
+    """The name and dtype of every tensor that one rank's file holds: the model's, or what its algorithm stores."""
+    return {name: tensor.dtype for name, tensor in _rank(config, mapping, rank, layout).items()}
+
+
+def _rank(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
     whole = {
-        name: LazyTensor(spec.shape, config.torch_dtype, _never_read) for name, spec in tensor_specs(config).items()
+        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _never_read)
+        for name, spec in tensor_specs(config).items()
     }
-    return {name: tensor.shape for name, tensor in shard(config, mapping, rank, whole, layout).items()}
+    return shard(config, mapping, rank, whole, layout)
 
 
 def _never_read() -> Any:

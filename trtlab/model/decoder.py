@@ -14,8 +14,8 @@ def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) 
     """
     x = _embed(ops, config, weights, tokens)  # [..., hidden]
     for index, layer in enumerate(weights.layers):
-        x = ops.add(x, _attention(ops, weights, layer, index, x))
-        x = ops.add(x, _mlp(ops, config, layer, x))
+        x = ops.add(x, attention(ops, weights, layer, index, x))
+        x = ops.add(x, mlp(ops, config, layer, x))
     if weights.final_norm is None or weights.lm_head is None:
         return ops.send(x)
     x = ops.rms_norm(ops.last_tokens(x), weights.final_norm)
@@ -31,7 +31,8 @@ def _embed(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -
     return ops.all_reduce(x) if weights.reduce_embedding else x
 
 
-def _attention(ops: Ops[T], weights: ModelWeights, layer: LayerWeights, index: int, x: T) -> T:
+def attention(ops: Ops[T], weights: ModelWeights, layer: LayerWeights, index: int, x: T) -> T:
+    """What attention adds to the hidden states ``[..., hidden]``."""
     qkv = ops.linear(ops.rms_norm(x, layer.input_layernorm), layer.qkv)
     q, k, v = ops.split_heads(qkv, weights.heads, weights.kv_heads)
     if layer.q_norm is not None and layer.k_norm is not None:
@@ -40,7 +41,8 @@ def _attention(ops: Ops[T], weights: ModelWeights, layer: LayerWeights, index: i
     return ops.all_reduce(ops.linear(ops.attention(index, q, k, v), layer.dense))
 
 
-def _mlp(ops: Ops[T], config: ModelConfig, layer: LayerWeights, x: T) -> T:
+def mlp(ops: Ops[T], config: ModelConfig, layer: LayerWeights, x: T) -> T:
+    """What the MLP adds to the hidden states ``[..., hidden]``."""
     x = ops.rms_norm(x, layer.post_layernorm)
     gated = ops.multiply(ops.activation(config.hidden_act, ops.linear(x, layer.fc)), ops.linear(x, layer.gate))
     return ops.all_reduce(ops.linear(gated, layer.proj))

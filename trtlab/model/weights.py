@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from trtlab.config import Mapping, ModelConfig
+from trtlab.model.quantized import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
+from trtlab.model.specs import TensorSpec, layer_name, quantized_layer_specs
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"
@@ -41,20 +44,34 @@ class Dense:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return tensor_bytes(self)
+
+
+Linear = Dense | Quantized
+
 
 @dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer. ``fc`` is Hugging Face's gate_proj and ``gate`` its up_proj: TensorRT-LLM's names."""
 
     input_layernorm: Norm
-    qkv: Dense
+    qkv: Linear
     q_norm: Norm | None
     k_norm: Norm | None
-    dense: Dense
+    dense: Linear
     post_layernorm: Norm
-    fc: Dense
-    gate: Dense
-    proj: Dense
+    fc: Linear
+    gate: Linear
+    proj: Linear
+    kv_scales: KvScales | None = None
 
 
 @dataclass(frozen=True)
@@ -74,33 +91,17 @@ class ModelWeights:
     reduce_embedding: bool = False
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape of a whole (unsplit) tensor and how tensor parallelism cuts it.
-
-    ``split`` is ``"qkv"`` (q, k and v rows each by heads), ``"rows"``, ``"columns"``, ``"embedding"`` (by choice),
-    ``"head"`` (rows of the padded vocabulary) or None (every rank holds it whole).
-    """
-
-    shape: tuple[int, ...]
-    split: str | None = None
-
-
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor of a whole model by name, embedding first, head last; a tied model has no head of its own."""
     hidden = config.hidden_size
     specs = {EMBEDDING: TensorSpec((config.vocab_size, hidden), "embedding")}
     for layer in range(config.num_hidden_layers):
-        specs |= {layer_name(layer, part): spec for part, spec in _layer_specs(config).items()}
+        parts = quantized_layer_specs(config, layer, _layer_specs(config))
+        specs |= {layer_name(layer, part): spec for part, spec in parts.items()}
     specs[FINAL_NORM] = TensorSpec((hidden,))
     if not config.tie_word_embeddings:
         specs[HEAD] = TensorSpec((config.vocab_size, hidden), "head")
     return specs
-
-
-def layer_name(layer: int, part: str) -> str:
-    """``transformer.layers.3.attention.qkv.weight`` from 3 and ``attention.qkv.weight``."""
-    return f"transformer.layers.{layer}.{part}"
 
 
 def _layer_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -110,11 +111,11 @@ def _layer_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     specs = {
         "input_layernorm.weight": TensorSpec((hidden,)),
         "attention.qkv.weight": TensorSpec((qkv_rows, hidden), "qkv"),
-        "attention.dense.weight": TensorSpec((hidden, q_rows), "columns"),
+        "attention.dense.weight": TensorSpec((hidden, q_rows), "columns", dim=1),
         "post_layernorm.weight": TensorSpec((hidden,)),
         "mlp.fc.weight": TensorSpec((inner, hidden), "rows"),
         "mlp.gate.weight": TensorSpec((inner, hidden), "rows"),
-        "mlp.proj.weight": TensorSpec((hidden, inner), "columns"),
+        "mlp.proj.weight": TensorSpec((hidden, inner), "columns", dim=1),
     }
     if config.qk_layernorm:
         specs["attention.q_layernorm.weight"] = TensorSpec((config.head_size,))
@@ -136,13 +137,16 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: Mapp
     How an embedding was cut is read from its shape. A row-parallel bias is kept by the group's first rank alone, so
     that the sum over ranks adds it once. A rank without a head of its own uses its embedding rows (tied weights).
     """
-    stage = range(len(mapping.layers(rank, config.num_hidden_layers)))
+    stage = mapping.layers(rank, config.num_hidden_layers)
     embedding = _embedding(config, mapping, rank, tensors) if mapping.is_first_stage(rank) else None
     last = mapping.is_last_stage(rank)
     return ModelWeights(
         heads=config.num_attention_heads // mapping.tp_size,
         kv_heads=max(1, config.num_key_value_heads // mapping.tp_size),
-        layers=tuple(_layer(config, tensors, i, keep_bias=mapping.tp_rank(rank) == 0) for i in stage),
+        layers=tuple(
+            layer_weights(config, tensors, layer - stage.start, layer, keep_bias=mapping.tp_rank(rank) == 0)
+            for layer in stage
+        ),
         embedding=embedding,
         final_norm=Norm(FINAL_NORM, tensors[FINAL_NORM], config.norm_epsilon) if last else None,
         lm_head=_head(tensors) if last else None,
@@ -151,8 +155,11 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: Mapp
     )
 
 
-def map_dense(weights: ModelWeights, function: Callable[[Dense], Dense]) -> ModelWeights:
-    """The same weights with a function applied to every linear layer, the head among them."""
+def map_linears(weights: ModelWeights, function: Callable[[Linear], Any]) -> ModelWeights:
+    """The same weights with a function applied to every linear layer, the head among them.
+
+    The function may give a weight type of an op set's own, such as one laid out for a kernel.
+    """
 
     def mapped(layer: LayerWeights) -> LayerWeights:
         return replace(
@@ -183,23 +190,35 @@ def _head(tensors: MappingOf[str, Tensor]) -> Dense:
     return Dense(name, tensors[name])
 
 
-def _layer(config: ModelConfig, tensors: MappingOf[str, Tensor], layer: int, *, keep_bias: bool) -> LayerWeights:
+def layer_weights(
+    config: ModelConfig, tensors: MappingOf[str, Tensor], layer: int, number: int, *, keep_bias: bool = True
+) -> LayerWeights:
+    """Layer ``layer`` of these tensors, which is layer ``number`` of the model."""
+
+    def tensor(part: str) -> Tensor:
+        return tensors[layer_name(layer, part)]
+
     def norm(part: str) -> Norm:
         name = layer_name(layer, f"{part}.weight")
         return Norm(name, tensors[name], config.norm_epsilon)
 
-    def dense(part: str, *, bias: bool = True) -> Dense:
+    def linear(part: str, *, keep: bool = True) -> Linear:
         name = layer_name(layer, f"{part}.weight")
-        return Dense(name, tensors[name], tensors.get(layer_name(layer, f"{part}.bias")) if bias else None)
+        bias = tensors.get(layer_name(layer, f"{part}.bias")) if keep else None
+        recipe = config.quantization.recipe_of(layer_name(number, part))
+        return (
+            Dense(name, tensors[name], bias) if recipe is None else quantized_linear(recipe, part, name, tensor, bias)
+        )
 
     return LayerWeights(
         input_layernorm=norm("input_layernorm"),
-        qkv=dense("attention.qkv"),
+        qkv=linear("attention.qkv"),
         q_norm=norm("attention.q_layernorm") if config.qk_layernorm else None,
         k_norm=norm("attention.k_layernorm") if config.qk_layernorm else None,
-        dense=dense("attention.dense", bias=keep_bias),
+        dense=linear("attention.dense", keep=keep_bias),
         post_layernorm=norm("post_layernorm"),
-        fc=dense("mlp.fc"),
-        gate=dense("mlp.gate"),
-        proj=dense("mlp.proj", bias=keep_bias),
+        fc=linear("mlp.fc"),
+        gate=linear("mlp.gate"),
+        proj=linear("mlp.proj", keep=keep_bias),
+        kv_scales=kv_cache_scales(config.quantization, tensor),
     )

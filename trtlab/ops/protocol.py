@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Embedding, Linear, Norm
 
 T = TypeVar("T")
 
@@ -31,8 +31,8 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def linear(self, x: T, weight: Dense) -> T:
-        """``x W^T + b``: ``[..., in]`` to ``[..., out]``."""
+    def linear(self, x: T, weight: Linear) -> T:
+        """``x W^T + b``: ``[..., in]`` to ``[..., out]``, by the type of the weight."""
         ...
 
     def split_heads(self, qkv: T, heads: int, kv_heads: int) -> tuple[T, T, T]:

@@ -13,10 +13,9 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from trtlab.display.card import Shown
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Embedding, Linear, Norm
 
 RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain
 ROTARY_FLOPS = 3  # times cosine, times sine, add
@@ -150,9 +149,9 @@ class TableOps:
         """See Ops."""
         return self._write("rms_norm", (x,), x.shape, weight=weight, flops=RMS_NORM_FLOPS * x.elements)
 
-    def linear(self, x: Spec, weight: Dense) -> Spec:
+    def linear(self, x: Spec, weight: Linear) -> Spec:
         """See Ops."""
-        rows, columns = weight.weight.shape
+        rows, columns = weight.shape
         shape = (*x.shape[:-1], rows)
         flops = 2 * x.elements * rows + (prod(shape) if weight.bias is not None else 0)
         assert x.shape[-1] == columns, (weight.name, x.shape, columns)
@@ -227,7 +226,7 @@ class TableOps:
         inputs: tuple[Spec, ...],
         shape: tuple[int, ...],
         *,
-        weight: Embedding | Norm | Dense | None = None,
+        weight: Embedding | Norm | Linear | None = None,
         flops: int = 0,
         view_of: Spec | None = None,
     ) -> Spec:
@@ -240,7 +239,7 @@ class TableOps:
         inputs: tuple[Spec, ...],
         shapes: Sequence[tuple[int, ...]],
         *,
-        weight: Embedding | Norm | Dense | None = None,
+        weight: Embedding | Norm | Linear | None = None,
         dtype: torch.dtype | None = None,
         flops: int = 0,
         view_of: Spec | None = None,
@@ -254,8 +253,7 @@ class TableOps:
         return outputs
 
 
-def _weight_bytes(weight: Embedding | Norm | Dense | None) -> int:
+def _weight_bytes(weight: Embedding | Norm | Linear | None) -> int:
     if weight is None:
         return 0
-    bias: Tensor | None = weight.bias if isinstance(weight, Dense) else None
-    return weight.weight.nbytes + (bias.nbytes if bias is not None else 0)
+    return weight.weight.nbytes if isinstance(weight, Embedding | Norm) else weight.nbytes

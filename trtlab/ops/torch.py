@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
+from trtlab.model.quantized import KvScales
 from trtlab.model.rope import RotaryTable
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.parallel.comm import Comm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,8 +24,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+Places = tuple[Tensor | slice, slice, Tensor | int]  # slots, heads and positions, as an index of one layer's cache
+
+
 class SlotCache:
-    """K and V of one rank, ``[slots, kv_heads, capacity, head_size]`` a layer; a slot belongs to one request."""
+    """K and V of one rank, ``[slots, kv_heads, capacity, head_size]`` a layer; a slot belongs to one request.
+
+    With ``scales``, one a layer, they are kept in INT8 or FP8 and read back as ``dtype``.
+    """
 
     def __init__(
         self,
@@ -35,10 +43,30 @@ class SlotCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Sequence[KvScales] = (),
     ) -> None:
         shape = (layers, slots, kv_heads, capacity, head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._scales = scales
+        self._dtype = dtype
+        stored = scales[0].dtype if scales else dtype
+        self.keys = torch.zeros(shape, dtype=stored, device=device)
+        self.values = torch.zeros(shape, dtype=stored, device=device)
+
+    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """New K and V ``[tokens, kv_heads, head_size]`` at their places."""
+        if self._scales:
+            scales = self._scales[layer]
+            k, v = encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
+        self.keys[layer][places] = k
+        self.values[layer][places] = v
+
+    def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
+        """K and V of neighbouring slots up to ``length`` tokens: ``[slots, kv_heads, length, head_size]`` each."""
+        k, v = self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+        if self._scales:
+            scales = self._scales[layer]
+            return decode_cache(k, scales.keys, self._dtype), decode_cache(v, scales.values, self._dtype)
+        return k, v
 
 
 @dataclass(frozen=True)
@@ -60,7 +88,7 @@ class PackedBatch:
         positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
         slots = [s.slot for s in sequences for _ in range(s.length)]
         self.positions = torch.tensor(positions, device=device)  # [tokens]
-        self.slots = torch.tensor(slots, device=device)  # [tokens]
+        self.places: Places = (torch.tensor(slots, device=device), slice(None), self.positions)
         self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
         self.sin = rotary.sin.index_select(0, self.positions)[:, None]
         self.last: Tensor | None = None  # [sequences]: the row of each request's last token, when not every row is one
@@ -76,8 +104,8 @@ class PackedBatch:
         self.first, self.stop = min(slots), max(slots) + 1
         self.reach = max(pasts) + 1
         self.dense = slots == list(range(self.first, self.stop))
-        # All at one position, in neighbouring slots: K and V go to the cache as one block.
-        self.level = self.dense and not self.longer and min(pasts) == max(pasts)
+        if self.dense and not self.longer and min(pasts) == max(pasts):  # K and V go to the cache as one block
+            self.places = (slice(self.first, self.stop), slice(None), pasts[0])
         self.mask: Tensor | None = None
         if not self.dense:
             self.rows = torch.tensor([s - self.first for s in slots], device=device)
@@ -93,22 +121,6 @@ def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> Rota
         torch.cat([table.cos, table.cos], -1).to(device, dtype),
         torch.cat([-table.sin, table.sin], -1).to(device, dtype),
     )
-
-
-PACKED_ELEMENTS = 2**20  # below this, laying a weight out saves less than the call costs
-
-
-def packed(weight: Dense) -> Dense:
-    """The same linear layer with its weight laid out for oneDNN, where that is faster: large, float32, on a CPU.
-
-    At 8 tokens and 768 x 3072 the product takes less than half the time, because nothing is laid out at each call.
-    """
-    tensor = weight.weight
-    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() >= PACKED_ELEMENTS
-    if not (fits and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
-        return weight
-    with torch.inference_mode(False), torch.no_grad():
-        return replace(weight, weight=torch.ops.mkldnn._reorder_linear_weight(tensor))
 
 
 class TorchOps:
@@ -136,12 +148,9 @@ class TorchOps:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + weight.epsilon)
         return weight.weight * wide.to(x.dtype)
 
-    def linear(self, x: Tensor, weight: Dense) -> Tensor:
-        """See Ops. A weight from ``packed`` goes to oneDNN, which laid it out for its own product."""
-        if weight.weight.is_mkldnn:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, weight.bias, "none", [], "")
-            return product
-        return F.linear(x, weight.weight, weight.bias)
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        """See Ops."""
+        return linear(weight, x)
 
     def split_heads(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See Ops."""
@@ -161,24 +170,22 @@ class TorchOps:
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Ops. Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``."""
         batch = self._batch
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        for cache, new in ((keys, k), (values, v)):
-            if batch.singles and batch.level:
-                cache[batch.first : batch.stop, :, batch.reach - 1] = new
-            else:
-                cache[batch.slots, :, batch.positions] = new
+        self._cache.write(layer, batch.places, k, v)
         parts = []
         start = len(batch.singles)
         if start:
-            parts.append(self._attend_singles(q[:start], keys, values))
+            parts.append(self._attend_singles(layer, q[:start]))
         for sequence in batch.longer:
             stop = start + sequence.length
+            slot = slice(sequence.slot, sequence.slot + 1)
+            keys, values = self._cache.read(layer, slot, sequence.past + sequence.length)
             parts.append(_attend_one(sequence, q[start:stop], keys, values))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_singles(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_singles(self, layer: int, q: Tensor) -> Tensor:
         batch = self._batch
+        keys, values = self._cache.read(layer, slice(batch.first, batch.stop), batch.reach)
         tokens, heads, size = q.shape
         kv_heads = keys.shape[1]
         grouped = q.reshape(tokens, kv_heads, heads // kv_heads, size)  # one key head serves a group of queries
@@ -186,12 +193,7 @@ class TorchOps:
             wide = grouped.new_zeros((batch.stop - batch.first, *grouped.shape[1:]))
             wide[batch.rows] = grouped
             grouped = wide
-        out = F.scaled_dot_product_attention(
-            grouped,
-            keys[batch.first : batch.stop, :, : batch.reach],
-            values[batch.first : batch.stop, :, : batch.reach],
-            attn_mask=batch.mask,
-        )
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=batch.mask)
         return (out if batch.dense else out[batch.rows]).reshape(tokens, heads * size)
 
     def activation(self, kind: str, x: Tensor) -> Tensor:
@@ -244,8 +246,8 @@ def _attend_one(sequence: NewTokens, q: Tensor, keys: Tensor, values: Tensor) ->
         mask = torch.arange(total, device=q.device) <= rows  # [tokens, total]
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],  # [1, heads, tokens, head_size]
-        keys[sequence.slot : sequence.slot + 1, :, :total],
-        values[sequence.slot : sequence.slot + 1, :, :total],
+        keys,
+        values,
         attn_mask=mask,
         is_causal=mask is None,
         enable_gqa=heads != keys.shape[1],

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from trtlab.config import Mapping, ModelConfig
 from trtlab.errors import ConfigError
 from trtlab.lazy import LazyTensor, cat
-from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, TensorSpec, layer_name, tensor_specs
+from trtlab.model.specs import TensorSpec, check_quantized, layer_name
+from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, tensor_specs
 
 LAYER_PREFIX = layer_name(0, "").removesuffix("0.")
 
@@ -72,6 +73,7 @@ def shard(
     """
     mapping.check(config)
     layout.check(config, mapping)
+    check_quantized(config, mapping)
     specs = tensor_specs(config)
     stage = mapping.layers(rank, config.num_hidden_layers)
     parts: dict[str, LazyTensor] = {}
@@ -103,14 +105,15 @@ def _local_name(name: str, stage: range) -> str | None:
 
 
 def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
+    if spec.split is None or mapping.tp_size == 1:
+        return whole
     if spec.split == "qkv":
-        return _cut_qkv(config, mapping, rank, whole)
-    if spec.split == "rows":
-        return _row_part(whole, mapping, rank)
-    if spec.split == "columns":
-        width = whole.shape[1] // mapping.tp_size
-        return whole if mapping.tp_size == 1 else whole.narrow(1, mapping.tp_rank(rank) * width, width)
-    return whole
+        return _cut_qkv(config, mapping, rank, spec, whole)
+    if spec.split == "kv_heads":
+        own = max(1, config.num_key_value_heads // mapping.tp_size)
+        return whole.narrow(0, mapping.tp_rank(rank) * config.num_key_value_heads // mapping.tp_size, own)
+    width = whole.shape[spec.dim] // mapping.tp_size
+    return whole.narrow(spec.dim, mapping.tp_rank(rank) * width, width)
 
 
 def _row_part(whole: LazyTensor, mapping: Mapping, rank: int) -> LazyTensor:
@@ -118,19 +121,17 @@ def _row_part(whole: LazyTensor, mapping: Mapping, rank: int) -> LazyTensor:
     return whole if mapping.tp_size == 1 else whole.narrow(0, mapping.tp_rank(rank) * rows, rows)
 
 
-def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, whole: LazyTensor) -> LazyTensor:
+def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
     """A rank's own rows of q, k and v. With fewer key heads than ranks, neighbours hold the same head."""
-    if mapping.tp_size == 1:
-        return whole
-    size, kv_heads, place = config.head_size, config.num_key_value_heads, mapping.tp_rank(rank)
+    size, kv_heads, place = config.head_size // spec.per_byte, config.num_key_value_heads, mapping.tp_rank(rank)
     q_rows = config.num_attention_heads * size
     own_q = q_rows // mapping.tp_size
     own_kv_heads = max(1, kv_heads // mapping.tp_size)
     first_kv_head = place * kv_heads // mapping.tp_size
-    parts = [whole.narrow(0, place * own_q, own_q)]
+    parts = [whole.narrow(spec.dim, place * own_q, own_q)]
     for start in (q_rows, q_rows + kv_heads * size):  # k, then v
-        parts.append(whole.narrow(0, start + first_kv_head * size, own_kv_heads * size))
-    return cat(parts)
+        parts.append(whole.narrow(spec.dim, start + first_kv_head * size, own_kv_heads * size))
+    return cat(parts, spec.dim)
 
 
 def _cut_embedding(
@@ -180,22 +181,29 @@ def _join(
     if split is None or mapping.tp_size == 1:
         return parts[0]
     if split == "qkv":
-        return _join_qkv(config, mapping, parts)
-    if split == "columns":
-        return cat(parts, dim=1)
-    return _crop(cat(parts), spec.shape[0])
+        return _join_qkv(config, mapping, spec, parts)
+    if split == "kv_heads":
+        return cat(parts[:: _copies(config, mapping)])
+    if split == "head":
+        return _crop(cat(parts), spec.shape[0])
+    return cat(parts, dim=1 if spec.split == "embedding" else spec.dim)
+
+
+def _copies(config: ModelConfig, mapping: Mapping) -> int:
+    """How many neighbouring ranks hold the same key head."""
+    return max(1, mapping.tp_size // config.num_key_value_heads)
 
 
 def _crop(padded: LazyTensor, rows: int) -> LazyTensor:
     return padded if padded.shape[0] == rows else padded.narrow(0, 0, rows)
 
 
-def _join_qkv(config: ModelConfig, mapping: Mapping, parts: list[LazyTensor]) -> LazyTensor:
-    size, tp = config.head_size, mapping.tp_size
+def _join_qkv(config: ModelConfig, mapping: Mapping, spec: TensorSpec, parts: list[LazyTensor]) -> LazyTensor:
+    size, tp = config.head_size // spec.per_byte, mapping.tp_size
     own_q = config.num_attention_heads // tp * size
     own_kv = max(1, config.num_key_value_heads // tp) * size
-    copies = max(1, tp // config.num_key_value_heads)  # ranks that hold the same key head
-    q = [part.narrow(0, 0, own_q) for part in parts]
-    k = [part.narrow(0, own_q, own_kv) for part in parts[::copies]]
-    v = [part.narrow(0, own_q + own_kv, own_kv) for part in parts[::copies]]
-    return cat([*q, *k, *v])
+    copies = _copies(config, mapping)
+    q = [part.narrow(spec.dim, 0, own_q) for part in parts]
+    k = [part.narrow(spec.dim, own_q, own_kv) for part in parts[::copies]]
+    v = [part.narrow(spec.dim, own_q + own_kv, own_kv) for part in parts[::copies]]
+    return cat([*q, *k, *v], spec.dim)

@@ -13,8 +13,9 @@ from torch import Tensor
 from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
-from trtlab.model.weights import ModelWeights, map_dense, rank_weights
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, packed, spread
+from trtlab.model.weights import ModelWeights, rank_weights
+from trtlab.ops.fast import with_fast_kernels, with_large_laid_out
+from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
 
 
@@ -66,8 +67,11 @@ class TorchExecutor:
         mapping: Mapping,
         ranks: Sequence[dict[str, Tensor]],
         device: torch.device,
+        *,
+        fast: bool = False,
     ) -> None:
-        dtype = compute_dtype(build, device)
+        fast = fast and device.type == "cpu"
+        dtype = torch.bfloat16 if fast else compute_dtype(build, device)
         rotary = spread(rotary_table(config, build.seq_len), dtype, device)
         self._config = config
         self._device = device
@@ -75,8 +79,12 @@ class TorchExecutor:
         self._weights: list[ModelWeights] = []
         self._caches: list[SlotCache] = []
         for rank, tensors in enumerate(ranks):
-            on_device = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-            weights = map_dense(rank_weights(config, mapping, rank, on_device), packed)
+            on_device = {
+                name: tensor.to(device, dtype if tensor.dtype == config.torch_dtype else tensor.dtype)
+                for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
+            }
+            weights = rank_weights(config, mapping, rank, on_device)
+            weights = with_fast_kernels(weights) if fast else with_large_laid_out(weights)
             self._weights.append(weights)
             self._caches.append(_cache(config, build, weights, dtype, device))
         self._mapping = mapping
@@ -140,4 +148,5 @@ def _cache(
         head_size=config.head_size,
         dtype=dtype,
         device=device,
+        scales=[layer.kv_scales for layer in weights.layers if layer.kv_scales is not None],
     )

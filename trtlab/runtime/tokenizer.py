@@ -66,6 +66,11 @@ class Tokenizer:
             ids |= set(listed) if isinstance(listed, list) else {listed}
         return frozenset(i for i in ids if i is not None)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text of their own: begin, end, padding, unknown."""
+        return frozenset(self._inner.all_special_ids)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer puts in front."""
         ids: list[int] = self._inner(text)["input_ids"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trtlab.errors import ConfigError, EngineError
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Dense, Embedding, Linear, Norm
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt import dtypes
 
@@ -78,8 +78,13 @@ class TensorRTOps:
         gain = self._constant(weight.name, weight.weight, (1,) * (rank - 1) + tuple(weight.weight.shape))
         return self._elementwise("gain", "PROD", narrow, gain)
 
-    def linear(self, x: Any, weight: Dense) -> Any:
+    def linear(self, x: Any, weight: Linear) -> Any:
         """See Ops."""
+        if not isinstance(weight, Dense):
+            raise EngineError(
+                f"{weight.name} is quantized, and a TensorRT network holds no quantized linears yet",
+                remedy='build(plan=False) and run it with backend="torch"',
+            )
         self._enter(weight.name)
         matrix = self._constant(weight.name, weight.weight, (1, *weight.weight.shape))  # [1, out, in]
         if len(matrix.shape) == 2:  # tied weights: the constant is the token table, without a batch axis

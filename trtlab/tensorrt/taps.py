@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic
 
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Embedding, Linear, Norm
 from trtlab.ops.protocol import Ops, T
 
 
@@ -30,7 +30,7 @@ class TappedOps(Generic[T]):
         """See Ops."""
         return self._weighted(weight.name, self._inner.rms_norm(x, weight))
 
-    def linear(self, x: T, weight: Dense) -> T:
+    def linear(self, x: T, weight: Linear) -> T:
         """See Ops."""
         return self._weighted(weight.name, self._inner.linear(x, weight))
 

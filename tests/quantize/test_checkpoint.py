@@ -1,0 +1,171 @@
+"""What a quantized checkpoint holds, and that it survives disk, ranks and both ways of writing it."""
+
+import json
+
+import pytest
+import torch
+
+from trtlab import Checkpoint, ConfigError, Mapping, QuantConfig, QuantizedCheckpoint, TrtlabError
+from trtlab.files import TensorFile
+
+from .conftest import CONFIG, EVERY_CONFIG, random_checkpoint
+
+KV_SCALES = ("merged", "split", "per_head")
+
+
+def recipe(algorithm, cache, **more) -> QuantConfig:
+    return QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, group_size=64, **more)
+
+
+def quantized(checkpoint, texts, quant, **where) -> QuantizedCheckpoint:
+    return checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None, **where)
+
+
+def assert_same(left: Checkpoint, right: Checkpoint) -> None:
+    assert left.tensors.keys() == right.tensors.keys()
+    for name, tensor in left.tensors.items():
+        a, b = tensor.read(), right.tensors[name].read()
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
+@pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(tp_size=4), Mapping(tp_size=2, pp_size=2)])
+def test_every_algorithm_survives_disk_over_ranks(checkpoint, texts, tmp_path, algorithm, cache, mapping):
+    made = quantized(checkpoint, texts, recipe(algorithm, cache, kv_cache_scales="per_head"))
+    made.save(tmp_path / "ckpt", mapping=mapping)
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert isinstance(loaded, QuantizedCheckpoint)
+    assert loaded.config.quantization.quant_algo == algorithm
+    assert_same(made, loaded)
+
+
+@pytest.mark.parametrize("scales", KV_SCALES)
+def test_cache_scales_survive_disk(checkpoint, texts, tmp_path, scales):
+    made = quantized(checkpoint, texts, QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales))
+    made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert loaded.config.quantization == made.config.quantization
+    assert_same(made, loaded)
+
+
+@pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W4A16_AWQ", "W4A8_AWQ"])
+def test_writing_block_by_block_gives_the_same_bytes(checkpoint, texts, tmp_path, algorithm, capsys):
+    quant = recipe(algorithm, "INT8")
+    in_memory = quantized(checkpoint, texts, quant)
+    on_disk = quantized(checkpoint, texts, quant, output_dir=tmp_path / "ckpt")
+    assert_same(in_memory, on_disk)
+    assert on_disk.report == in_memory.report
+    shown = capsys.readouterr().out
+    assert shown.count("peak about") == 2
+    assert "whole model in both forms" in shown
+
+
+def test_a_tied_model_is_written_with_one_table(texts, tmp_path):
+    tied = random_checkpoint(CONFIG.replace(tie_word_embeddings=True))
+    made = quantized(tied, texts, recipe("FP8", None), output_dir=tmp_path / "ckpt")
+    assert "lm_head.weight" not in made.tensors
+    assert_same(made, quantized(tied, texts, recipe("FP8", None)))
+
+
+def test_the_names_are_those_of_tensorrt_llm(checkpoint, texts, tmp_path):
+    quant = recipe("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "INT8", kv_cache_scales="merged")
+    quantized(checkpoint, texts, quant).save(tmp_path / "ckpt")
+    stored = Checkpoint.load(tmp_path / "ckpt").tensors
+    layer = {n.removeprefix("transformer.layers.1."): t for n, t in stored.items() if ".layers.1." in n}
+    shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in layer.items() if "weight" not in name}
+    f32 = torch.float32
+    assert shapes == {
+        "input_layernorm.scale_to_int": ([1], f32),
+        "attention.qkv.per_channel_scale": ([1, 512], f32),
+        "attention.qkv.act_scale": ([1, 1], f32),
+        "attention.quantization_scaling_factor": ([1], f32),
+        "attention.dense.per_channel_scale": ([1, 256], f32),
+        "attention.dense.act_scale": ([1, 1], f32),
+        "attention.dense.smoother": ([1, 256], f32),
+        "attention.kv_cache_scaling_factor": ([1], f32),
+        "post_layernorm.scale_to_int": ([1], f32),
+        "mlp.fc.per_channel_scale": ([1, 256], f32),
+        "mlp.fc.act_scale": ([1, 1], f32),
+        "mlp.gate.per_channel_scale": ([1, 256], f32),
+        "mlp.gate.act_scale": ([1, 1], f32),
+        "mlp.quantization_scaling_factor": ([1], f32),
+        "mlp.proj.per_channel_scale": ([1, 256], f32),
+        "mlp.proj.act_scale": ([1, 1], f32),
+        "mlp.proj.smoother": ([1, 256], f32),
+    }
+    config = json.loads((tmp_path / "ckpt" / "config.json").read_text())
+    assert config["quantization"]["quant_algo"] == "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN"
+    assert config["quantization"]["kv_cache_quant_algo"] == "INT8"
+
+
+def test_per_token_scales_leave_dummies_of_1_and_per_tensor_ones_a_single_number(checkpoint, texts):
+    made = quantized(checkpoint, texts, recipe("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", None)).tensors
+    prefix = "transformer.layers.0."
+    assert made[f"{prefix}post_layernorm.scale_to_int"].read().tolist() == [1.0]
+    assert made[f"{prefix}mlp.fc.per_channel_scale"].shape == (1, 1)
+    assert made[f"{prefix}attention.qkv.per_channel_scale"].shape == (1, 512)
+    assert f"{prefix}mlp.fc.act_scale" not in made
+
+
+def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
+    quant = recipe("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", None, exclude_modules=("*.mlp.gate", "*.0.attention.*"))
+    made = quantized(checkpoint, texts, quant)
+    gate, fc = "transformer.layers.0.mlp.gate.weight", "transformer.layers.0.mlp.fc.weight"
+    assert made.tensors[gate].dtype == torch.float32
+    assert made.tensors[fc].dtype == torch.int8
+    assert torch.equal(
+        made.tensors["transformer.layers.0.attention.qkv.weight"].read(),
+        checkpoint.tensors["transformer.layers.0.attention.qkv.weight"].read(),
+    )
+    assert {row.name for row in made.report.linears}.isdisjoint({gate.removesuffix(".weight")})
+    with made.build(plan=False).session(backend="torch") as ours, checkpoint.build(plan=False).session() as plain:
+        expected = plain.logits(texts[0])
+        assert (ours.logits(texts[0]) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_groups_that_do_not_divide_over_ranks_name_what_would(checkpoint, texts, tmp_path):
+    made = quantized(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
+    with pytest.raises(ConfigError, match="64 inputs, which groups of 128 do not divide; use group_size=64"):
+        made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
+
+
+def test_groups_that_do_not_divide_are_refused_before_anything_runs(texts):
+    odd = random_checkpoint(CONFIG.replace(intermediate_size=172))
+    with pytest.raises(ConfigError, match=r"mlp\.proj has 172 inputs, which groups of 64 do not divide"):
+        odd.quantize(recipe("W4A16_AWQ", None), calibration=texts)
+
+
+def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tmp_path, monkeypatch):
+    made = quantized(checkpoint, texts, recipe("W8A16", None), output_dir=tmp_path / "ckpt")
+    put, count = TensorFile.put, []
+
+    def fail(self, name, value):
+        count.append(name)
+        if len(count) > 9:
+            raise KeyboardInterrupt
+        put(self, name, value)
+
+    monkeypatch.setattr(TensorFile, "put", fail)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(checkpoint, texts, recipe("W4A16", None), output_dir=tmp_path / "ckpt")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ckpt"]
+    assert_same(made, Checkpoint.load(tmp_path / "ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("quant_algo", "W4A16_GPTQ", "unknown quant_algo"),
+        ("has_zero_point", True, "has_zero_point"),
+        ("surprise", 3, "surprise"),
+    ],
+)
+def test_a_stored_recipe_that_is_not_understood_is_refused(checkpoint, tmp_path, key, value, message):
+    checkpoint.save(tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization"][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(TrtlabError, match=message):
+        Checkpoint.load(tmp_path / "ckpt")

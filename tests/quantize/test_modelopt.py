@@ -1,0 +1,151 @@
+"""Our scales and integers beside ModelOpt's on a small random LLaMA; deliberate differences are named."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from trtlab import Checkpoint, CheckpointError, MissingDependency, QuantConfig, QuantizedCheckpoint, QuantizeError
+from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
+from trtlab.quantize.primitives import dequantize, unpack_int4
+
+ALGORITHMS = ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=64,
+    )
+    path = tmp_path_factory.mktemp("hf")
+    LlamaForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def both(request, folder, texts, tmp_path_factory):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is the other route: pip install trtlab[modelopt]")
+    quant = QuantConfig(quant_algo=request.param, group_size=64, smoothquant_val=1.0)
+    theirs = QuantizedCheckpoint.from_modelopt(folder, quant, texts, tmp_path_factory.mktemp("mo") / "ckpt")
+    return Checkpoint.from_hugging_face(folder).quantize(quant, calibration=texts), theirs
+
+
+def test_names_and_shapes_are_modelopts(both):
+    ours, theirs = ({name: tensor.shape for name, tensor in checkpoint.tensors.items()} for checkpoint in both)
+    assert ours == theirs
+
+
+def test_dtypes_are_modelopts(both):
+    """It exports a float32 model in float16; what an algorithm fixes, and not the model, is the same."""
+    for name, tensor in both[1].tensors.items():
+        ours = both[0].tensors[name].dtype
+        assert ours == tensor.dtype or (ours, tensor.dtype) == (torch.float32, torch.float16), name
+
+
+def scales(both, suffix):
+    for name, tensor in both[1].tensors.items():
+        if name.endswith(suffix):
+            yield name, both[0].tensors[name].read().float(), tensor.read().float()
+
+
+def differs_on_purpose(name, algorithm):
+    """Linears that share an input: we average fc's and gate's prequant scales as TensorRT-LLM's fused linears need,
+    ModelOpt averages those of q, k and v alone; it gives fc and gate one FP8 weight scale, we give each its own."""
+    return ".mlp.proj." not in name and ".mlp." in name and algorithm != "W8A8_SQ_PER_CHANNEL"
+
+
+@pytest.mark.parametrize("suffix", ["prequant_scaling_factor", "weights_scaling_factor", "activation_scaling_factor"])
+def test_scales_agree_to_the_rounding_of_their_storage(both, suffix):
+    algorithm = both[0].config.quantization.quant_algo
+    tolerance = 1e-3 if suffix.startswith("prequant") else 1e-5  # the former are float16 in the export
+    for name, ours, theirs in scales(both, suffix):
+        if name.endswith("qkv.activation_scaling_factor") and algorithm == "W4A8_AWQ":
+            assert torch.allclose(ours, theirs, rtol=0.2), name  # theirs is taken before q, k and v are averaged
+        elif not differs_on_purpose(name, algorithm):
+            assert torch.allclose(ours, theirs, rtol=tolerance), name
+
+
+def test_what_fc_and_gate_share_is_their_mean_or_their_own(both):
+    ours, theirs = ({n: t.read().float() for n, t in c.tensors.items() if "_factor" in n} for c in both)
+    for layer in range(2):
+        fc, gate = (f"transformer.layers.{layer}.mlp.{name}" for name in ("fc", "gate"))
+        if "AWQ" in both[0].config.quantization.quant_algo:
+            suffix = "prequant_scaling_factor"
+            mean = (theirs[f"{fc}.{suffix}"] + theirs[f"{gate}.{suffix}"]) / 2
+            assert torch.allclose(ours[f"{fc}.{suffix}"], mean, rtol=1e-3)
+            assert torch.equal(ours[f"{fc}.{suffix}"], ours[f"{gate}.{suffix}"])
+        elif both[0].config.quantization.quant_algo == "FP8":
+            suffix = "weights_scaling_factor"
+            largest = torch.maximum(ours[f"{fc}.{suffix}"], ours[f"{gate}.{suffix}"])
+            assert torch.allclose(theirs[f"{fc}.{suffix}"], largest)
+
+
+def test_the_second_scale_of_w4a8_is_theirs(both):
+    for name, ours, theirs in scales(both, "weights_scaling_factor_2"):
+        assert torch.allclose(ours, theirs, rtol=1e-3) or differs_on_purpose(name, "W4A8_AWQ"), name
+
+
+def weights(checkpoint, name):
+    part = name.removesuffix(".weight")
+    stored, scale = checkpoint.tensors[name].read(), checkpoint.tensors[f"{part}.weights_scaling_factor"].read()
+    if stored.dtype == torch.uint8:
+        return dequantize(unpack_int4(stored, scale.shape[0]), scale)
+    return stored.float() * (scale[:, None] if scale.numel() > 1 else scale)
+
+
+def test_dequantized_weights_agree(both):
+    """But for single steps: it rounds weights to float16 before it quantizes them, we quantize float32."""
+    ours, theirs = both
+    algorithm = ours.config.quantization.quant_algo
+    for name in theirs.tensors:
+        linear = ".layers." in name and "norm" not in name and name.endswith(".weight")
+        if linear and not differs_on_purpose(name, algorithm):
+            a, b = weights(ours, name), weights(theirs, name)
+            assert float((a != b).float().mean()) < 0.02 or torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+            assert (a - b).norm() < 0.02 * b.norm(), name
+
+
+def test_what_modelopt_exports_runs(both, texts):
+    ours, theirs = both
+    with ours.build(plan=False).session(backend="torch") as left, theirs.build(plan=False).session() as right:
+        a, b = left.logits(texts[0]), right.logits(texts[0])
+    assert a.shape == b.shape == (len(texts[0]), 99)
+    assert (a - b).norm() < 0.15 * b.norm()  # random weights, 4 bits, and what differs on purpose
+
+
+def test_a_bare_export_says_that_it_lacks_the_rotary_base(folder, texts, tmp_path):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is the other route: pip install trtlab[modelopt]")
+    config = Checkpoint.from_hugging_face(folder).config
+    export_with_modelopt(folder, config, QuantConfig(quant_algo="FP8"), texts, tmp_path)
+    assert Checkpoint.load(tmp_path).config.rotary_base == config.rotary_base
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["rotary_base"]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="leaves rotary_base out"):
+        Checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quant_algo": "W8A16"}, {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}, {}]
+)
+def test_what_does_not_go_this_way_is_refused(settings):
+    with pytest.raises(QuantizeError, match="ModelOpt's route"):
+        check_modelopt(QuantConfig(**settings))
+
+
+def test_without_modelopt_the_install_line_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    with pytest.raises(MissingDependency, match=r"trtlab\[modelopt\]"):
+        check_modelopt(QuantConfig(quant_algo="FP8"))

@@ -1,0 +1,70 @@
+"""The report's figures against direct arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from trtlab import QuantConfig
+
+
+def test_worst_lists_the_lowest_ratios_first(checkpoint, texts):
+    report = checkpoint.quantize(QuantConfig(quant_algo="FP8"), calibration=texts).report
+    worst = report.worst(5)
+    assert len(worst) == 5
+    assert [row.snr_db for row in worst] == sorted(row.snr_db for row in report.linears)[:5]
+    assert len(report.linears) == 10
+
+
+def test_weight_only_figures_compare_the_weights(checkpoint):
+    made = checkpoint.quantize(QuantConfig(quant_algo="W8A16"))
+    row = made.report.linears[1]
+    name = "transformer.layers.0.attention.dense"
+    weight = checkpoint.tensors[f"{name}.weight"].read()
+    q = made.tensors[f"{name}.weight"].read()
+    scale = made.tensors[f"{name}.per_channel_scale"].read()
+    error = q * scale[:, None] - weight
+    assert row.name == name
+    assert row.snr_db == pytest.approx(10 * math.log10(float(weight.square().sum() / error.square().sum())), abs=0.01)
+    assert row.bytes_saved == weight.nbytes - q.nbytes - scale.nbytes
+    assert row.scale_max == pytest.approx(float(scale.max()))
+    assert row.saturation > 0  # the largest positive weight of a channel ends at 127
+    assert row.outliers_before is None
+
+
+def test_smoothing_flattens_the_loud_channels(checkpoint, texts):
+    quant = QuantConfig(quant_algo="W8A8_SQ_PER_TENSOR_PLUGIN", smoothquant_val=0.8)
+    rows = checkpoint.quantize(quant, calibration=texts).report.linears
+    loud = [row for row in rows if row.name.endswith(("attention.qkv", "mlp.fc"))]
+    assert all(row.outliers_before > 8 and row.outliers_after < 4 for row in loud)
+    assert all(row.alpha == 0.8 for row in rows)
+
+
+def test_split_scales_use_more_bits_of_v_than_the_merged_one(checkpoint, texts):
+    bits = {}
+    for scales in ("merged", "split", "per_head"):
+        quant = QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales)
+        bits[scales] = [row.v_bits for row in checkpoint.quantize(quant, calibration=texts).report.caches]
+    assert all(merged <= split for merged, split in zip(bits["merged"], bits["split"], strict=True))
+    assert bits["per_head"] == pytest.approx([math.log2(255)] * 2)
+
+
+def test_the_report_shows_itself_as_text_and_table(checkpoint, texts):
+    quant = QuantConfig(quant_algo="W4A16_AWQ", group_size=64, kv_cache_quant_algo="INT8")
+    report = checkpoint.quantize(quant, calibration=texts).report
+    shown = repr(report)
+    assert "W4A16_AWQ" in shown
+    assert "V bits used" in shown
+    assert "<table>" in report._repr_html_()
+    assert "0x7f" not in shown
+
+
+def test_more_bits_mean_less_noise(checkpoint, texts):
+    def mean_snr(**settings):
+        quant = QuantConfig(group_size=64, **settings)
+        rows = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None).report.linears
+        return float(torch.tensor([row.snr_db for row in rows]).mean())
+
+    assert mean_snr(quant_algo="W8A16") > mean_snr(quant_algo="W4A16_AWQ") > 10
+    per_token = mean_snr(quant_algo="W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN")
+    assert per_token > mean_snr(quant_algo="W8A8_SQ_PER_TENSOR_PLUGIN")

@@ -1,0 +1,81 @@
+"""Quantized models that run: torch against plain arithmetic, ranks against one, caches against their scales."""
+
+import pytest
+import torch
+
+from trtlab import BuildConfig, EngineError, Mapping, QuantConfig
+from trtlab.model.quantized import Int8Linear, KvScales
+from trtlab.ops.quantized import decode_cache, encode_cache, linear
+from trtlab.quantize.primitives import FLOAT8, ToOriginal
+from trtlab.tensorrt.ops import TensorRTOps
+
+from .conftest import EVERY_CONFIG
+
+WITHIN = {"W4A16": 0.5, "W4A16_AWQ": 0.4, "W4A8_AWQ": 0.4, "FP8": 0.2}  # random weights have no slack at 4 bits
+
+
+def logits(checkpoint, ids, mapping=None):
+    with checkpoint.build(BuildConfig(), mapping, plan=False).session(backend="torch") as session:
+        return session.logits(ids)
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
+def test_every_algorithm_stays_near_the_original(checkpoint, texts, algorithm, cache):
+    quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, group_size=64)
+    made = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
+    expected = logits(checkpoint, texts[0])
+    error = (logits(made, texts[0]) - expected).norm() / expected.norm()
+    assert 1e-5 < error < WITHIN.get(algorithm, 0.08)
+
+
+@pytest.mark.parametrize("algorithm", ["W8A16", "W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN"])
+def test_ranks_give_what_one_rank_gives(checkpoint, texts, algorithm):
+    quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo="INT8", group_size=64, kv_cache_scales="per_head")
+    made = checkpoint.quantize(quant, calibration=texts)
+    whole = logits(made, texts[0])
+    assert torch.allclose(logits(made, texts[0], Mapping(tp_size=2)), whole, atol=2e-4)
+    assert torch.allclose(logits(made, texts[0], Mapping(tp_size=2, pp_size=2)), whole, atol=2e-4)
+
+
+def test_an_engine_folder_keeps_a_quantized_model(checkpoint, texts, tmp_path):
+    quant = QuantConfig(quant_algo="FP8", kv_cache_quant_algo="INT8")
+    with checkpoint.quantize(quant, calibration=texts).build(BuildConfig(), plan=False) as engine:
+        engine.save(tmp_path / "engine")
+        with engine.session(backend="torch") as session:
+            expected = session.logits(texts[1])
+        with type(engine).load(tmp_path / "engine").session(backend="torch") as session:
+            assert torch.equal(session.logits(texts[1]), expected)
+
+
+def test_generation_reads_the_quantized_cache_as_the_prompt_did(checkpoint, texts):
+    made = checkpoint.quantize(QuantConfig(kv_cache_quant_algo="INT8"), calibration=texts)
+    with made.build(BuildConfig(), plan=False).session(backend="torch") as session:
+        answer = session.generate(texts[1])
+        ids = list(answer.prompt_token_ids + answer.token_ids)
+        again = session.logits(ids[:-1]).argmax(-1)[len(texts[1]) - 1 :]
+        assert again.tolist() == list(answer.token_ids)
+
+
+def test_int8_products_use_whole_numbers_only():
+    dice = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (5, 2000), generator=dice).to(torch.int8)
+    x = torch.randint(-127, 128, (3, 2000), generator=dice).float()
+    weight = Int8Linear("w", q, ToOriginal(torch.ones(5)), ToOriginal(torch.ones(1)))
+    assert torch.equal(linear(weight, x).double(), (x.double() @ q.double().T).float().double())
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.int8, 0.5), (FLOAT8, None)])
+def test_a_cache_gives_back_what_it_was_given(dtype, steps):
+    x = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(1))
+    scales = KvScales(dtype, ToOriginal(x.abs().amax((0, 2)) / 127), ToOriginal(torch.ones(1)))
+    stored = encode_cache(x, scales.keys, dtype)
+    assert stored.dtype == dtype
+    back = decode_cache(stored.transpose(0, 1)[None], scales.keys, torch.float32)[0].transpose(0, 1)
+    bound = scales.keys.value[:, None] * steps if steps else x.abs() * 0.07
+    assert bool(((back - x).abs() <= bound + 1e-6).all())
+
+
+def test_a_network_refuses_a_quantized_linear_by_name():
+    weight = Int8Linear("layer.weight", torch.zeros(2, 2, dtype=torch.int8), ToOriginal(torch.ones(2)))
+    with pytest.raises(EngineError, match=r"layer\.weight is quantized"):
+        TensorRTOps.linear(object.__new__(TensorRTOps), None, weight)

@@ -1,0 +1,105 @@
+"""One row a recipe: what it saves and what it costs, measured on the reader's own texts and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trtlab.checkpoint import Checkpoint
+from trtlab.display.card import Card, Shown, Table, card, size
+from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence, opened, perplexity
+from trtlab.quantize.config import QuantConfig
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe; the first row of a comparison is the model as it was, with no recipe."""
+
+    title: str
+    quant: QuantConfig | None
+    nbytes: int
+    kv_bytes_per_token: int
+    perplexity: float
+    divergence: float
+    accuracy: float
+    worst_snr_db: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
+    """Recipes side by side, in the order given."""
+
+    rows: tuple[Measured, ...]
+
+
+def compare_recipes(
+    checkpoint: Checkpoint,
+    recipes: Sequence[QuantConfig],
+    *,
+    calibration: Texts,
+    texts: Texts,
+    questions: Sequence[Asked],
+) -> Comparison:
+    """Quantize by every recipe and measure each against the original, all in torch."""
+    with opened(checkpoint) as original:
+        plain = Measured(
+            "as it was",
+            None,
+            checkpoint.nbytes,
+            checkpoint.config.kv_bytes_per_token,
+            perplexity(original, texts),
+            0.0,
+            accuracy(original, questions),
+            None,
+        )
+        rows = [plain]
+        for quant in recipes:
+            made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
+            worst = made.report.worst(1) if made.report is not None else ()
+            with opened(made) as session:
+                rows.append(
+                    Measured(
+                        recipe_title(quant),
+                        quant,
+                        made.nbytes,
+                        made.config.kv_bytes_per_token,
+                        perplexity(session, texts),
+                        divergence(session, original, texts),
+                        accuracy(session, questions),
+                        worst[0].snr_db if worst else None,
+                    )
+                )
+    return Comparison(tuple(rows))
+
+
+def recipe_title(quant: QuantConfig) -> str:
+    """``W8A16 · INT8 KV split`` and the like."""
+    weights = quant.quant_algo or ""
+    if quant.recipe is not None and quant.recipe.grouped:
+        weights += f" g{quant.group_size}"
+    if quant.recipe is not None and quant.recipe.family.startswith("smoothquant"):
+        weights += " alpha searched" if quant.smoothquant_val is None else f" alpha {quant.smoothquant_val:g}"
+    cache = ""
+    if quant.kv_cache_quant_algo == "INT8":
+        cache = f"INT8 KV {quant.kv_cache_scales}"
+    elif quant.kv_cache_quant_algo is not None:
+        cache = f"{quant.kv_cache_quant_algo} KV"
+    return " · ".join(part for part in (weights, cache) if part)
+
+
+@card.register
+def _comparison_card(comparison: Comparison) -> Card:
+    rows = tuple(
+        (
+            row.title,
+            size(row.nbytes),
+            size(row.kv_bytes_per_token),
+            f"{row.perplexity:.4f}",
+            f"{row.divergence:.6f}",
+            f"{row.accuracy:.1%}",
+            "" if row.worst_snr_db is None else f"{row.worst_snr_db:.1f}",
+        )
+        for row in comparison.rows
+    )
+    heads = ("recipe", " weights", " KV a token", " perplexity", " KL, nats", " answers", " worst SNR dB")
+    return Card("What quantization costs", (), (Table(heads, rows),), "checkpoint.quantize(QuantConfig(...))")

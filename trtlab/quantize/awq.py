@@ -1,0 +1,109 @@
+"""AWQ (arXiv:2306.00978) as ModelOpt computes it: INT4 by groups, with the channels that matter scaled up first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trtlab.quantize.fp8 import float8_scale
+from trtlab.quantize.layer import InputStatistics, Layer, QuantizedLayer
+from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, dequantize, pack_int4, positive, to_int
+from trtlab.quantize.smoothquant import SITES
+
+ALPHAS = tuple(step / 10 for step in range(11))
+LIMITS = (1e-4, 1e4)
+
+
+def group_scales(weight: Tensor, group_size: int) -> ToOriginal:
+    """``[out, in]`` to scales ``[out, in / group_size]``: the group's largest magnitude over 7."""
+    grouped = by_group(weight, weight.shape[1] // group_size)
+    return ToOriginal(positive(amax(grouped, -1)) / INT4.high)
+
+
+def int4_groups(weight: Tensor, scale: ToOriginal) -> Tensor:
+    """int8 storage ``[out, in]`` of integers -8 to 7, ties to even; ``scale`` is ``[out, groups]``."""
+    grouped = by_group(weight, scale.value.shape[1])
+    return to_int(grouped, ToOriginal(scale.value[..., None]), INT4).flatten(1)
+
+
+def importance(weight: Tensor, group_size: int) -> Tensor:
+    """How large each input channel's weights are within their groups, mean over outputs ``[in]``."""
+    grouped = by_group(weight.abs(), weight.shape[1] // group_size)
+    tiny = torch.finfo(torch.float32).tiny
+    return (grouped / (grouped.amax(-1, keepdim=True) + tiny)).flatten(1).mean(0)
+
+
+def awq_scale(x_mean: Tensor, w_mean: Tensor, alpha: float) -> Tensor:
+    """What each weight column is multiplied by: ``x_mean^alpha / w_mean^(1 - alpha)``, its extremes centred on 1."""
+    tiny = torch.finfo(torch.float32).tiny
+    scale = (x_mean.pow(alpha) / (w_mean.pow(1 - alpha) + tiny)).clamp(*LIMITS)
+    return scale / (scale.amax() * scale.amin()).sqrt()
+
+
+def search_alpha(weight: Tensor, seen: InputStatistics, group_size: int) -> float:
+    """The alpha of ALPHAS with the smallest mean squared output error.
+
+    With the Gram matrix ``G`` of the inputs the error of every token together is ``sum(D G * D)``, where ``D`` is
+    the weight's error: no token is read again for any alpha.
+    """
+    assert seen.gram is not None, "AWQ calibration keeps the Gram matrix"
+    w_mean = importance(weight, group_size)
+    losses: dict[float, float] = {}
+    for alpha in ALPHAS:
+        s = awq_scale(seen.mean, w_mean, alpha)
+        scaled = weight * s
+        scale = group_scales(scaled, group_size)
+        error = dequantize(int4_groups(scaled, scale), scale.value) / s - weight
+        losses[alpha] = float(((error @ seen.gram) * error).sum())
+    return min(losses, key=losses.__getitem__)
+
+
+def quantize_layer(layer: Layer) -> QuantizedLayer:
+    """Each linear packed along out, with ``weights_scaling_factor`` by group and ``prequant_scaling_factor``.
+
+    Query, key and value, and fc and gate, are searched apart; their prequant scales are averaged because they read
+    one input, and every weight is smoothed by the average.
+    """
+    result = QuantizedLayer({})
+    dtype = layer.config.torch_dtype
+    for site in SITES:
+        linears = [linear for linear in site if layer.quantizes(linear)]
+        if not linears:
+            continue
+        prequant = _shared_prequant(layer, linears, result).to(dtype).float()  # as it is stored
+        for linear in linears:
+            weight = layer.weight(linear) / prequant
+            scale = group_scales(weight, layer.config.quantization.group_size)
+            result.tensors[f"{linear}.weight"] = pack_int4(int4_groups(weight, scale))
+            result.tensors[f"{linear}.weights_scaling_factor"] = scale.value
+            result.tensors[f"{linear}.prequant_scaling_factor"] = prequant.to(dtype)
+            result.smoothing[linear] = 1 / prequant
+    return result
+
+
+def quantize_layer_fp8(layer: Layer) -> QuantizedLayer:
+    """W4A8: the same, and what the INT4 weights stand for becomes FP8, as the input does."""
+    result = quantize_layer(layer)
+    for linear in layer.linears:
+        prequant = result.tensors[f"{linear}.prequant_scaling_factor"].float()
+        largest = (layer.observed.input_of(linear).amax * prequant).amax()
+        weight = amax(layer.weight(linear) / prequant)
+        result.tensors[f"{linear}.weights_scaling_factor_2"] = float8_scale(weight).value.reshape(1)
+        result.tensors[f"{linear}.activation_scaling_factor"] = float8_scale(largest).value.reshape(1)
+    return result
+
+
+def _shared_prequant(layer: Layer, linears: Sequence[str], result: QuantizedLayer) -> Tensor:
+    group_size = layer.config.quantization.group_size
+    prequants, alphas = [], []
+    for linear in linears:
+        seen = layer.observed.input_of(linear)
+        for part in layer.parts(linear):
+            alpha = search_alpha(part, seen, group_size)
+            alphas.append(alpha)
+            prequants.append(1 / awq_scale(seen.mean, importance(part, group_size), alpha))
+    for linear in linears:
+        result.alphas[linear] = sum(alphas) / len(alphas)
+    return torch.stack(prequants).mean(0)

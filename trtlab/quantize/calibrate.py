@@ -1,0 +1,159 @@
+"""Calibration is an op set: it runs the decoder one block at a time and records what each linear reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtlab.config import ModelConfig
+from trtlab.errors import QuantizeError
+from trtlab.model.decoder import attention, mlp
+from trtlab.model.rope import rotary_table
+from trtlab.model.specs import layer_name
+from trtlab.model.weights import Linear, ModelWeights, layer_weights
+from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.parallel.comm import Solo
+from trtlab.quantize.layer import InputStatistics, LayerStatistics
+from trtlab.quantize.primitives import amax
+from trtlab.quantize.recipes import INPUT_OF
+from trtlab.quantize.texts import TextBatch
+
+CPU = torch.device("cpu")
+
+
+class ObservingOps(TorchOps):
+    """TorchOps that hands what passes through linears and attention to a recorder. No hooks."""
+
+    def __init__(self, batch: PackedBatch, cache: SlotCache, recorder: Recorder) -> None:
+        super().__init__(batch, cache, Solo())
+        self._recorder = recorder
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        """See Ops."""
+        y = super().linear(x, weight)
+        self._recorder.linear(weight.name, x, y)
+        return y
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See Ops. K comes after rotary, as a cache would store it."""
+        self._recorder.cached(k, v)
+        return super().attention(layer, q, k, v)
+
+
+@dataclass
+class _Input:
+    """Running statistics of one linear's input."""
+
+    amax: Tensor
+    mean: Tensor
+    sample: list[Tensor]
+    gram: Tensor | None
+
+
+class Recorder:
+    """Running statistics of one layer over all batches. Linears that share an input are recorded once."""
+
+    def __init__(self, *, gram: bool) -> None:
+        self._gram = gram
+        self._inputs: dict[str, _Input] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.batch: TextBatch | None = None
+
+    def linear(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Input ``[tokens, in]`` and output ``[tokens, out]`` of the linear whose weight has this name."""
+        linear = ".".join(name.split(".")[-3:-1])
+        self._outputs[linear] = _larger(self._outputs.get(linear), amax(y, 0))
+        if linear not in INPUT_OF:
+            self._input(linear, x)
+
+    def _input(self, linear: str, x: Tensor) -> None:
+        assert self.batch is not None, "the batch is set before it runs"
+        shares = self.batch.shares
+        if linear not in self._inputs:
+            width = x.shape[1]
+            gram = torch.zeros(width, width) if self._gram else None
+            self._inputs[linear] = _Input(torch.zeros(width), torch.zeros(width), [], gram)
+        seen = self._inputs[linear]
+        magnitudes = x.abs()
+        seen.amax = torch.maximum(seen.amax, magnitudes.amax(0))
+        seen.mean += shares @ magnitudes
+        seen.sample.append(x[self.batch.sampled].clone())
+        if seen.gram is not None:
+            weighted = x * shares.sqrt()[:, None]
+            seen.gram.addmm_(weighted.T, weighted)
+
+    def cached(self, k: Tensor, v: Tensor) -> None:
+        """Keys and values ``[tokens, kv_heads, head_size]``."""
+        self._keys = _larger(self._keys, amax(k, (0, 2)))
+        self._values = _larger(self._values, amax(v, (0, 2)))
+
+    def statistics(self) -> LayerStatistics:
+        """All that was seen of the layer."""
+        assert self._keys is not None and self._values is not None, "a layer has attention"
+        inputs = {
+            linear: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
+            for linear, seen in self._inputs.items()
+        }
+        return LayerStatistics(inputs, self._outputs, self._keys, self._values)
+
+
+def _larger(before: Tensor | None, now: Tensor) -> Tensor:
+    return now if before is None else torch.maximum(before, now)
+
+
+class Calibration:
+    """Carries the hidden states of all texts from block to block; one block's weights are in memory at a time."""
+
+    def __init__(self, config: ModelConfig, texts: Sequence[TextBatch], embedding: Tensor, *, gram: bool) -> None:
+        longest = max(length for batch in texts for length in batch.lengths)
+        self._config = config
+        self._texts = texts
+        self._gram = gram
+        self._rotary = spread(rotary_table(config, longest), torch.float32, CPU)
+        self._cache = _one_layer_cache(config, max(len(batch.lengths) for batch in texts), longest)
+        self.hidden = [F.embedding(batch.ids, embedding).float() for batch in texts]  # [tokens, hidden] each
+
+    @torch.inference_mode()
+    def block(self, layer: int, weights: dict[str, Tensor]) -> LayerStatistics:
+        """Run one layer over all texts and give what was seen; ``weights`` are float32 by the names in a layer.
+
+        Raises QuantizeError when hidden states become NaN or infinite.
+        """
+        named = {layer_name(layer, part): tensor for part, tensor in weights.items()}
+        parts = layer_weights(self._config, named, layer, layer)
+        heads = ModelWeights(
+            self._config.num_attention_heads, self._config.num_key_value_heads, (parts,), None, None, None
+        )
+        recorder = Recorder(gram=self._gram)
+        for number, batch in enumerate(self._texts):
+            recorder.batch = batch
+            sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
+            ops = ObservingOps(PackedBatch(sequences, self._rotary, CPU), self._cache, recorder)
+            x = self.hidden[number]
+            x = ops.add(x, attention(ops, heads, parts, 0, x))
+            x = ops.add(x, mlp(ops, self._config, parts, x))
+            if not bool(torch.isfinite(x).all()):
+                raise QuantizeError(
+                    f"the activations of layer {layer} hold NaN or infinity on the calibration texts",
+                    remedy="check the source's weights and config: nothing was written",
+                )
+            self.hidden[number] = x
+        return recorder.statistics()
+
+
+def _one_layer_cache(config: ModelConfig, slots: int, capacity: int) -> SlotCache:
+    return SlotCache(
+        layers=1,
+        slots=slots,
+        kv_heads=config.num_key_value_heads,
+        capacity=capacity,
+        head_size=config.head_size,
+        dtype=torch.float32,
+        device=CPU,
+    )

@@ -1,0 +1,108 @@
+"""The other route, as TensorRT-LLM has it: NVIDIA's ModelOpt quantizes and exports, and we read the result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtlab.config import ModelConfig
+from trtlab.errors import MissingDependency, QuantizeError
+from trtlab.quantize.config import QuantConfig
+
+Recipe = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """ModelOpt's name of a recipe, and what ours changes in it."""
+
+    name: str
+    adapt: Callable[[Recipe, QuantConfig], None] = lambda recipe, quant: None
+
+
+def _with_group_size(recipe: Recipe, quant: QuantConfig) -> None:
+    for entry in recipe["quant_cfg"]:
+        stages = entry.get("cfg") or []
+        for stage in stages if isinstance(stages, list) else [stages]:
+            if "block_sizes" in stage:
+                stage["block_sizes"][-1] = quant.group_size
+
+
+def _with_alpha(recipe: Recipe, quant: QuantConfig) -> None:
+    if quant.smoothquant_val is None:
+        raise QuantizeError("ModelOpt does not search alpha", remedy="set smoothquant_val (its default is 1.0)")
+    recipe["algorithm"] = {"method": "smoothquant", "alpha": quant.smoothquant_val}
+
+
+ROUTES = {
+    "FP8": _Route("FP8_DEFAULT_CFG"),
+    "W8A8_SQ_PER_CHANNEL": _Route("INT8_SMOOTHQUANT_CFG", _with_alpha),
+    "W4A16_AWQ": _Route("INT4_AWQ_CFG", _with_group_size),
+    "W4A8_AWQ": _Route("W4A8_AWQ_BETA_CFG", _with_group_size),
+}
+
+
+def check_modelopt(quant: QuantConfig) -> None:
+    """QuantizeError for a recipe that does not go this way, MissingDependency when ModelOpt is not installed."""
+    if quant.quant_algo not in ROUTES or quant.kv_cache_quant_algo is not None or quant.exclude_modules:
+        raise QuantizeError(
+            "ModelOpt's route takes one weight algorithm, with no cache and no excluded modules",
+            got=quant,
+            expected=" | ".join(ROUTES),
+            remedy="checkpoint.quantize() does the rest",
+        )
+    _modelopt()
+
+
+def export_with_modelopt(
+    model_dir: Path, config: ModelConfig, quant: QuantConfig, rows: Sequence[Sequence[int]], folder: Path
+) -> None:
+    """Quantize a Hugging Face folder with ModelOpt on these token ids and export it for TensorRT-LLM, one rank.
+
+    ModelOpt leaves rotary settings out of config.json; they are added from ``config``. The whole model is in memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    mtq, export = _modelopt()
+    route = ROUTES[str(quant.quant_algo)]
+    recipe = copy.deepcopy(getattr(mtq, route.name))
+    route.adapt(recipe, quant)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model.eval()
+
+    def read(module: Any) -> None:
+        for row in rows:
+            module(torch.tensor([list(row)]))
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        model = mtq.quantize(model, recipe, read)
+        export(model, "llama", config.torch_dtype, export_dir=str(folder), inference_tensor_parallel=1)
+    file = folder / "config.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["rotary_base"] = config.rotary_base
+    if config.rotary_scaling is not None:
+        fields = {k: v for k, v in dataclasses.asdict(config.rotary_scaling).items() if v is not None}
+        stored["rotary_scaling"] = {"rope_type": fields.pop("kind"), **fields}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+
+
+def _modelopt() -> tuple[Any, Callable[..., None]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import modelopt.torch.quantization as mtq
+            from modelopt.torch.export import export_tensorrt_llm_checkpoint
+    except ImportError as error:
+        raise MissingDependency(
+            f"quantizing with ModelOpt needs nvidia-modelopt: {error}", remedy='pip install "trtlab[modelopt]"'
+        ) from error
+    return mtq, export_tensorrt_llm_checkpoint

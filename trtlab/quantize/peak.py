@@ -1,0 +1,87 @@
+"""How much memory a quantization takes, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trtlab.config import ModelConfig
+from trtlab.display.card import size
+from trtlab.lazy import LazyTensor
+from trtlab.model.specs import layer_name
+from trtlab.model.weights import EMBEDDING, tensor_specs
+from trtlab.quantize.recipes import INPUT_OF, LINEARS
+from trtlab.quantize.texts import TextBatch
+
+FLOAT = 4  # bytes: blocks are computed in float32
+WORKING_COPIES = 4  # of the largest linear, while its scales are searched
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Predicted bytes above what the process holds already.
+
+    ``usual`` is what the common way takes: the whole model in its own dtype and its quantized copy at once.
+    """
+
+    block: int
+    hidden: int
+    statistics: int
+    kept: int
+    usual: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.block + self.hidden + self.statistics + self.kept
+
+    def __str__(self) -> str:
+        parts = [
+            f"one block in both forms {size(self.block)}",
+            f"hidden states {size(self.hidden)}",
+            f"statistics {size(self.statistics)}",
+        ]
+        if self.kept:
+            parts.append(f"the result {size(self.kept)}")
+        return f"peak about {size(self.total)} ({', '.join(parts)}); whole model in both forms: {size(self.usual)}"
+
+
+def predict(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], texts: Sequence[TextBatch], *, in_memory: bool
+) -> Peak:
+    """The peak of quantizing ``tensors`` into ``config``; in memory the quantized tensors stay, on disk they go."""
+    specs = tensor_specs(config)
+    sizes = {
+        name: torch.Size(spec.shape).numel() * (spec.dtype or config.torch_dtype).itemsize
+        for name, spec in specs.items()
+    }
+    produced = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
+    prefix = layer_name(0, "")
+    source = sum(t.nbytes // t.dtype.itemsize * FLOAT for name, t in tensors.items() if name.startswith(prefix))
+    linears = {linear: tensors[layer_name(0, f"{linear}.weight")].shape for linear in LINEARS}
+    largest = max(rows * width for rows, width in linears.values()) * FLOAT
+    result = sum(nbytes for name, nbytes in produced.items() if name.startswith(prefix))
+    tokens = sum(len(batch.ids) for batch in texts)
+    return Peak(
+        block=max(source + result + WORKING_COPIES * largest, tensors[EMBEDDING].nbytes),
+        hidden=tokens * config.hidden_size * FLOAT + _activations(config, texts),
+        statistics=_statistics(config, linears, texts),
+        kept=sum(produced.values()) if in_memory else 0,
+        usual=sum(tensor.nbytes for tensor in tensors.values()) + sum(produced.values()),
+    )
+
+
+def _activations(config: ModelConfig, texts: Sequence[TextBatch]) -> int:
+    """One batch inside a block: the MLP's three wide tensors, or attention's, whichever is larger."""
+    tokens = max((len(batch.ids) for batch in texts), default=0)
+    return tokens * max(3 * config.intermediate_size, 4 * config.hidden_size) * FLOAT
+
+
+def _statistics(config: ModelConfig, linears: Mapping[str, tuple[int, ...]], texts: Sequence[TextBatch]) -> int:
+    widths = [shape[1] for linear, shape in linears.items() if linear not in INPUT_OF]
+    sampled = sum(len(batch.sampled) for batch in texts)
+    recipe = config.quantization.recipe
+    gram = sum(width * width for width in widths) if texts and recipe is not None and recipe.grouped else 0
+    return (gram + sampled * sum(widths)) * FLOAT

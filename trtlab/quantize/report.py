@@ -1,0 +1,227 @@
+"""How far each quantized linear is from the original, and how well each cache scale uses its bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtlab.display.card import Card, Shown, Table, bar, card, size
+from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, Quantized, WeightOnly, quantized_linear
+from trtlab.model.specs import layer_name
+from trtlab.ops.quantized import linear as run_linear
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.kv_cache import effective_bits
+from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.primitives import FLOAT8_MAX, dequantize
+from trtlab.quantize.recipes import NORM_BEFORE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear. ``snr_db`` and ``cosine`` compare its output on sampled calibration rows with the original's.
+
+    Without texts they compare the weights. ``saturation`` is the share of weights at the ends of the integer range;
+    the outlier ratios are the largest input channel over the median one, before and after smoothing.
+    """
+
+    name: str
+    scale_min: float
+    scale_median: float
+    scale_max: float
+    snr_db: float
+    cosine: float
+    saturation: float
+    outliers_before: float | None
+    outliers_after: float | None
+    alpha: float | None
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes of the original weight less those of all tensors that replace it."""
+        return self.bytes_before - self.bytes_after
+
+
+@dataclass(frozen=True)
+class KvRow:
+    """One layer's cache: scales (largest over heads) and the bits of eight that K and V use (fewest over heads)."""
+
+    layer: int
+    k_scale: float
+    v_scale: float
+    k_bits: float | None
+    v_bits: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class QuantizationReport(Shown):
+    """A row for each quantized linear and for each layer's cache, in the model's order."""
+
+    config: QuantConfig
+    linears: tuple[Row, ...]
+    caches: tuple[KvRow, ...]
+
+    def worst(self, count: int = 5) -> tuple[Row, ...]:
+        """The linears with the lowest signal-to-noise ratio, worst first: candidates for ``exclude_modules``."""
+        return tuple(sorted(self.linears, key=lambda row: row.snr_db)[:count])
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that all linears together save."""
+        return sum(row.bytes_saved for row in self.linears)
+
+
+def report_linears(layer: Layer, result: QuantizedLayer) -> list[Row]:
+    """The rows of one layer."""
+    return [_row(layer, result, linear) for linear in layer.linears]
+
+
+def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
+    weight = _typed(layer, result, linear)
+    expected, got = _outputs(layer, result, linear, weight)
+    noise = float((expected - got).square().sum())
+    signal = float(expected.square().sum())
+    own = [tensor for name, tensor in result.tensors.items() if name.startswith(f"{linear}.")]
+    s = result.smoothing.get(linear)
+    seen = None if layer.statistics is None else layer.statistics.input_of(linear).amax
+    scale = _scale(weight)
+    return Row(
+        name=layer_name(layer.index, linear),
+        scale_min=float(scale.min()),
+        scale_median=float(scale.median()),
+        scale_max=float(scale.max()),
+        snr_db=10 * math.log10(signal / noise) if signal and noise else math.inf,
+        cosine=float(F.cosine_similarity(expected.flatten(), got.flatten(), dim=0)),
+        saturation=_saturation(weight),
+        outliers_before=None if seen is None else outlier_ratio(seen),
+        outliers_after=None if seen is None else outlier_ratio(seen if s is None else seen / s),
+        alpha=result.alphas.get(linear),
+        bytes_before=layer.weight(linear).numel() * layer.config.torch_dtype.itemsize,
+        bytes_after=sum(tensor.nbytes for tensor in own),
+    )
+
+
+def outlier_ratio(channels: Tensor) -> float:
+    """The largest magnitude of all channels ``[in]`` over the median one; infinite when most are zero."""
+    median = float(channels.median())
+    return float(channels.max()) / median if median else math.inf
+
+
+def _typed(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized:
+    recipe = layer.config.quantization.recipe
+    assert recipe is not None, "a quantized linear has a recipe"
+
+    def tensor(name: str) -> Tensor:
+        stored = result.tensors[name]
+        return stored.float() if stored.dtype == layer.config.torch_dtype else stored
+
+    return quantized_linear(recipe, linear, layer_name(layer.index, linear), tensor, None)
+
+
+def _outputs(layer: Layer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
+    """What the linear gives without its bias, and what the quantized one gives."""
+    original = layer.weight(linear)
+    if layer.statistics is None:
+        assert isinstance(weight, WeightOnly), "only weight-only recipes need no texts"
+        return original, dequantize(weight.integers, weight.scale.value)
+    x = layer.statistics.input_of(linear).sample
+    folded = linear in NORM_BEFORE and isinstance(weight, Int8Linear) and weight.prequant is None
+    smoothed = x / result.smoothing[linear] if folded else x  # the norm in front divides already
+    return x @ original.T, run_linear(weight, smoothed)
+
+
+def _scale(weight: Quantized) -> Tensor:
+    if isinstance(weight, Int8Linear):
+        return weight.output_scale.value
+    if isinstance(weight, Int4Float8Linear):
+        return weight.groups.scale.value
+    return weight.weight_scale.value if isinstance(weight, Float8Linear) else weight.scale.value
+
+
+def _saturation(weight: Quantized) -> float:
+    if isinstance(weight, Float8Linear):
+        return float((weight.weight.float().abs() == FLOAT8_MAX).float().mean())
+    groups = weight.groups if isinstance(weight, Int4Float8Linear) else weight
+    q = groups.integers if isinstance(groups, WeightOnly) else groups.weight
+    high = 7 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127
+    return float(((q >= high) | (q <= -high)).float().mean())
+
+
+def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:
+    """The row of one layer's cache; none when it is not quantized."""
+    recipe = layer.config.quantization.kv_recipe
+    if recipe is None:
+        return []
+    scales = [result.tensors[name] for name in recipe.tensors]
+    k_scale, v_scale = scales[0], scales[-1]
+    int8 = layer.config.quantization.kv_cache_quant_algo == "INT8"
+    seen = layer.statistics if int8 else None
+    return [
+        KvRow(
+            layer.index,
+            float(k_scale.max()),
+            float(v_scale.max()),
+            None if seen is None else _fewest_bits(seen.keys, k_scale),
+            None if seen is None else _fewest_bits(seen.values, v_scale),
+        )
+    ]
+
+
+def _fewest_bits(largest: Tensor, scale: Tensor) -> float:
+    pairs = zip(largest.tolist(), scale.expand_as(largest).tolist(), strict=True)
+    return min(effective_bits(head, step) for head, step in pairs)
+
+
+@card.register
+def _report_card(report: QuantizationReport) -> Card:
+    quant = report.config
+    cache = f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"
+    facts = [("weights", quant.quant_algo or "as they were"), ("KV cache", cache)]
+    tables = []
+    if report.linears:
+        facts.append(("bytes saved", size(report.bytes_saved)))
+        tables.append(_worst_table(report))
+    if report.caches:
+        tables.append(_kv_table(report))
+    return Card("Quantization report", tuple(facts), tuple(tables), "report.worst(5), checkpoint.build()")
+
+
+def _worst_table(report: QuantizationReport) -> Table:
+    rows = tuple(
+        (
+            row.name.removeprefix("transformer."),
+            f"{row.snr_db:.1f}",
+            bar(row.snr_db / 60),
+            f"{row.cosine:.5f}",
+            f"{row.saturation:.2%}",
+            _ratio(row.outliers_before),
+            _ratio(row.outliers_after),
+            "" if row.alpha is None else f"{row.alpha:.2f}",
+        )
+        for row in report.worst(8)
+    )
+    heads = ("linear", " SNR dB", "", " cosine", " at range end", " outliers", " after smoothing", " alpha")
+    return Table(heads, rows, "the linears with the lowest signal-to-noise ratio")
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}x"
+
+
+def _kv_table(report: QuantizationReport) -> Table:
+    rows = tuple(
+        (
+            str(row.layer),
+            f"{row.k_scale:.5f}",
+            f"{row.v_scale:.5f}",
+            "" if row.k_bits is None else f"{row.k_bits:.2f}",
+            "" if row.v_bits is None else f"{row.v_bits:.2f}",
+        )
+        for row in report.caches
+    )
+    return Table((" layer", " K scale", " V scale", " K bits used", " V bits used"), rows, "KV cache")

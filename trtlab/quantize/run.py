@@ -1,0 +1,153 @@
+"""Quantizes a model block by block: reads a block, observes it, quantizes it, reports on it, lets it go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtlab.config import ModelConfig
+from trtlab.errors import QuantizeError
+from trtlab.lazy import LazyTensor, held
+from trtlab.model.specs import TensorSpec, layer_name
+from trtlab.model.weights import EMBEDDING, tensor_specs
+from trtlab.progress import progress
+from trtlab.quantize import awq, fp8, kv_cache, smoothquant, smoothquant_modelopt, weight_only
+from trtlab.quantize.calibrate import Calibration
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.layer import Layer, QuantizedLayer, require_finite
+from trtlab.quantize.peak import Peak, predict
+from trtlab.quantize.report import QuantizationReport, Row, report_kv, report_linears
+from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
+from trtlab.runtime.tokenizer import Tokenizer
+
+Sink = Callable[[str, LazyTensor], None]
+ALGORITHMS: dict[str, Callable[[Layer], QuantizedLayer]] = {
+    "weight_only": weight_only.quantize_layer,
+    "smoothquant": smoothquant.quantize_layer,
+    "smoothquant_modelopt": smoothquant_modelopt.quantize_layer,
+    "fp8": fp8.quantize_layer,
+    "awq": awq.quantize_layer,
+    "awq_fp8": awq.quantize_layer_fp8,
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One quantization, checked and ready: the config it leads to, the source and the texts it reads."""
+
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]
+    texts: Sequence[TextBatch]
+
+    def peak(self, *, in_memory: bool) -> Peak:
+        """The memory that ``run`` will take."""
+        return predict(self.config, self.tensors, self.texts, in_memory=in_memory)
+
+    @torch.inference_mode()
+    def run(self, sink: Sink) -> QuantizationReport:
+        """Hand every tensor of the quantized model to ``sink``, block by block; gives the report."""
+        plain = self.config.replace(quantization=QuantConfig())
+        specs, wanted = tensor_specs(plain), tensor_specs(self.config)
+        recipe = self.config.quantization.recipe
+        calibration = None
+        if self.texts:
+            gram = recipe is not None and recipe.grouped
+            calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), gram=gram)
+        rows: list[Row] = []
+        kv_rows = []
+        layers = range(self.config.num_hidden_layers)
+        with progress(f"quantizing {self._title}", len(layers), unit="block") as bar:
+            for index in layers:
+                layer = self._read(index, specs, calibration)
+                result = QuantizedLayer({}) if recipe is None else ALGORITHMS[recipe.family](layer)
+                result.tensors.update(self._kv(layer))
+                self._hand_over(index, wanted, result.tensors, sink)
+                rows += report_linears(layer, result)
+                kv_rows += report_kv(layer, result)
+                bar.update(1)
+        for name in wanted:
+            if not name.startswith("transformer.layers."):
+                sink(name, self.tensors[name])
+        return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
+
+    @property
+    def _title(self) -> str:
+        quant = self.config.quantization
+        algorithms = [quant.quant_algo, quant.kv_cache_quant_algo and f"{quant.kv_cache_quant_algo} KV cache"]
+        return " + ".join(name for name in algorithms if name)
+
+    def _read(self, index: int, specs: Mapping[str, TensorSpec], calibration: Calibration | None) -> Layer:
+        prefix = layer_name(index, "")
+        weights = {}
+        for name in specs:
+            if name.startswith(prefix):
+                weights[name.removeprefix(prefix)] = self.tensors[name].read().float()
+                require_finite(name, weights[name.removeprefix(prefix)])
+        seen = None if calibration is None else calibration.block(index, weights)
+        return Layer(self.config, index, weights, seen)
+
+    def _kv(self, layer: Layer) -> dict[str, Tensor]:
+        quant = self.config.quantization
+        algorithm = quant.kv_cache_quant_algo
+        return {} if algorithm is None else kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics)
+
+    def _hand_over(self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink) -> None:
+        prefix = layer_name(index, "")
+        for name, spec in wanted.items():
+            if not name.startswith(prefix):
+                continue
+            tensor = made.get(name.removeprefix(prefix))
+            if tensor is None:
+                sink(name, self.tensors[name])
+                continue
+            dtype = spec.dtype or self.config.torch_dtype
+            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, dtype), (name, tensor.shape, tensor.dtype, spec)
+            sink(name, held(tensor))
+
+
+def prepare(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    tokenizer: Tokenizer | None,
+    quant: QuantConfig,
+    calibration: Texts | None,
+) -> Quantization:
+    """Check model, recipe and texts against each other before anything is computed or written.
+
+    Raises QuantizeError when texts are missing, superfluous or useless, or the model is quantized already, and
+    ConfigError when the recipe does not fit the model.
+    """
+    if config.quantization.active:
+        raise QuantizeError(
+            f"this checkpoint is quantized already ({config.quantization.quant_algo or 'its KV cache'})",
+            remedy="start from the unquantized one",
+        )
+    if not quant.active:
+        raise QuantizeError(
+            "the recipe quantizes nothing", remedy="set quant_algo, kv_cache_quant_algo or both in QuantConfig"
+        )
+    quantized = config.replace(quantization=quant)
+    tensor_specs(quantized)  # raises where groups do not divide
+    if not quant.reads_texts and calibration is not None:
+        raise QuantizeError(
+            f"{_algorithms(quant)} needs no calibration texts: its scales come from the weights alone",
+            remedy="leave calibration out",
+        )
+    if quant.reads_texts and calibration is None:
+        raise QuantizeError(
+            f"{_algorithms(quant)} needs calibration texts: this step reads {quant.reads_texts}",
+            remedy="give calibration=[...], a few dozen texts like those that the model will read",
+        )
+    texts: list[TextBatch] = []
+    if calibration is not None:
+        limit = min(MAX_TOKENS, config.max_position_embeddings)
+        texts = batches(encode_texts(calibration, tokenizer, config.vocab_size, limit))
+    return Quantization(quantized, tensors, texts)
+
+
+def _algorithms(quant: QuantConfig) -> str:
+    cache = f"{quant.kv_cache_quant_algo} KV cache" if quant.kv_cache_quant_algo else None
+    return " with ".join(name for name in (quant.quant_algo, cache) if name)

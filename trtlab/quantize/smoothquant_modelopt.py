@@ -1,0 +1,59 @@
+"""SmoothQuant in ModelOpt's form (W8A8_SQ_PER_CHANNEL): the smoothing stays beside each linear, no norm changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.primitives import INT8, ToOriginal, amax, positive, to_int
+from trtlab.quantize.smoothquant import SITES, search_alpha
+
+LIMITS = (1e-4, 1e4)
+
+
+def prequant_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
+    """What each input channel is multiplied by: ``w_max^(1 - alpha) / x_max^alpha``, between 1e-4 and 1e4.
+
+    A channel that is all zero in the texts or in the weights keeps 1.
+    """
+    scale = (w_max.pow(1 - alpha) / x_max.pow(alpha)).clamp(*LIMITS)
+    return torch.where((x_max == 0) | (w_max == 0), torch.ones_like(scale), scale)
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, ToOriginal]:
+    """``[out, in]`` to int8 and scales ``[out]``: ``amax / 127``, ties to even."""
+    scale = ToOriginal(positive(amax(weight, 1)) / INT8.high)
+    return to_int(weight, ToOriginal(scale.value[:, None]), INT8), scale
+
+
+def quantize_layer(layer: Layer) -> QuantizedLayer:
+    """Each linear with ``prequant_``, ``activation_`` and ``weights_scaling_factor``.
+
+    Query, key and value, and fc and gate, share an input: their prequant scales are averaged, as ModelOpt's export
+    does, and the weights are smoothed by the average.
+    """
+    quant = layer.config.quantization
+    assert quant.recipe is not None, "SmoothQuant has a recipe"
+    result = QuantizedLayer({})
+    for site in SITES:
+        linears = [linear for linear in site if layer.quantizes(linear)]
+        if not linears:
+            continue
+        seen = layer.observed.input_of(linears[0])
+        alpha = quant.smoothquant_val
+        if alpha is None:
+            alpha = search_alpha(seen, layer, linears, quant.recipe)
+        parts = [part for linear in linears for part in layer.parts(linear)]
+        prequant = torch.stack([prequant_scale(seen.amax, amax(part, 0), alpha) for part in parts]).mean(0)
+        stored = prequant.to(layer.config.torch_dtype)
+        prequant = stored.float()  # what multiplies the input later is what the weight is divided by
+        activation = positive((seen.amax * prequant).amax()) / INT8.high
+        for linear in linears:
+            q, scale = int8_rows(layer.weight(linear) / prequant)
+            result.tensors[f"{linear}.weight"] = q
+            result.tensors[f"{linear}.weights_scaling_factor"] = scale.value
+            result.tensors[f"{linear}.activation_scaling_factor"] = activation.reshape(1)
+            result.tensors[f"{linear}.prequant_scaling_factor"] = stored
+            result.smoothing[linear], result.alphas[linear] = 1 / prequant, alpha
+    return result

@@ -1,0 +1,85 @@
+"""Calibration texts as packed batches of token ids. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtlab.errors import QuantizeError
+from trtlab.runtime.tokenizer import Tokenizer
+
+Texts = Sequence[str] | Sequence[Sequence[int]]
+MAX_TOKENS = 512  # of one text, as TensorRT-LLM calibrates; the rest is left out
+BATCH_TOKENS = 2048  # of one packed batch
+SAMPLE_ROWS = 256  # rows of each linear's input that are kept, spread over all texts
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts one after another: ``ids`` ``[tokens]`` and their lengths.
+
+    ``sampled`` are the rows whose activations are kept; ``shares`` ``[tokens]`` weighs each token so that every text
+    counts alike and all batches together sum to 1.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+    sampled: Tensor
+    shares: Tensor
+
+
+def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, limit: int) -> list[list[int]]:
+    """Token ids of each text, at most ``limit``. Raises QuantizeError for texts that could not calibrate anything."""
+    if isinstance(texts, str):
+        raise QuantizeError("calibration takes several texts", got="one string", expected="a list of texts")
+    if len(texts) == 0:
+        raise QuantizeError("calibration has no texts", remedy="give some that look like what the model will read")
+    rows = [_encode(text, tokenizer)[:limit] for text in texts]
+    for number, row in enumerate(rows):
+        if len(row) < 2:
+            raise QuantizeError(
+                f"calibration text {number} is too short: {len(row)} tokens",
+                expected="at least 2 tokens",
+                remedy="leave it out, or join short texts",
+            )
+        outside = next((token for token in row if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise QuantizeError(f"calibration text {number} has token id {outside}", expected=f"0 to {vocab_size - 1}")
+    if tokenizer is not None and all(token in tokenizer.special_ids for row in rows for token in row):
+        raise QuantizeError(
+            "the calibration texts have no token that the tokenizer knows",
+            remedy="give texts in the script and language that the model was trained on",
+        )
+    return rows
+
+
+def _encode(text: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
+    if not isinstance(text, str):
+        return [int(token) for token in text]
+    if tokenizer is None:
+        raise QuantizeError(
+            "this checkpoint has no tokenizer", remedy="give token ids, or put tokenizer.json in its folder"
+        )
+    return tokenizer.encode(text)
+
+
+def batches(rows: Sequence[Sequence[int]]) -> list[TextBatch]:
+    """Texts packed in their order, up to BATCH_TOKENS a batch."""
+    groups: list[list[Sequence[int]]] = [[]]
+    for row in rows:
+        if groups[-1] and sum(map(len, groups[-1])) + len(row) > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    total = sum(map(len, rows))
+    stride = max(1, -(-total // SAMPLE_ROWS))
+    made, before = [], 0
+    for group in groups:
+        lengths = tuple(map(len, group))
+        shares = torch.cat([torch.full((n,), 1.0 / (n * len(rows))) for n in lengths])
+        sampled = torch.arange(-before % stride, sum(lengths), stride)
+        made.append(TextBatch(torch.tensor([t for row in group for t in row]), lengths, sampled, shares))
+        before += sum(lengths)
+    return made

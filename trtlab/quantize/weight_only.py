@@ -1,0 +1,36 @@
+"""Weight-only INT8 and INT4: one scale an output channel, largest magnitude over 128 or 8. Reads no texts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.primitives import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
+
+RANGES: dict[int, IntRange] = {8: INT8, 4: INT4}
+
+
+def weight_only(weight: Tensor, bits: int) -> tuple[Tensor, ToOriginal]:
+    """``[out, in]`` to int8 storage ``[out, in]`` and scales ``[out]`` in float32.
+
+    ``scale = amax / 2^(bits - 1)``, ties away from zero: the most positive weight saturates one step short of
+    itself, the most negative is exact. Source: TensorRT-LLM's ``symmetric_quantize``.
+    """
+    scale = positive(amax(weight.float(), 1)) * 2.0 ** (1 - bits)
+    q = to_int(weight.float(), ToOriginal(scale[:, None]), RANGES[bits], half_away)
+    return q, ToOriginal(scale)
+
+
+def quantize_layer(layer: Layer) -> QuantizedLayer:
+    """Each linear as ``weight`` and ``per_channel_scale`` in the model's dtype.
+
+    Integers come from the float32 scale; the scale that multiplies them later is rounded to the model's dtype.
+    """
+    tensors: dict[str, Tensor] = {}
+    recipe = layer.config.quantization.recipe
+    assert recipe is not None, "weight-only has a recipe"
+    for linear in layer.linears:
+        q, scale = weight_only(layer.weight(linear), recipe.weight_bits)
+        tensors[f"{linear}.weight"] = pack_int4(q) if recipe.packed else q
+        tensors[f"{linear}.per_channel_scale"] = scale.stored(layer.config.torch_dtype)
+    return QuantizedLayer(tensors)
