@@ -217,12 +217,23 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     config = _with_dense_bias(config, ranks)
     for r, found in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
+        _check_scales(where, config, found)
         check_tensors(where, found, rank_shapes(config, mapping, r, layout))
         dtypes = rank_dtypes(config, mapping, r, layout)
         ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in found.items()}
         check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
+
+
+def _check_scales(where: str, config: ModelConfig, found: MappingOf[str, LazyTensor]) -> None:
+    """Say which step was left out when the config names an algorithm and no tensor holds a scale."""
+    algorithm = config.quantization.quant_algo
+    if algorithm is not None and not any("scal" in name for name in found):
+        raise CheckpointError(
+            f"{where} holds plain weights, though config.json says {algorithm}: the step that quantizes was left out",
+            remedy=f"set quant_algo to null, load, and call checkpoint.quantize(QuantConfig(quant_algo={algorithm!r}))",
+        )
 
 
 def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
