@@ -1,0 +1,118 @@
+"""Widgets and notebooks as a reader meets them: real JupyterLab, headless Chromium, a mouse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ENGINE = """\
+from trtlab import BuildConfig, Checkpoint
+from trtlab.tiny import llama_dir
+from trtlab.widgets import EngineLayers
+bounds = BuildConfig(max_batch_size=4, max_input_len=64, max_seq_len=128)
+layers = EngineLayers(Checkpoint.from_hugging_face(llama_dir()).build(bounds, plan=False))
+layers"""
+READ = 'print("chosen:", layers.selected, len(layers.selection), layers.step.value, layers.amount.value)'
+# A place in the line of a bar, far from the bar itself.
+PLACE = """() => {
+    const ticks = [...document.querySelectorAll('.js-plotly-plot .ytick text')];
+    const plot = document.querySelector('.js-plotly-plot .nsewdrag').getBoundingClientRect();
+    const tick = ticks.find(tick => tick.textContent.includes(NAME)).getBoundingClientRect();
+    return [plot.x + plot.width * 0.8, tick.y + tick.height / 2];
+}"""
+
+
+def write(path: Path, *cells: str) -> Path:
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, path)
+    return path
+
+
+def title(page):
+    return page.text_content(".js-plotly-plot .gtitle")
+
+
+def read_selection(page):
+    """Run the last cell, and give what it printed."""
+    before = page.locator(".jp-Cell").last.locator(".jp-InputArea-prompt").text_content()
+    page.evaluate("""async () => {
+        jupyterapp.shell.currentWidget.content.activeCellIndex = 1;
+        await jupyterapp.commands.execute('notebook:run-cell');
+    }""")
+    page.wait_for_function(
+        """before => {
+            const prompts = [...document.querySelectorAll('.jp-InputArea-prompt')];
+            return ![before, '[*]:'].includes(prompts.at(-1).textContent);
+        }""",
+        arg=before,
+    )
+    return page.locator(".jp-OutputArea-output").last.text_content()
+
+
+def click_bar(page, name):
+    page.mouse.click(*page.evaluate(PLACE.replace("NAME", repr(name))))
+    page.wait_for_function(
+        f"[...document.querySelectorAll('.ytick text')].some(tick => tick.textContent.includes('▶ {name}'))"
+    )
+
+
+def test_a_click_on_a_bar_is_read_from_python(open_notebook, tmp_path):
+    page = open_notebook(write(tmp_path / "engine_layers.ipynb", ENGINE, READ), run=True)
+    page.wait_for_selector(".js-plotly-plot .gtitle")
+    page.screenshot(path=tmp_path / "before.png")
+    assert title(page) == "8.04 MiB of weights by part"
+    assert "chosen: attention.qkv 78 generation 1" in read_selection(page)
+
+    click_bar(page, "lm_head")
+    assert "chosen: lm_head 3 generation 1" in read_selection(page)
+    assert "lm_head: 3 layers, 640.00 KiB of weights" in page.text_content(".widget-html-content")
+
+    page.click("button:has-text('FLOP')")
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('FLOP by part')")
+    page.click("button:has-text('context')")
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('context step of 1 token')")
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('context step of 2 tokens')")
+    click_bar(page, "mlp.gate")
+    assert "chosen: mlp.gate 18 context 2" in read_selection(page)
+    page.screenshot(path=tmp_path / "after.png")
+
+
+def test_a_reloaded_page_keeps_the_picture(open_notebook, tmp_path):
+    page = open_notebook(write(tmp_path / "reloaded.ipynb", ENGINE, READ), run=True)
+    page.wait_for_selector(".js-plotly-plot .gtitle")
+    page.click("button:has-text('kind')")
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('by kind')")
+    page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    page.reload()
+    page.wait_for_selector(".js-plotly-plot .gtitle")
+    assert title(page) == "8.04 MiB of weights by kind"
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_a_shipped_notebook_shows_its_saved_outputs(open_notebook, path, tmp_path):
+    page = open_notebook(path, run=False)
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    last = max(i for i, cell in enumerate(cells) if cell.outputs)
+    for number in range(last + 1):  # JupyterLab draws a cell when it comes into sight
+        page.evaluate(
+            """number => {
+                const cells = jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code');
+                cells[number].node.scrollIntoView();
+            }""",
+            number,
+        )
+        if cells[number].outputs:
+            shown = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-OutputArea-output"))
+            shown.first.wait_for()
+        page.screenshot(path=tmp_path / f"{path.stem}-{number:02}.png")
+    text = page.inner_text(".jp-Notebook")
+    assert "Error displaying widget" not in text
+    assert "Loading widget" not in text
