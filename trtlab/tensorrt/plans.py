@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import weakref
 from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -29,13 +30,21 @@ def plan_file(rank: int) -> str:
     return f"rank{rank}.engine"
 
 
+class Scratch:
+    """A temporary folder that goes when it is closed, or when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(mkdtemp(prefix="trtlab-plan-"))
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Plans:
     """Records and files, in rank order. ``scratch`` is the temporary folder of plans that were not saved yet."""
 
     records: tuple[PlanRecord, ...]
     files: tuple[Path, ...]
-    scratch: TemporaryDirectory[str] | None = None
+    scratch: Scratch | None = None
 
     @classmethod
     def build(
@@ -43,17 +52,17 @@ class Plans:
     ) -> Plans:
         """Compile every rank, one after the other; an error or an interrupt leaves nothing behind."""
         library()  # says what is missing before a weight is read
-        scratch = TemporaryDirectory(prefix="trtlab-plan-")
+        scratch = Scratch()
         try:
             records, files = [], []
             for rank, tensors in enumerate(ranks):
-                path = Path(scratch.name) / plan_file(rank)
+                path = scratch.folder / plan_file(rank)
                 with path.open("wb") as stream:
                     weights = {name: tensor.read() for name, tensor in tensors.items()}
                     records.append(build_plan(config, build, mapping, rank, weights, stream))
                 files.append(path)
         except BaseException:
-            scratch.cleanup()
+            scratch.close()
             raise
         return cls(tuple(records), tuple(files), scratch)
 
@@ -93,7 +102,7 @@ class Plans:
     def close(self) -> None:
         """Delete plans that were never saved."""
         if self.scratch is not None:
-            self.scratch.cleanup()
+            self.scratch.close()
 
 
 def _record(raw: MappingOf[str, Any]) -> PlanRecord:
