@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,93 +11,16 @@ from ipywidgets import HTML, HBox, IntSlider, Label, ToggleButtons, VBox
 from trtlab.display.card import Card, Table, bar, count, size
 from trtlab.display.render import html
 from trtlab.engine import Engine
-from trtlab.errors import ConfigError
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.interpreter import LayerRow, LayerTable
 
+from .layer_groups import GROUPINGS, MEASURES, groups, known
 from .live import Dashboard, show_in
 
 LISTED = 10  # layers of a selection that are spelled out
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the legend and the table have the words.
 COLOURS = {"bfloat16": "#0072B2", "float16": "#009E73", "float32": "#E69F00", "int8": "#CC79A7", "int4": "#D55E00"}
 OTHER_COLOUR = "#7F7F7F"
-# These belong to no weight; by name they would count as part of the weight before them.
-ATTENTION = ("rotary_embedding", "kv_cache_update", "attention_input", "attention_output")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a bar's length means: a number for each layer, how to write it, and the units of the axis."""
-
-    of: Callable[[LayerRow], int]
-    text: Callable[[float], str]
-    title: str  # after the sum of all bars
-    axis: str
-    units: tuple[tuple[float, str], ...]
-
-    def unit(self, largest: float) -> tuple[float, str]:
-        """The largest unit that a number reaches, with its name for the axis."""
-        return next(((factor, name) for factor, name in self.units if largest >= factor), self.units[-1])
-
-
-MEASURES: Mapping[str, Measure] = {
-    "weight bytes": Measure(
-        lambda row: row.weight_bytes,
-        size,
-        "of weights",
-        "weights",
-        ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")),
-    ),
-    "FLOP": Measure(
-        lambda row: row.flops,
-        lambda number: f"{count(number)} FLOP",
-        "",
-        "floating-point operations",
-        ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, "")),
-    ),
-    "layers": Measure(lambda row: 1, lambda number: f"{number:.0f} layers", "", "number of layers", ((1, ""),)),
-}
-
-
-def part(row: LayerRow) -> str:
-    """The weight that a layer serves, without its decoder layer: ``mlp.fc``; ``attention`` for what has no weight."""
-    if row.kind in ATTENTION:
-        return "attention"
-    scope, colon, _ = row.name.partition(":")
-    scope = scope if colon else scope.rpartition(".")[0]  # a constant ends in .weight, .scale, .epsilon
-    return re.sub(r"^transformer\.(layers\.\d+\.)?", "", scope)
-
-
-def decoder_layer(row: LayerRow) -> str:
-    """``layer 3``, or ``outside`` for embedding, last norm, head and rotary tables."""
-    match = re.match(r"transformer\.layers\.(\d+)\.", row.name)
-    return f"layer {match[1]}" if match else "outside"
-
-
-GROUPINGS: Mapping[str, Callable[[LayerRow], str]] = {
-    "part": part,
-    "kind": lambda row: row.kind,
-    "decoder layer": decoder_layer,
-    "precision": lambda row: row.precision,
-}
-
-
-def groups(table: LayerTable, measure: str = "weight bytes", by: str = "part") -> dict[str, tuple[LayerRow, ...]]:
-    """The layers of each bar, the longest bar first (decoder layers in their order); bars of length zero are left out.
-
-    Raises ConfigError for an unknown measure or grouping.
-    """
-    amount, group_of = _known("measure", MEASURES, measure).of, _known("grouping", GROUPINGS, by)
-    found: dict[str, list[LayerRow]] = {}
-    for row in table:
-        found.setdefault(group_of(row), []).append(row)
-    totals = {name: sum(map(amount, rows)) for name, rows in found.items()}
-    names = [name for name in found if totals[name]]
-    if by != "decoder layer":
-        names.sort(key=lambda name: -totals[name])
-    else:
-        names.sort(key=lambda name: int(name.removeprefix("layer ")) if name != "outside" else -1)
-    return {name: tuple(found[name]) for name in names}
 
 
 def figure(
@@ -134,7 +55,7 @@ def figure(
         mode="text",
         y=places,
         x=[total / factor for total in totals.values()],
-        text=[f" {how.text(total)} · {total / whole:.0%}" for total in totals.values()],
+        text=[f" {how.text(total)} · {_share(total / whole)}" for total in totals.values()],
         textposition="middle right",
         cliponaxis=False,
         hovertext=[_hover(name, rows) for name, rows in shown.items()],
@@ -184,6 +105,10 @@ def _mark(name: str, selected: str) -> str:
     return f"<b>▶ {name}</b> " if name == selected else f"{name} "
 
 
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "< 1%"
+
+
 def _hover(name: str, rows: tuple[LayerRow, ...]) -> str:
     layers, weights, flops = _sums(LayerTable(rows))
     return f"<b>{name}</b><br>{layers} layers<br>{weights} of weights<br>{flops} FLOP"
@@ -215,7 +140,7 @@ class EngineLayers(Dashboard):
         ]
         self.view = VBox([*lines, self.figure, self._details])
         self._details.add_class("jp-RenderedHTMLCommon")
-        self._details.value = html(Card("Selected", tables=(self._selection_table(),)))
+        self._details.value = self._details_html()
         self._observe()
 
     @property
@@ -236,7 +161,7 @@ class EngineLayers(Dashboard):
     def select(self, name: str) -> None:
         """Choose a bar, as a click does; ConfigError when there is none of that name."""
         shown = groups(self._table, self.measure.value, self.by.value)
-        _known("bar", shown, name)
+        known("bar", shown, name)
         self._selected = name
         self._show()
 
@@ -295,10 +220,14 @@ class EngineLayers(Dashboard):
 
     def _show(self) -> None:
         show_in(self.figure, self._figure())
-        self._details.value = html(Card("Selected", tables=(self._selection_table(),)))
+        self._details.value = self._details_html()
 
     def _figure(self) -> go.Figure:
         return figure(self._table, self.measure.value, self.by.value, self._selected, self._step_words())
+
+    def _details_html(self) -> str:
+        table = self._selection_table()
+        return html(Card(table.caption, tables=(replace(table, caption=""),)))
 
     def _selection_table(self) -> Table:
         return selection_table(self._selected, self.selection, self.measure.value)
@@ -339,9 +268,3 @@ def _buttons(options: list[str]) -> ToggleButtons:
 def _line(label: str, *controls: Any) -> HBox:
     """Controls behind their label, which has a column of its own."""
     return HBox([Label(label, layout={"width": "90px"}), *controls])
-
-
-def _known(what: str, table: Mapping[str, Any], name: str) -> Any:
-    if name not in table:
-        raise ConfigError(f"there is no such {what}", got=repr(name), expected=" | ".join(table))
-    return table[name]
