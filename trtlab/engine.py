@@ -75,7 +75,7 @@ class Engine(Shown):
         self, session_config: SessionConfig | None = None, backend: str = "auto", device: str | None = None
     ) -> Session:
         """A session that generates with this engine; ``backend`` is auto, tensorrt, torch or interpreter."""
-        from trtlab.session import open_session
+        from trtlab.backends import open_session
 
         return open_session(self, session_config or SessionConfig(), backend, device)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -14,18 +13,15 @@ from torch import Tensor
 from trtlab.config import SamplingParams, SessionConfig
 from trtlab.display.card import Shown
 from trtlab.engine import Engine
-from trtlab.errors import ConfigError, EngineError, RequestError
-from trtlab.runtime.executor import Chunk, Executor, StepInputs, TorchExecutor
+from trtlab.errors import RequestError
+from trtlab.runtime.executor import Chunk, Executor, StepInputs
 from trtlab.runtime.request import Request
 from trtlab.runtime.sampler import sample
 from trtlab.runtime.scheduler import Scheduler
 from trtlab.runtime.streaming import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
-from trtlab.tensorrt.executor import interpreter_executor
-from trtlab.tensorrt.runtime import plan_executor
 
 Prompt = str | Sequence[int] | Sequence[Message]
-BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
 
 
 @dataclass(frozen=True, repr=False)
@@ -305,66 +301,3 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
         return True
     first = prompts[0]
     return isinstance(first, Mapping) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0)
-
-
-def open_session(engine: Engine, config: SessionConfig, backend: str, device: str | None) -> Session:
-    """A session on the backend asked for, by ``TRTLAB_BACKEND``, or on the best that is here."""
-    engine.require_open()
-    asked = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
-    if asked not in BACKENDS:
-        raise ConfigError("unknown backend", got=repr(asked), expected=" | ".join(BACKENDS))
-    target = _device(device)
-    chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
-    executor = EXECUTORS[chosen](engine, target, config)
-    where = "cpu" if chosen == "interpreter" else target
-    return Session(engine, executor, config, f"{chosen} on {where}: {reason}")
-
-
-def _best(engine: Engine, device: torch.device) -> tuple[str, str]:
-    """TensorRT where a GPU is here that the plan runs on, else torch; and the reason in a few words."""
-    if device.type != "cuda":
-        return "torch", "asked for this device" if torch.cuda.is_available() else "no CUDA device is here"
-    if engine.plans is None:
-        return "torch", "the engine has no TensorRT plan"
-    verdict = engine.plans.run_on(device)
-    return ("tensorrt" if verdict else "torch"), verdict.reason
-
-
-def _torch(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
-    ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    fast = config.fast_cpu_kernels
-    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device, fast=fast)
-
-
-def _interpreter(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
-    ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks)
-
-
-def _tensorrt(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
-    if engine.plans is None:
-        raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
-    if device.type != "cuda":
-        raise EngineError(
-            "a TensorRT plan runs on an NVIDIA GPU, and none is here",
-            remedy='use backend="interpreter" for the same network, or "torch"',
-        )
-    plan = engine.plans.files[0].read_bytes()
-    return plan_executor(engine.config, engine.build_config, engine.mapping, plan, engine.plans.records[0], device)
-
-
-EXECUTORS: dict[str, Callable[[Engine, torch.device, SessionConfig], Executor]] = {
-    "torch": _torch,
-    "interpreter": _interpreter,
-    "tensorrt": _tensorrt,
-}
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError("unknown device", got=repr(name), expected="cpu | cuda | cuda:0 ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here", got=repr(name), remedy='use device="cpu"')
-    return device
