@@ -64,13 +64,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    lengths = [tuple(int(n) for n in pair.split(",")) for pair in options.input_output_len.split(";")]
-    if any(len(pair) != 2 for pair in lengths):
-        raise TrtlabError("--input_output_len", got=options.input_output_len, expected='pairs such as "128,32;32,128"')
+    lengths = _numbers("--input_output_len", options.input_output_len, 2, "128,32;32,128")
+    batches = _numbers("--batch_size", options.batch_size, 1, "1;8")
     with Engine.load(options.engine_dir) as engine, engine.session() as session:
         sweep = benchmark(
             session,
-            [int(n) for n in options.batch_size.split(";")],
+            [batch for (batch,) in batches],
             [(pair[0], pair[1]) for pair in lengths],
             options.warm_up,
             options.num_runs,
@@ -79,6 +78,14 @@ def _bench(options: argparse.Namespace) -> None:
         print(row.line)
     if options.csv:
         sweep.to_csv(options.csv)
+
+
+def _numbers(flag: str, text: str, size: int, example: str) -> list[tuple[int, ...]]:
+    """Groups of ``size`` numbers with commas within and semicolons between, as TensorRT-LLM's flags have them."""
+    groups = [group.split(",") for group in text.split(";")]
+    if any(len(group) != size or not all(n.strip().isdecimal() for n in group) for group in groups):
+        raise TrtlabError(f"{flag} is not understood", got=repr(text), expected=f'numbers such as "{example}"')
+    return [tuple(int(n) for n in group) for group in groups]
 
 
 def _machine(options: argparse.Namespace) -> None:

@@ -1,0 +1,52 @@
+"""Each command is one object call: the whole path by commands gives what the objects give."""
+
+import pytest
+
+import trtlab
+from trtlab import tiny
+from trtlab.cli import main
+
+QUESTION = "Question: Which pet does Bruno have?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory):
+    work = tmp_path_factory.mktemp("cli")
+    assert main(["convert", "--model_dir", str(tiny.llama_dir()), "--output_dir", str(work / "ckpt")]) == 0
+    bounds = ["--max_batch_size", "2", "--max_input_len", "32", "--max_seq_len", "64"]
+    assert main(["build", "--checkpoint_dir", str(work / "ckpt"), "--output_dir", str(work / "engine"), *bounds]) == 0
+    return work / "engine"
+
+
+def test_run_prints_the_session_s_text(engine_dir, capsys):
+    assert main(["run", "--engine_dir", str(engine_dir), "--input_text", QUESTION, "--max_output_len", "8"]) == 0
+    with trtlab.Engine.load(engine_dir) as engine, engine.session() as session:
+        expected = session.generate(QUESTION, trtlab.SamplingParams(max_new_tokens=8)).text
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_bench_prints_lines_and_writes_a_csv(engine_dir, capsys, tmp_path):
+    sweep = ["--batch_size", "1;2", "--input_output_len", "8,2", "--num_runs", "1", "--csv", str(tmp_path / "b.csv")]
+    assert main(["bench", "--engine_dir", str(engine_dir), *sweep]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["[BENCHMARK]"] * 2
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "--model_dir", "nowhere", "--output_dir", "out"],
+        ["run", "--engine_dir", "nowhere", "--input_text", "x"],
+        ["bench", "--engine_dir", "nowhere", "--input_output_len", "8"],
+        ["bench", "--engine_dir", "nowhere", "--batch_size", "two"],
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, capsys):
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trtlab: ") and error.count("\n") == 1
+
+
+def test_machine_prints_its_card(capsys):
+    assert main(["machine"]) == 0
+    assert capsys.readouterr().out.strip() == repr(trtlab.machine())
