@@ -12,7 +12,7 @@ from trtlab.display.card import Card, Table, bar, count, size
 from trtlab.display.render import html
 from trtlab.engine import Engine
 from trtlab.tensorrt.bindings import profiles
-from trtlab.tensorrt.interpreter import LayerRow, LayerTable
+from trtlab.tensorrt.interpreter import LayerTable
 
 from .layer_groups import GROUPINGS, MEASURES, groups, known
 from .live import Dashboard, show_in
@@ -58,8 +58,7 @@ def figure(
         text=[f" {how.text(total)} · {_share(total / whole)}" for total in totals.values()],
         textposition="middle right",
         cliponaxis=False,
-        hovertext=[_hover(name, rows) for name, rows in shown.items()],
-        hovertemplate="%{hovertext}<extra></extra>",
+        hoverinfo="none",
         showlegend=False,
     )
     title = " ".join(filter(None, (how.text(whole), how.title, f"by {by}")))
@@ -77,7 +76,7 @@ def _layout(title: str, names: list[str], longest: float) -> dict[str, Any]:
         "font": {"size": 13},
         "barmode": "stack",
         "bargap": 0.25,
-        "hovermode": "y",  # the whole line of a bar answers to the mouse, however short the bar
+        "hovermode": "y",  # the whole line of a bar answers to a click, however short the bar
         "height": 130 + thickness * max(2, len(names)),
         "autosize": True,
         "margin": {"l": 170, "r": 20, "t": 66, "b": 56},
@@ -107,11 +106,6 @@ def _mark(name: str, selected: str) -> str:
 
 def _share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else "< 1%"
-
-
-def _hover(name: str, rows: tuple[LayerRow, ...]) -> str:
-    layers, weights, flops = _sums(LayerTable(rows))
-    return f"<b>{name}</b><br>{layers} layers<br>{weights} of weights<br>{flops} FLOP"
 
 
 class EngineLayers(Dashboard):
