@@ -12,7 +12,7 @@ from torch import Tensor
 from trtlab.errors import ConfigError
 from trtlab.model.quantized import KvScales
 from trtlab.model.rope import RotaryTable
-from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.model.weights import Dense, Embedding, Linear, Norm
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.parallel.comm import Comm
 
@@ -51,18 +51,21 @@ class SlotCache:
         stored = scales[0].dtype if scales else dtype
         self.keys = torch.zeros(shape, dtype=stored, device=device)
         self.values = torch.zeros(shape, dtype=stored, device=device)
+        self._layers = list(zip(self.keys, self.values, strict=True))  # views, made once
 
     def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
         """New K and V ``[tokens, kv_heads, head_size]`` at their places."""
         if self._scales:
             scales = self._scales[layer]
             k, v = encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
-        self.keys[layer][places] = k
-        self.values[layer][places] = v
+        keys, values = self._layers[layer]
+        keys[places] = k
+        values[places] = v
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
         """K and V of neighbouring slots up to ``length`` tokens: ``[slots, kv_heads, length, head_size]`` each."""
-        k, v = self.keys[layer, slots, :, :length], self.values[layer, slots, :, :length]
+        keys, values = self._layers[layer]
+        k, v = keys[slots, :, :length], values[slots, :, :length]
         if self._scales:
             scales = self._scales[layer]
             return decode_cache(k, scales.keys, self._dtype), decode_cache(v, scales.values, self._dtype)
@@ -142,30 +145,33 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: Norm) -> Tensor:
         """See Ops."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), weight.weight, weight.epsilon)
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + weight.epsilon)
-        return weight.weight * wide.to(x.dtype)
+        scale = (wide * wide).mean(-1, keepdim=True).add_(weight.epsilon).rsqrt_()
+        return (wide * scale).to(x.dtype) * weight.weight
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See Ops."""
+        if type(weight) is Dense:  # the common case, without the dispatch
+            return F.linear(x, weight.weight, weight.bias)
         return linear(weight, x)
 
     def split_heads(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See Ops."""
         rows = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)  # [tokens, heads + 2 kv_heads, head_size]
-        q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
+        q, k, v = rows.split_with_sizes([heads, kv_heads, kv_heads], 1)
         return q, k, v
 
     def rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """See Ops."""
-        half = q.shape[-1] // 2
-        cos, sin = self._batch.cos, self._batch.sin
-        return (
-            torch.addcmul(q * cos, q.roll(half, -1), sin),
-            torch.addcmul(k * cos, k.roll(half, -1), sin),
-        )
+        heads = q.shape[1]
+        same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+        if same and k.storage_offset() == q.storage_offset() + heads * q.stride(1):  # parts of one projection: one turn
+            both = self._turn(q.as_strided((q.shape[0], heads + k.shape[1], q.shape[2]), q.stride()))
+            return both[:, :heads], both[:, heads:]
+        return self._turn(q), self._turn(k)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x * self._batch.cos, x.roll(x.shape[-1] // 2, -1), self._batch.sin)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Ops. Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``."""

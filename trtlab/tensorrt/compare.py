@@ -82,7 +82,8 @@ class Comparison(Shown):
             return f"the prompt agrees and decoding differs from {where}: the mask, the positions or the KV cache"
         if not self.jumps:
             return f"the difference grows and passes {self.tolerance:g} at {where}: precision"
-        return f"the difference jumps by {self.factor:.0f} at {where}: {suspect(start.name)}"
+        factor = float(f"{self.factor:.1g}")
+        return f"the difference jumps by a factor of {factor:,.0f} at {where}: {suspect(start.name)}"
 
 
 def suspect(name: str) -> str:

@@ -121,8 +121,8 @@ def _check_file(record: PlanRecord, path: Path) -> None:
     if digest != record.digest:
         raise EngineError(
             f"{path.name} is damaged: its digest is not the build's",
-            got=f"{path.stat().st_size} bytes",
-            expected=f"{record.plan_bytes} bytes",
+            got=f"{path.stat().st_size} bytes, SHA-256 {digest[:12]}",
+            expected=f"{record.plan_bytes} bytes, SHA-256 {record.digest[:12]}",
             remedy="copy the engine folder again, or build again",
         )
 
