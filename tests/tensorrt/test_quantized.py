@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
 import torch
 
-from trtlab import BuildConfig, Checkpoint, ModelConfig, QuantConfig
+from trtlab import BuildConfig, Checkpoint, ModelConfig, QuantConfig, SamplingParams
 from trtlab.config import Mapping
+from trtlab.errors import EngineError
 from trtlab.model.weights import rank_weights, tensor_specs
 from trtlab.ops.quantized import linear
 from trtlab.runtime.executor import Chunk, StepInputs, TorchExecutor
+from trtlab.tensorrt import bindings as names
+from trtlab.tensorrt import plan
+from trtlab.tensorrt.bindings import CACHE_DTYPES
+from trtlab.tensorrt.emit import emit
 from trtlab.tensorrt.executor import interpreter_executor
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.ops import TensorRTOps
@@ -44,6 +50,14 @@ WEIGHTS = [
     "W4A16_AWQ",
 ]
 PLANS = list(zip(WEIGHTS, ["bfloat16", "float16", "float32"] * 3, strict=True))
+CACHES = [
+    (None, "INT8", "merged"),
+    (None, "INT8", "split"),
+    ("W8A16", "INT8", "per_head"),
+    ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8", "split"),
+    (None, "FP8", "split"),
+    ("FP8", "FP8", "split"),
+]
 builds = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 
 
@@ -128,10 +142,99 @@ def test_each_linear_is_torchs_linear(new_network, quantized, algorithm, dtype, 
         assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
+@pytest.mark.parametrize(("algorithm", "cache", "scales"), CACHES)
+def test_with_a_quantized_cache_the_network_is_torch(quantized, algorithm, cache, scales):
+    assert_agree(quantized(algorithm, cache, kv_cache_scales=scales), 1e-4)
+
+
+def test_a_quantized_cache_is_read_and_only_new_tokens_are_written(quantized):
+    checkpoint = quantized(None, "INT8", kv_cache_scales="per_head")
+    table = emit(checkpoint.config, BUILD, Mapping(), 0, tensors_of(checkpoint)).bindings
+    assert {binding.dtype for binding in table.cache_inputs} == {"int8"}
+    assert table.caches == {}
+    assert table.updates["new_v_1"] == "cache_v_1"
+    assert names.MASK not in {binding.name for binding in table.inputs}
+
+
 @builds
 @pytest.mark.parametrize(
-    ("algorithm", "dtype"), list(zip(WEIGHTS, ["bfloat16", "float16", "float32"] * 3, strict=True))
+    ("cache", "scales", "dtype"),
+    [
+        ("INT8", "split", "float32"),
+        ("INT8", "split", "bfloat16"),
+        ("INT8", "per_head", "float16"),
+        ("FP8", "split", "bfloat16"),
+    ],
 )
+def test_a_plan_is_built_for_each_cache(quantized, cache, scales, dtype):
+    checkpoint = quantized(None, cache, dtype, kv_cache_scales=scales)
+    record = build_plan(checkpoint.config, BUILD, Mapping(), 0, tensors_of(checkpoint), io.BytesIO())
+    assert CACHE_DTYPES[cache] in record.dtypes
+
+
+SESSIONS = [*((algorithm, None) for algorithm in WEIGHTS), *((algorithm, cache) for algorithm, cache, _ in CACHES[1:])]
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), SESSIONS)
+def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cache):
+    prompts, params = [[5, 9, 2, 40, 11], [7], [1, 2, 3, 4, 5, 6, 7, 8]], SamplingParams(max_new_tokens=12)
+    with quantized(algorithm, cache).build(BUILD, plan=False) as engine:
+        answers = []
+        for backend in ("interpreter", "torch"):
+            with engine.session(backend=backend, device="cpu") as session:
+                answers.append([answer.token_ids for answer in session.generate(prompts, params)])
+    assert answers[0] == answers[1]
+    assert len({token for answer in answers[0] for token in answer}) > 3  # they do not merely repeat themselves
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "cache"),
+    [("W4A16", "INT8"), ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", None), ("FP8", "FP8")],
+)
+def test_ranks_together_are_torch(quantized, algorithm, cache):
+    checkpoint = quantized(algorithm, cache, kv_cache_scales="per_head")
+    engine = checkpoint.build(BUILD, Mapping(tp_size=2, pp_size=2), plan=False)
+    config, mapping, ranks = engine.config, engine.mapping, [engine.weights(rank) for rank in range(4)]
+    ours = interpreter_executor(config, BUILD, mapping, ranks)
+    theirs = TorchExecutor(config, BUILD.resolve(config), mapping, ranks, torch.device("cpu"))
+    for step in steps():
+        torch.testing.assert_close(ours.run(step), theirs.run(step), atol=1e-3, rtol=1e-3)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), [("W8A16", None), ("W8A8_SQ_PER_TENSOR_PLUGIN", "INT8")])
+def test_a_comparison_finds_no_difference(quantized, algorithm, cache):
+    checkpoint = quantized(algorithm, cache)
+    engine = checkpoint.build(BUILD, plan=False)
+    comparison = engine.compare(checkpoint, [3, 14, 15, 92, 65, 35], steps=3)
+    assert comparison.start is None, comparison.reading
+    assert all(comparison.same_token)
+
+
+def test_w4a8_is_refused_before_the_build_and_runs_in_torch(quantized, monkeypatch):
+    checkpoint = quantized("W4A8_AWQ")
+    with checkpoint.build(BUILD, plan=False) as engine:
+        with pytest.raises(EngineError, match=r'attention\.qkv\.weight is W4A8.*INT4.*backend="torch"'):
+            engine.session(backend="interpreter", device="cpu")
+        with engine.session(backend="torch", device="cpu") as session:
+            assert len(session.generate([5, 9], SamplingParams(max_new_tokens=3)).token_ids) == 3
+    monkeypatch.setattr(plan, "emit", None)  # nothing may be emitted
+    with pytest.raises(EngineError, match=r"W4A8_AWQ does not become a plan: TensorRT has no.*plan=False"):
+        checkpoint.build(BUILD, plan=True)
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), [("FP8", None), (None, "FP8")])
+def test_fp8_is_refused_for_a_gpu_without_it(quantized, monkeypatch, algorithm, cache):
+    checkpoint = quantized(algorithm, cache)
+    monkeypatch.setattr(plan, "emit", None)
+    build = dataclasses.replace(BUILD, compute_capabilities=("8.0",))
+    with pytest.raises(EngineError, match=r"FP8 needs compute capability 8\.9"):
+        build_plan(checkpoint.config, build, Mapping(), 0, {}, io.BytesIO())
+
+
+@builds
+@pytest.mark.parametrize(("algorithm", "dtype"), PLANS)
 def test_a_plan_is_built_for_each_algorithm(quantized, algorithm, dtype):
     checkpoint = quantized(algorithm, dtype=dtype)
     stream = io.BytesIO()

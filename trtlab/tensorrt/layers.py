@@ -84,9 +84,14 @@ class NetworkLayers:
         layer.axes = dims((axis,))
         return self._add(suffix, layer)
 
-    def _quantize(self, suffix: str, x: Any, scale: torch.Tensor, kind: str, axis: int = 1) -> Any:
-        """``x / scale`` rounded to ``kind``, with one scale ``[1, 1]`` or one an index of ``axis`` ``[n, 1]``."""
-        layer = self._network.add_quantize(x, self._scale(suffix, scale), dtypes.to_trt(self._trt, kind))
+    def _concatenate(self, suffix: str, a: Any, b: Any, axis: int) -> Any:
+        layer = self._network.add_concatenation([a, b])
+        layer.axis = axis
+        return self._add(suffix, layer)
+
+    def _quantize(self, suffix: str, x: Any, scale: torch.Tensor, dtype: Any, axis: int = 1) -> Any:
+        """``x / scale`` rounded to ``dtype``, with one scale ``[1, 1]`` or one an index of ``axis`` ``[n, 1]``."""
+        layer = self._network.add_quantize(x, self._scale(suffix, scale), dtype)
         if scale.numel() > 1:
             layer.axis = axis
         return self._add(suffix, layer)

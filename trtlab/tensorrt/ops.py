@@ -11,6 +11,7 @@ import torch
 from trtlab.errors import ConfigError
 from trtlab.model.quantized import KvScales
 from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.quantize.primitives import ToOriginal
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.quantized import QuantizedLinears
 
@@ -39,6 +40,7 @@ class TensorRTOps(QuantizedLinears):
         self._inputs = inputs
         self._group = list(group)
         self._kv_scales = kv_scales
+        self._joined_mask: Any = None
         # The tables stay in float32 and so does the rotation: a rounded cosine is an error at every position.
         self._cos = self._constant("rotary.cos", rotary[0], tuple(rotary[0].shape))
         self._sin = self._constant("rotary.sin", rotary[1], tuple(rotary[1].shape))
@@ -103,11 +105,11 @@ class TensorRTOps(QuantizedLinears):
         # The attention layer has no scale. Rounded to BF16 it would flip near ties, so it meets Q in float32.
         wide = self._cast("wide_q", q, self._trt.float32)
         scaled = self._elementwise("scale_q", "PROD", wide, self._scalar("scale", head_size**-0.5, 4, torch.float32))
-        keys, values = self._cached("k", layer, k), self._cached("v", layer, v)
+        keys, values, mask = self._cached(layer, k, v)
         softmax, kind = self._trt.AttentionNormalizationOp.SOFTMAX, self._trt.CausalMaskKind.NONE
         narrow = self._cast("narrow_q", scaled, self._dtype)
         attention = self._network.add_attention_v2(narrow, keys, values, softmax, kind)
-        attention.mask = self._inputs[io.MASK]
+        attention.mask = mask
         attention.decomposable = True  # without it FP32 never builds and BF16 not everywhere
         out = self._add("attention", attention)  # [batch, heads, tokens, head_size]
         merge = self._network.add_shuffle(out)
@@ -170,7 +172,19 @@ class TensorRTOps(QuantizedLinears):
         layer.set_input(3, self._inputs[io.POSITION_IDS])
         return self._add(suffix, layer)
 
-    def _cached(self, kind: str, layer: int, update: Any) -> Any:
+    def _cached(self, layer: int, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        """Every key and value that is there after this step, and which of them each token sees."""
+        if not self._kv_scales:
+            return self._written("k", layer, k), self._written("v", layer, v), self._inputs[io.MASK]
+        scales = self._kv_scales[layer]
+        keys, values = self._joined("k", layer, k, scales.keys), self._joined("v", layer, v, scales.values)
+        if self._joined_mask is None:
+            self._joined_mask = self._concatenate(
+                "join_masks", self._inputs[io.CACHED_MASK], self._inputs[io.NEW_MASK], 3
+            )
+        return keys, values, self._joined_mask
+
+    def _written(self, kind: str, layer: int, update: Any) -> Any:
         """The whole cache with the new keys or values in it: an output, bound to the input's address."""
         cache, starts = self._inputs[io.cache_name(kind, layer)], self._inputs[io.WRITE_INDICES]
         written = self._network.add_kv_cache_update(cache, update, starts, self._trt.KVCacheMode.LINEAR)
@@ -178,6 +192,16 @@ class TensorRTOps(QuantizedLinears):
         tensor.name = io.present_name(kind, layer)
         self.presents.append(tensor)
         return tensor
+
+    def _joined(self, kind: str, layer: int, update: Any, scale: ToOriginal) -> Any:
+        """The quantized cache followed by the new tokens, both turned back; the new ones, quantized, are an output."""
+        cache, values = self._inputs[io.cache_name(kind, layer)], scale.stored(torch.float32).reshape(-1, 1)
+        wide = self._cast(f"wide_{kind}", update, self._trt.float32)
+        new = self._quantize(f"quantize_{kind}", wide, values, cache.dtype)
+        new.name = io.update_name(kind, layer)
+        self.presents.append(new)
+        joined = self._concatenate(f"join_{kind}", cache, new, 2)
+        return self._dequantize(f"dequantize_{kind}", joined, values, self._dtype)
 
     def _collective(self, suffix: str, x: Any, operation: str, reduction: str) -> Any:
         if len(self._group) == 1:

@@ -80,7 +80,7 @@ class QuantizedLinears(NetworkLayers):
             input_scale = ToOriginal(torch.ones(1))
         else:
             input_scale = to_original(weight.input_scale)
-        restored = self._rounded("input", wide, input_scale, "int8")
+        restored = self._rounded("input", wide, input_scale, self._trt.int8)
         weight_scale = ToOriginal(weight.output_scale.value / input_scale.value)
         y = self._matmul(restored, self._eight_bits(weight, weight_scale))
         if back is not None:
@@ -90,7 +90,7 @@ class QuantizedLinears(NetworkLayers):
     @_product.register
     def _float8(self, weight: Float8Linear, x: Any) -> Any:
         wide = self._cast("wide", x, self._trt.float32)
-        restored = self._rounded("input", wide, weight.input_scale, "float8_e4m3fn")
+        restored = self._rounded("input", wide, weight.input_scale, self._trt.fp8)
         y = self._matmul(restored, self._eight_bits(weight, weight.weight_scale))
         return self._cast("narrow", self._with_bias(y, weight.bias, torch.float32), self._dtype)
 
@@ -115,10 +115,10 @@ class QuantizedLinears(NetworkLayers):
         values = scale.stored(torch.float32).reshape(-1, 1)  # [1 or out, 1]
         return self._dequantize("dequantize_weight", constant, values, self._trt.float32)
 
-    def _rounded(self, suffix: str, x: Any, scale: ToOriginal, kind: str) -> Any:
+    def _rounded(self, suffix: str, x: Any, scale: ToOriginal, dtype: Any) -> Any:
         """What is left of float32 ``x`` after it was quantized with one scale for all."""
         values = scale.stored(torch.float32).reshape(1, 1)
-        q = self._quantize(f"quantize_{suffix}", x, values, kind)
+        q = self._quantize(f"quantize_{suffix}", x, values, dtype)
         return self._dequantize(f"dequantize_{suffix}", q, values, self._trt.float32)
 
     def _matmul(self, x: Any, matrix: Any) -> Any:
