@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from trtlab import BuildConfig, EngineError, Mapping, QuantConfig
+from trtlab import BuildConfig, Mapping, QuantConfig
 from trtlab.model.quantized import Int8Linear, KvScales
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.quantize.primitives import FLOAT8, ToOriginal
-from trtlab.tensorrt.ops import TensorRTOps
 
 from .conftest import EVERY_CONFIG
 
@@ -73,9 +72,3 @@ def test_a_cache_gives_back_what_it_was_given(dtype, steps):
     back = decode_cache(stored.transpose(0, 1)[None], scales.keys, torch.float32)[0].transpose(0, 1)
     bound = scales.keys.value[:, None] * steps if steps else x.abs() * 0.07
     assert bool(((back - x).abs() <= bound + 1e-6).all())
-
-
-def test_a_network_refuses_a_quantized_linear_by_name():
-    weight = Int8Linear("layer.weight", torch.zeros(2, 2, dtype=torch.int8), ToOriginal(torch.ones(2)))
-    with pytest.raises(EngineError, match=r"layer\.weight is quantized"):
-        TensorRTOps.linear(object.__new__(TensorRTOps), None, weight)

@@ -15,6 +15,7 @@ import torch
 
 from trtlab.config import BuildConfig, Mapping
 from trtlab.errors import EngineError
+from trtlab.quantize.config import QuantConfig
 from trtlab.runtime.executor import Chunk, StepInputs
 from trtlab.tensorrt import dtypes, runtime
 from trtlab.tensorrt.bindings import bindings, profiles
@@ -73,8 +74,11 @@ class Context:
                 assert all(low <= n <= high for n, (low, high) in zip(shapes[binding.name], limits, strict=True))
             for present, cache in table.caches.items():
                 assert addresses[present] == addresses[cache]
-            logits = network.run(inputs)["logits"]
-            at_address(addresses["logits"], "float32", tuple(logits.shape)).copy_(logits)
+            outputs = network.run(inputs)
+            for binding in table.outputs:
+                if binding.name not in table.caches:
+                    result = outputs[binding.name]
+                    at_address(addresses[binding.name], binding.dtype, tuple(result.shape)).copy_(result)
 
         return work
 
@@ -110,7 +114,7 @@ class Stream:
 @pytest.fixture
 def opened(small, bounds, weights_of, monkeypatch):
     """A function that opens a stand-in plan: (runner, engine)."""
-    weights = weights_of(small)
+    plain = weights_of(small)
 
     class Graph:
         def __init__(self):
@@ -133,9 +137,9 @@ def opened(small, bounds, weights_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
 
-    def open_plan(build: BuildConfig = bounds, budget: int | None = None, opens: bool = True):
-        build = build.resolve(small)
-        engine = Engine(emit(small, build, Mapping(), 0, weights), build)
+    def open_plan(build=bounds, budget=None, opens=True, config=small, weights=plain):
+        build = build.resolve(config)
+        engine = Engine(emit(config, build, Mapping(), 0, weights), build)
         Graph.engine = engine
         real = library().trt
 
@@ -148,10 +152,10 @@ def opened(small, bounds, weights_of, monkeypatch):
                 return SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if opens else None)
 
         monkeypatch.setattr(runtime, "library", lambda: SimpleNamespace(trt=Trt))
-        table = bindings(small, build, Mapping(), 0)
+        table = bindings(config, build, Mapping(), 0)
         return runtime.PlanRunner(b"plan", table, build, torch.device("cpu"), budget), engine
 
-    open_plan.weights = weights
+    open_plan.weights = plain
     return open_plan
 
 
@@ -173,6 +177,21 @@ def test_bound_by_address_the_plan_gives_the_interpreters_logits(small, bounds, 
     for step in steps():
         assert torch.equal(ours.run(step), theirs.run(step))
     assert engine.replays == 3  # of five steps with slots 0 to 2: the first runs, the second is captured as well
+    ours.close()
+
+
+def test_a_quantized_cache_is_written_by_the_executor(small, bounds, weights_of, opened):
+    config = small.replace(quantization=QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales="per_head"))
+    weights = weights_of(config)
+    for name in weights:
+        if "cache_scaling_factor" in name:
+            weights[name] = torch.full_like(weights[name], 0.02)
+    runner, engine = opened(config=config, weights=weights)
+    ours = TensorRTExecutor("tensorrt", runner, [engine.table], bounds.resolve(config))
+    theirs = interpreter_executor(config, bounds, Mapping(), [weights])
+    for step in steps():
+        assert torch.equal(ours.run(step), theirs.run(step))
+    assert engine.replays == 3
     ours.close()
 
 

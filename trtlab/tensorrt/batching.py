@@ -7,6 +7,7 @@ cache layer drops it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from trtlab.errors import EngineError, RequestError
 from trtlab.runtime.executor import Chunk, StepInputs
 from trtlab.tensorrt import bindings as io
-from trtlab.tensorrt.bindings import Profile
+from trtlab.tensorrt.bindings import Bindings, Profile
 
 
 @dataclass(frozen=True)
@@ -125,3 +126,43 @@ def input_tensors(run: Run, capacity: int) -> dict[str, torch.Tensor]:
         io.MASK: mask,
         io.LAST_TOKENS: wanted,
     }
+
+
+def cache_masks(run: Run, capacity: int) -> dict[str, torch.Tensor]:
+    """For a quantized cache: which cached keys, and which keys of its own run, each token sees.
+
+    Every token sees itself, an idle row's too, so that no softmax is over none.
+    """
+    past = torch.tensor([0 if piece is None else piece.past for piece in run.pieces])[:, None, None, None]
+    cached = (torch.arange(capacity) < past).expand(-1, 1, run.tokens, -1)  # [batch, 1, tokens, capacity]
+    new = torch.ones(run.tokens, run.tokens, dtype=torch.bool).tril()
+    return {io.CACHED_MASK: cached, io.NEW_MASK: new.expand(len(run.pieces), 1, -1, -1)}
+
+
+def plan_inputs(run: Run, table: Bindings, capacity: int) -> dict[str, torch.Tensor]:
+    """Everything that a plan of this table reads but caches and another stage's hidden states, on the CPU."""
+    tensors = input_tensors(run, capacity)
+    if table.updates:
+        tensors |= cache_masks(run, capacity)
+    return {binding.name: tensors[binding.name] for binding in table.inputs if binding.name in tensors}
+
+
+def write_updates(
+    run: Run, table: Bindings, outputs: MappingOf[str, torch.Tensor], caches: MappingOf[str, torch.Tensor]
+) -> None:
+    """Put the new tokens of a quantized cache, ``[batch, kv_heads, tokens, head_size]``, at their places.
+
+    ``caches`` are the rows of the run. Padding and idle rows leave no trace.
+    """
+    if not table.updates:
+        return
+    found = [(row, token, piece.past + token) for row, piece in enumerate(run.pieces) if piece for token in _own(piece)]
+    device = next(iter(caches.values())).device
+    rows, tokens, positions = torch.tensor(found, device=device).unbind(1)
+    for update, cache in table.updates.items():  # by bytes, which every device can index
+        target, source = caches[cache].view(torch.uint8), outputs[update].view(torch.uint8)
+        target[rows, :, positions] = source[rows, :, tokens]
+
+
+def _own(piece: Chunk) -> range:
+    return range(len(piece.token_ids))

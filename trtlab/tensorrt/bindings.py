@@ -7,13 +7,16 @@ allocates by them, so that the three cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from trtlab.config import BuildConfig, Mapping, ModelConfig
 
 INPUT_IDS, HIDDEN_STATES = "input_ids", "hidden_states"
 POSITION_IDS, WRITE_INDICES, MASK, LAST_TOKENS = "position_ids", "write_indices", "attention_mask", "last_token_ids"
+CACHED_MASK, NEW_MASK = "cached_mask", "new_mask"  # in the place of one mask and write indices, for a quantized cache
 LOGITS, HIDDEN_OUTPUT = "logits", "hidden_states_output"
+
+CACHE_DTYPES = {"INT8": "int8", "FP8": "float8_e4m3fn"}  # by kv_cache_quant_algo
 
 BATCH, TOKENS, WANTED = "batch", "tokens", "wanted"
 
@@ -85,16 +88,27 @@ def profiles(build: BuildConfig) -> tuple[Profile, Profile]:
 
 @dataclass(frozen=True)
 class Bindings:
-    """The inputs and outputs of one rank, and which output is the written form of which cache input."""
+    """The inputs and outputs of one rank, and which output is the written form of which cache input.
+
+    TensorRT's cache layer takes no INT8 and no FP8. Such a cache is only read by the plan, which gives the new tokens
+    quantized as outputs of their own; whoever runs the plan writes them into the cache.
+    """
 
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
     caches: MappingOf[str, str]  # present_k_0 -> cache_k_0: bound to one address
+    updates: MappingOf[str, str] = field(default_factory=dict)  # new_k_0 -> cache_k_0: to be written there
 
     @property
     def first(self) -> Binding:
         """Token ids, or the hidden states of the stage before."""
         return self.inputs[0]
+
+    @property
+    def cache_inputs(self) -> tuple[Binding, ...]:
+        """Every layer's K and V as they enter."""
+        names = {*self.caches.values(), *self.updates.values()}
+        return tuple(binding for binding in self.inputs if binding.name in names)
 
     @property
     def result(self) -> Binding:
@@ -108,26 +122,39 @@ def bindings(config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: in
     last_stage = mapping.is_last_stage(rank)
     hidden = (BATCH, TOKENS, config.hidden_size)
     kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
-    cache = (BATCH, kv_heads, build.seq_len, config.head_size)
-    layers = range(len(mapping.layers(rank, config.num_hidden_layers)))
-    inputs = [
-        Binding(INPUT_IDS, "int32", (BATCH, TOKENS))
-        if mapping.is_first_stage(rank)
-        else Binding(HIDDEN_STATES, build.dtype, hidden),
+    layers = len(mapping.layers(rank, config.num_hidden_layers))
+    masks, caches = _caches(config, build, kv_heads, layers)
+    inner = Binding(HIDDEN_STATES, build.dtype, hidden)
+    logits = Binding(LOGITS, "float32", (BATCH, WANTED, config.vocab_size))
+    inputs = (
+        Binding(INPUT_IDS, "int32", (BATCH, TOKENS)) if mapping.is_first_stage(rank) else inner,
         Binding(POSITION_IDS, "int32", (BATCH, TOKENS)),
-        Binding(WRITE_INDICES, "int32", (BATCH,)),
-        Binding(MASK, "bool", (BATCH, 1, TOKENS, build.seq_len)),
+        *masks,
         *([Binding(LAST_TOKENS, "int32", (BATCH, WANTED))] if last_stage else []),
-        *(Binding(cache_name(kind, i), build.dtype, cache) for i in layers for kind in "kv"),
-    ]
-    outputs = [
-        Binding(LOGITS, "float32", (BATCH, WANTED, config.vocab_size))
-        if last_stage
-        else Binding(HIDDEN_OUTPUT, build.dtype, hidden),
-        *(Binding(present_name(kind, i), build.dtype, cache) for i in layers for kind in "kv"),
-    ]
-    aliases = {present_name(kind, i): cache_name(kind, i) for i in layers for kind in "kv"}
-    return Bindings(tuple(inputs), tuple(outputs), aliases)
+        *caches.inputs,
+    )
+    result = logits if last_stage else replace(inner, name=HIDDEN_OUTPUT)
+    return replace(caches, inputs=inputs, outputs=(result, *caches.outputs))
+
+
+def _caches(
+    config: ModelConfig, build: BuildConfig, kv_heads: int, layers: int
+) -> tuple[tuple[Binding, ...], Bindings]:
+    """The inputs that place tokens in a cache, and the caches alone."""
+    assert build.dtype is not None, "resolve() fills dtype in"
+    quantized = config.quantization.kv_cache_quant_algo
+    dtype = CACHE_DTYPES[quantized] if quantized else build.dtype
+    each = [(kind, layer) for layer in range(layers) for kind in "kv"]
+    whole, new = (BATCH, kv_heads, build.seq_len, config.head_size), (BATCH, kv_heads, TOKENS, config.head_size)
+    inputs = tuple(Binding(cache_name(*one), dtype, whole) for one in each)
+    past = (BATCH, 1, TOKENS, build.seq_len)
+    if quantized:
+        masks = (Binding(CACHED_MASK, "bool", past), Binding(NEW_MASK, "bool", (BATCH, 1, TOKENS, TOKENS)))
+        outputs = tuple(Binding(update_name(*one), dtype, new) for one in each)
+        return masks, Bindings(inputs, outputs, {}, {update_name(*one): cache_name(*one) for one in each})
+    masks = (Binding(WRITE_INDICES, "int32", (BATCH,)), Binding(MASK, "bool", past))
+    outputs = tuple(Binding(present_name(*one), dtype, whole) for one in each)
+    return masks, Bindings(inputs, outputs, {present_name(*one): cache_name(*one) for one in each})
 
 
 def cache_name(kind: str, layer: int) -> str:
@@ -138,3 +165,8 @@ def cache_name(kind: str, layer: int) -> str:
 def present_name(kind: str, layer: int) -> str:
     """The same cache with the new tokens in it."""
     return f"present_{kind}_{layer}"
+
+
+def update_name(kind: str, layer: int) -> str:
+    """The new tokens alone, as a quantized cache stores them."""
+    return f"new_{kind}_{layer}"

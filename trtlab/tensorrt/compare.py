@@ -17,7 +17,7 @@ from trtlab.model.weights import rank_weights
 from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.runtime.executor import Chunk
-from trtlab.tensorrt.batching import Run, input_tensors
+from trtlab.tensorrt.batching import Run, plan_inputs, write_updates
 from trtlab.tensorrt.emit import Emission
 from trtlab.tensorrt.executor import allocate
 from trtlab.tensorrt.taps import TappedOps
@@ -133,8 +133,10 @@ def compare(
     for step in range(steps + 1):
         expected = reference.run(past, ids)
         every = tuple((token, 0, token) for token in range(len(ids)))
-        inputs = input_tensors(Run("context", 0, (Chunk(0, past, ids),), len(ids), every), capacity)
+        run = Run("context", 0, (Chunk(0, past, ids),), len(ids), every)
+        inputs = plan_inputs(run, emission.bindings, capacity)
         got = network.run({**inputs, **caches}, keep=emission.taps.values())
+        write_updates(run, emission.bindings, got, caches)
         taps = {name: per_token(got[tensor]) for name, tensor in emission.taps.items()}
         differences += [difference(step, name, value, taps[name]) for name, value in expected.items()]
         logits, ours = list(expected.values())[-1][-1], got[result][0, -1]
@@ -150,7 +152,8 @@ class Reference:
     def __init__(self, config: ModelConfig, capacity: int, weights: MappingOf[str, torch.Tensor]) -> None:
         self._config = config
         self._device = torch.device("cpu")
-        whole = {name: tensor.float() for name, tensor in weights.items()}
+        half = (torch.float16, torch.bfloat16)  # integers, FP8 and scales stay as they are stored
+        whole = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in weights.items()}
         self._weights = rank_weights(config, Mapping(), 0, whole)
         self._rotary = spread(rotary_table(config, capacity), torch.float32, self._device)
         self._cache = SlotCache(
@@ -161,6 +164,7 @@ class Reference:
             head_size=config.head_size,
             dtype=torch.float32,
             device=self._device,
+            scales=[layer.kv_scales for layer in self._weights.layers if layer.kv_scales is not None],
         )
 
     def run(self, past: int, ids: Sequence[int]) -> dict[str, torch.Tensor]:

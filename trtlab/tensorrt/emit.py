@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig, torch_dtype
+from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
@@ -73,10 +73,10 @@ def emit(
     network = builder.create_network(0)
     table = bindings(config, build, mapping, rank)
     inputs = {binding.name: add_input(trt, network, binding) for binding in table.inputs}
-    dtype = torch_dtype(build.dtype)
-    parts = rank_weights(config, mapping, rank, {name: tensor.to(dtype) for name, tensor in weights.items()})
+    parts = rank_weights(config, mapping, rank, weights)
     rotary = rotary_table(config, build.seq_len)
-    ops = op_set(trt, network, inputs, build.dtype, (rotary.cos, rotary.sin), mapping.tp_group(rank))
+    scales = [layer.kv_scales for layer in parts.layers if layer.kv_scales is not None]
+    ops = op_set(trt, network, inputs, build.dtype, (rotary.cos, rotary.sin), mapping.tp_group(rank), scales)
     tensors: dict[str, Any] = {}
     result = decoder(TappedOps(ops, tensors.__setitem__), config, parts, inputs[table.first.name])
     result.name = table.result.name

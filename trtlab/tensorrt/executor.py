@@ -13,8 +13,8 @@ from trtlab.config import BuildConfig, Mapping, ModelConfig
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.runtime.executor import StepInputs
 from trtlab.tensorrt import dtypes
-from trtlab.tensorrt.batching import check_step, input_tensors, runs_of
-from trtlab.tensorrt.bindings import HIDDEN_STATES, Bindings, profiles
+from trtlab.tensorrt.batching import check_step, plan_inputs, runs_of, write_updates
+from trtlab.tensorrt.bindings import HIDDEN_STATES, LOGITS, Bindings, profiles
 from trtlab.tensorrt.emit import Emission, emit
 
 
@@ -23,8 +23,11 @@ class Runner(Protocol):
 
     device: torch.device
 
-    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Logits ``[batch, wanted, vocab]`` from one set of inputs a rank; caches are written in place."""
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """The outputs of each rank by name, from one set of inputs a rank; valid until the next run.
+
+        A cache in the network's own type is written in place and is no output here.
+        """
         ...
 
     def close(self) -> None:
@@ -53,10 +56,14 @@ class TensorRTExecutor:
         check_step(step, self._build.max_batch_size, self._build.seq_len, self._held)
         parts: dict[int, torch.Tensor] = {}
         for run in runs_of(step, self._context):
-            common = input_tensors(run, self._build.seq_len)
             slots = slice(run.first, run.first + len(run.pieces))
-            inputs = [self._rank_inputs(rank, common, slots) for rank in range(len(self._tables))]
-            logits = self._runner.run(run.profile, inputs)  # [batch, wanted, vocab]
+            caches = [{name: cache[slots] for name, cache in held.items()} for held in self._caches]
+            ranks = list(zip(self._tables, caches, strict=True))
+            inputs = [{**plan_inputs(run, table, self._build.seq_len), **rows} for table, rows in ranks]
+            outputs = self._runner.run(run.profile, inputs)
+            for (table, rows), given in zip(ranks, outputs, strict=True):
+                write_updates(run, table, given, rows)
+            logits = next(given[LOGITS] for given in outputs if LOGITS in given)  # [batch, wanted, vocab]
             for number, (place, row, _) in enumerate(run.results):
                 parts[place] = logits[row, number if run.profile == "context" else 0]
         for chunk in step.chunks:
@@ -68,21 +75,12 @@ class TensorRTExecutor:
         self._caches = []
         self._runner.close()
 
-    def _rank_inputs(self, rank: int, common: MappingOf[str, torch.Tensor], slots: slice) -> dict[str, torch.Tensor]:
-        """Those of the common inputs that a rank's plan declares, and its caches' rows."""
-        names = [binding.name for binding in self._tables[rank].inputs if binding.name in common]
-        return {name: common[name] for name in names} | {
-            name: cache[slots] for name, cache in self._caches[rank].items()
-        }
-
 
 def allocate(table: Bindings, slots: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A rank's caches, ``[slots, kv_heads, capacity, head_size]`` each; zero, for 0 x NaN would spread."""
-    names = set(table.caches.values())
     return {
         binding.name: torch.zeros(binding.sized({"batch": slots}), dtype=dtypes.to_torch(binding.dtype), device=device)
-        for binding in table.inputs
-        if binding.name in names
+        for binding in table.cache_inputs
     }
 
 
@@ -93,20 +91,20 @@ class InterpreterRunner:
 
     def __init__(self, emissions: Sequence[Emission], mapping: Mapping) -> None:
         self._networks = [emission.read() for emission in emissions]
-        self._results = [emission.bindings.result.name for emission in emissions]
+        self._tables = [emission.bindings for emission in emissions]
         self._mapping = mapping
         self._pool = ThreadPoolExecutor(len(emissions)) if len(emissions) > 1 else None
 
-    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """See Runner."""
         if self._pool is None:
-            return self._rank_run(0, inputs[0], Solo())
+            return [self._rank_run(0, inputs[0], Solo())]
         comms = thread_group(self._mapping)
         futures = [self._pool.submit(self._guarded, rank, inputs[rank], comm) for rank, comm in enumerate(comms)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:  # ranks that only waited for the failed one say so with a RuntimeError
             raise next((error for error in errors if not isinstance(error, RuntimeError)), errors[0])
-        return futures[-self._mapping.tp_size].result()
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """See Runner."""
@@ -115,20 +113,20 @@ class InterpreterRunner:
             self._pool.shutdown()
 
     @torch.inference_mode()
-    def _guarded(self, rank: int, inputs: dict[str, torch.Tensor], comm: ThreadComm) -> torch.Tensor:
+    def _guarded(self, rank: int, inputs: dict[str, torch.Tensor], comm: ThreadComm) -> dict[str, torch.Tensor]:
         try:
             return self._rank_run(rank, inputs, comm)
         except BaseException:
             comm.abort()
             raise
 
-    def _rank_run(self, rank: int, inputs: dict[str, torch.Tensor], comm: Comm) -> torch.Tensor:
+    def _rank_run(self, rank: int, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
         if not self._mapping.is_first_stage(rank):
             inputs = {HIDDEN_STATES: comm.receive(), **inputs}
-        result = self._networks[rank].run(inputs, comm=comm)[self._results[rank]]
+        outputs, table = self._networks[rank].run(inputs, comm=comm), self._tables[rank]
         if not self._mapping.is_last_stage(rank):
-            comm.send(result)
-        return result
+            comm.send(outputs[table.result.name])
+        return {name: tensor for name, tensor in outputs.items() if name not in table.caches}
 
 
 def interpreter_executor(

@@ -1,7 +1,4 @@
-"""The op set that adds layers to an ``INetworkDefinition``: strongly typed, padded ``[batch, tokens, hidden]``.
-
-Every layer bears the name of the weight it belongs to, or of the last weight before it, and a suffix.
-"""
+"""The op set that adds layers to an ``INetworkDefinition``: strongly typed, padded ``[batch, tokens, hidden]``."""
 
 from __future__ import annotations
 
@@ -11,17 +8,22 @@ from typing import Any
 
 import torch
 
-from trtlab.errors import ConfigError, EngineError
-from trtlab.model.weights import Dense, Embedding, Linear, Norm
+from trtlab.errors import ConfigError
+from trtlab.model.quantized import KvScales
+from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.quantize.primitives import ToOriginal
 from trtlab.tensorrt import bindings as io
-from trtlab.tensorrt import dtypes
+from trtlab.tensorrt.quantized import QuantizedLinears
 
 # TensorRT's ActivationType by Hugging Face's name; silu is x * sigmoid(x), for which there is no single layer.
 ACTIVATIONS = {"silu": "SIGMOID", "gelu": "GELU_ERF", "gelu_pytorch_tanh": "GELU_TANH", "relu": "RELU"}
 
 
-class TensorRTOps:
-    """``Ops[ITensor]``. ``inputs`` are the network's, by the names of ``bindings``; ``group`` the TP ranks."""
+class TensorRTOps(QuantizedLinears):
+    """``Ops[ITensor]``. ``inputs`` are the network's, by the names of ``bindings``; ``group`` the TP ranks.
+
+    ``kv_scales``, one a layer, belong to a cache in INT8 or FP8.
+    """
 
     def __init__(
         self,
@@ -31,17 +33,14 @@ class TensorRTOps:
         dtype: str,
         rotary: tuple[torch.Tensor, torch.Tensor],
         group: Sequence[int],
+        kv_scales: Sequence[KvScales] = (),
     ) -> None:
-        self.constants: dict[str, torch.Tensor] = {}
+        super().__init__(trt, network, dtype)
         self.presents: list[Any] = []
-        self._trt = trt
-        self._network = network
         self._inputs = inputs
-        self._dtype = dtypes.to_trt(trt, dtype)
-        self._kept: dict[str, Any] = {}
-        self._names: dict[str, int] = {}
         self._group = list(group)
-        self._scope = "network"
+        self._kv_scales = kv_scales
+        self._joined_mask: Any = None
         # The tables stay in float32 and so does the rotation: a rounded cosine is an error at every position.
         self._cos = self._constant("rotary.cos", rotary[0], tuple(rotary[0].shape))
         self._sin = self._constant("rotary.sin", rotary[1], tuple(rotary[1].shape))
@@ -49,7 +48,7 @@ class TensorRTOps:
     def embedding(self, tokens: Any, weight: Embedding) -> Any:
         """See Ops."""
         self._enter(weight.name)
-        table = self._constant(weight.name, weight.weight, tuple(weight.weight.shape))
+        table = self._weight(weight.name, weight.weight, tuple(weight.weight.shape))
         if weight.first_row is None:
             return self._add("gather", self._network.add_gather(table, tokens, 0))
         # Ids of other ranks are clamped into the table and their rows replaced by zero.
@@ -60,7 +59,7 @@ class TensorRTOps:
         inside = self._elementwise("inside", "EQUAL", tokens, held)
         rows = self._network.add_gather(table, self._elementwise("local", "SUB", held, low), 0)
         inside = self._reshape("inside_rows", inside, (0, 0, 1))
-        zero = self._constant("zero", torch.zeros(1, 1, 1, dtype=weight.weight.dtype), (1, 1, 1))
+        zero = self._weight("zero", torch.zeros(1, 1, 1), (1, 1, 1))
         return self._add("select", self._network.add_select(inside, self._add("gather", rows), zero))
 
     def rms_norm(self, x: Any, weight: Norm) -> Any:
@@ -75,27 +74,13 @@ class TensorRTOps:
         )
         root = self._add("sqrt", self._network.add_unary(shifted, self._trt.UnaryOperation.SQRT))
         narrow = self._cast("narrow", self._elementwise("divide", "DIV", wide, root), self._dtype)
-        gain = self._constant(weight.name, weight.weight, (1,) * (rank - 1) + tuple(weight.weight.shape))
+        gain = self._weight(weight.name, weight.weight, (1,) * (rank - 1) + tuple(weight.weight.shape))
         return self._elementwise("gain", "PROD", narrow, gain)
 
     def linear(self, x: Any, weight: Linear) -> Any:
         """See Ops."""
-        if not isinstance(weight, Dense):
-            raise EngineError(
-                f"{weight.name} is quantized, and a TensorRT network holds no quantized linears yet",
-                remedy='build(plan=False) and run it with backend="torch"',
-            )
         self._enter(weight.name)
-        matrix = self._constant(weight.name, weight.weight, (1, *weight.weight.shape))  # [1, out, in]
-        if len(matrix.shape) == 2:  # tied weights: the constant is the token table, without a batch axis
-            matrix = self._reshape("as_batch", matrix, (1, *weight.weight.shape))
-        operation = self._trt.MatrixOperation
-        product = self._network.add_matrix_multiply(x, operation.NONE, matrix, operation.TRANSPOSE)
-        y = self._add("matmul", product)
-        if weight.bias is None:
-            return y
-        bias = self._constant(f"{self._scope}.bias", weight.bias, (1, 1, *weight.bias.shape))
-        return self._elementwise("add_bias", "SUM", y, bias)
+        return self._product(weight, x)
 
     def split_heads(self, qkv: Any, heads: int, kv_heads: int) -> tuple[Any, Any, Any]:
         """See Ops. Head tensors are ``[batch, heads, tokens, head_size]``."""
@@ -120,11 +105,11 @@ class TensorRTOps:
         # The attention layer has no scale. Rounded to BF16 it would flip near ties, so it meets Q in float32.
         wide = self._cast("wide_q", q, self._trt.float32)
         scaled = self._elementwise("scale_q", "PROD", wide, self._scalar("scale", head_size**-0.5, 4, torch.float32))
-        keys, values = self._cached("k", layer, k), self._cached("v", layer, v)
+        keys, values, mask = self._cached(layer, k, v)
         softmax, kind = self._trt.AttentionNormalizationOp.SOFTMAX, self._trt.CausalMaskKind.NONE
         narrow = self._cast("narrow_q", scaled, self._dtype)
         attention = self._network.add_attention_v2(narrow, keys, values, softmax, kind)
-        attention.mask = self._inputs[io.MASK]
+        attention.mask = mask
         attention.decomposable = True  # without it FP32 never builds and BF16 not everywhere
         out = self._add("attention", attention)  # [batch, heads, tokens, head_size]
         merge = self._network.add_shuffle(out)
@@ -181,63 +166,25 @@ class TensorRTOps:
         kept = x if x.shape[-1] == vocab_size else self._slice("vocabulary", x, 2, 0, vocab_size)
         return self._cast("logits", kept, self._trt.float32)
 
-    def _enter(self, weight_name: str) -> None:
-        self._scope = weight_name.removesuffix(".weight")
-
-    def _add(self, suffix: str, layer: Any) -> Any:
-        """Name a new layer, number the name if it is taken, and give its output."""
-        base = f"{self._scope}:{suffix}"
-        count = self._names[base] = self._names.get(base, 0) + 1
-        if layer is None:
-            raise EngineError(f"TensorRT refused layer {base}", remedy="its log, logger trtlab.tensorrt, says why")
-        layer.name = base if count == 1 else f"{base}.{count}"
-        return layer.get_output(0)
-
-    def _constant(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Any:
-        """A weight by its pointer; one that is used twice (tied embeddings) is one constant."""
-        if name not in self._kept:
-            held = self.constants[name] = tensor.detach().contiguous()
-            kind = dtypes.to_trt(self._trt, dtypes.from_torch(held.dtype))
-            weights = self._trt.Weights(kind, held.data_ptr(), held.numel())
-            layer = self._network.add_constant(self._trt.Dims(shape), weights)
-            layer.name = name
-            self._kept[name] = layer.get_output(0)
-        return self._kept[name]
-
-    def _scalar(self, suffix: str, value: float, rank: int, dtype: torch.dtype) -> Any:
-        return self._constant(f"{self._scope}.{suffix}", torch.tensor(value, dtype=dtype).reshape(-1), (1,) * rank)
-
-    def _elementwise(self, suffix: str, operation: str, a: Any, b: Any) -> Any:
-        layer = self._network.add_elementwise(a, b, getattr(self._trt.ElementWiseOperation, operation))
-        return self._add(suffix, layer)
-
-    def _cast(self, suffix: str, x: Any, dtype: Any) -> Any:
-        return x if x.dtype == dtype else self._add(suffix, self._network.add_cast(x, dtype))
-
-    def _reshape(self, suffix: str, x: Any, shape: tuple[int, ...]) -> Any:
-        layer = self._network.add_shuffle(x)
-        layer.reshape_dims = self._trt.Dims(shape)
-        return self._add(suffix, layer)
-
-    def _transpose(self, suffix: str, x: Any, order: tuple[int, ...]) -> Any:
-        layer = self._network.add_shuffle(x)
-        layer.first_transpose = self._trt.Permutation(order)
-        return self._add(suffix, layer)
-
-    def _slice(self, suffix: str, x: Any, axis: int, start: int, size: int) -> Any:
-        """A range of one axis; naming the axis keeps the others dynamic."""
-        dims = self._trt.Dims
-        layer = self._network.add_slice(x, dims((start,)), dims((size,)), dims((1,)))
-        layer.axes = dims((axis,))
-        return self._add(suffix, layer)
-
     def _rotate(self, suffix: str, x: Any) -> Any:
         wide = self._cast(f"{suffix}_wide", x, self._trt.float32)
         layer = self._network.add_rotary_embedding(wide, self._cos, self._sin, False, x.shape[-1])
         layer.set_input(3, self._inputs[io.POSITION_IDS])
         return self._add(suffix, layer)
 
-    def _cached(self, kind: str, layer: int, update: Any) -> Any:
+    def _cached(self, layer: int, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        """Every key and value that is there after this step, and which of them each token sees."""
+        if not self._kv_scales:
+            return self._written("k", layer, k), self._written("v", layer, v), self._inputs[io.MASK]
+        scales = self._kv_scales[layer]
+        keys, values = self._joined("k", layer, k, scales.keys), self._joined("v", layer, v, scales.values)
+        if self._joined_mask is None:
+            self._joined_mask = self._concatenate(
+                "join_masks", self._inputs[io.CACHED_MASK], self._inputs[io.NEW_MASK], 3
+            )
+        return keys, values, self._joined_mask
+
+    def _written(self, kind: str, layer: int, update: Any) -> Any:
         """The whole cache with the new keys or values in it: an output, bound to the input's address."""
         cache, starts = self._inputs[io.cache_name(kind, layer)], self._inputs[io.WRITE_INDICES]
         written = self._network.add_kv_cache_update(cache, update, starts, self._trt.KVCacheMode.LINEAR)
@@ -245,6 +192,16 @@ class TensorRTOps:
         tensor.name = io.present_name(kind, layer)
         self.presents.append(tensor)
         return tensor
+
+    def _joined(self, kind: str, layer: int, update: Any, scale: ToOriginal) -> Any:
+        """The quantized cache followed by the new tokens, both turned back; the new ones, quantized, are an output."""
+        cache, values = self._inputs[io.cache_name(kind, layer)], scale.stored(torch.float32).reshape(-1, 1)
+        wide = self._cast(f"wide_{kind}", update, self._trt.float32)
+        new = self._quantize(f"quantize_{kind}", wide, values, cache.dtype)
+        new.name = io.update_name(kind, layer)
+        self.presents.append(new)
+        joined = self._concatenate(f"join_{kind}", cache, new, 2)
+        return self._dequantize(f"dequantize_{kind}", joined, values, self._dtype)
 
     def _collective(self, suffix: str, x: Any, operation: str, reduction: str) -> Any:
         if len(self._group) == 1:

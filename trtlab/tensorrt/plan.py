@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from trtlab.config import BuildConfig, Mapping, ModelConfig, torch_dtype
 from trtlab.errors import EngineError
 from trtlab.machine import machine
+from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.emit import Emission, emit
 from trtlab.tensorrt.library import Capability, Library, library
 from trtlab.tensorrt.log import log
+from trtlab.tensorrt.quantized import check_algorithm, quantized_types
 from trtlab.tensorrt.watch import Heard, Watch, Writer, run_watched
 
 # The layers whose types decide where a plan can run; a cast or a norm in float32 is possible everywhere.
@@ -61,7 +64,8 @@ def build_plan(
     can be known, when a target does not take the network or TensorRT refuses it; MissingDependency without TensorRT.
     """
     resolved = build.resolve(config)
-    check_targets(library(), resolved)
+    check_algorithm(config)
+    check_targets(library(), resolved, quantized_types(config))
     check_heads(config, resolved)
     check_memory(weights, resolved)
     return compile_plan(emit(config, resolved, mapping, rank, weights), stream, timing_cache=timing_cache)
@@ -101,14 +105,17 @@ def compile_plan(emission: Emission, stream: BinaryIO, *, timing_cache: Path | N
     )
 
 
-def check_targets(found: Library, build: BuildConfig) -> tuple[Capability, ...]:
-    """The targets as numbers. EngineError if this library cannot build here or one of them cannot run the plan."""
+def check_targets(found: Library, build: BuildConfig, types: Iterable[str] = ()) -> tuple[Capability, ...]:
+    """The targets as numbers. EngineError if this library cannot build here or one of them cannot run the plan.
+
+    ``types`` are those that the network computes in beside its own.
+    """
     gpus = machine().gpus
     here = capability(gpus[0].compute_capability) if gpus else None
     if not (verdict := found.builds(here)):
         raise EngineError("no plan can be built here", got=verdict.reason, remedy="build with plan=False")
     targets = tuple(capability(text) for text in build.compute_capabilities)
-    used = {build.dtype or "float32"}
+    used = {build.dtype or "float32", *types}
     for target in targets:
         if found.flavour == "tensorrt" and target != here:
             raise EngineError(
@@ -137,7 +144,8 @@ def check_heads(config: ModelConfig, build: BuildConfig) -> None:
 def check_memory(weights: MappingOf[str, torch.Tensor], build: BuildConfig) -> None:
     """Refuse a build that this machine's memory cannot hold, rather than have the process killed in the middle."""
     itemsize = torch_dtype(build.dtype or "float32").itemsize
-    needed = int(PEAK * itemsize * sum(tensor.numel() for tensor in weights.values()))
+    sizes = [itemsize if dtypes.from_torch(t.dtype) in dtypes.FLOATS else t.itemsize for t in weights.values()]
+    needed = int(PEAK * sum(t.numel() * size for t, size in zip(weights.values(), sizes, strict=True)))
     has = machine().memory_bytes
     if has and needed > has:
         raise EngineError(

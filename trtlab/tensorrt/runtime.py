@@ -7,6 +7,7 @@ interpreter and tested on a CPU.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 
 import torch
@@ -60,7 +61,7 @@ class PlanRunner:
             self._contexts[profile.name] = context
             largest = profile.dims("max")
             for binding in (*table.inputs, *table.outputs):
-                if binding.name not in table.caches and binding.name not in table.caches.values():
+                if binding.name not in table.caches and binding not in table.cache_inputs:
                     kind, count = dtypes.to_torch(binding.dtype), torch.Size(binding.sized(largest)).numel()
                     self._buffers[profile.name, binding.name] = torch.empty(count, dtype=kind, device=device)
         self._stream.synchronize()
@@ -69,25 +70,26 @@ class PlanRunner:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_key: object = None
 
-    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """See Runner. A generation run that repeats the one before in shape and slots is replayed as a CUDA graph."""
         (given,) = inputs
         # What the caller queued on torch's stream, a fresh cache above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             bound = {name: self._staged(profile, name, tensor) for name, tensor in given.items()}
-            result = self._result(profile, given)
+            outputs = self._outputs(profile, given)
             key = tuple((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in bound.items())
             if self._graph is not None and key == self._graph_key:
                 self._graph.replay()
             else:
-                self._bind(profile, bound, result)
+                self._bind(profile, bound, outputs)
                 self._enqueue(profile)
                 if profile == "generation" and self._may_capture:
                     self._capture(key)
-            copy = result.clone()  # the buffer is written again by the next run
+            name = self._table.result.name
+            outputs[name] = outputs[name].clone()  # the buffer is written again by the next run
         self._stream.synchronize()
-        return copy
+        return [outputs]
 
     def close(self) -> None:
         """See Runner."""
@@ -98,27 +100,34 @@ class PlanRunner:
 
     def _staged(self, profile: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """An input at an address that stays, as a graph needs it; a cache is where it is."""
-        if name in self._table.caches.values():
+        if any(name == binding.name for binding in self._table.cache_inputs):
             return tensor
         buffer = self._buffers[profile, name][: tensor.numel()].view(tensor.shape)
         buffer.copy_(tensor, non_blocking=True)
         return buffer
 
-    def _result(self, profile: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
-        output, sizes = self._table.result, {}
+    def _outputs(self, profile: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The buffers of everything that is not a cache, in the shapes that these inputs lead to."""
+        sizes = {}
         for binding in self._table.inputs:
             for axis, size in enumerate(binding.shape):
                 if isinstance(size, str):
                     sizes[size] = given[binding.name].shape[axis]
-        shape = output.sized(sizes)
-        return self._buffers[profile, output.name][: torch.Size(shape).numel()].view(shape)
+        outputs = {}
+        for output in self._table.outputs:
+            if output.name not in self._table.caches:
+                shape = output.sized(sizes)
+                buffer = self._buffers[profile, output.name]
+                outputs[output.name] = buffer[: torch.Size(shape).numel()].view(shape)
+        return outputs
 
-    def _bind(self, profile: str, bound: dict[str, torch.Tensor], result: torch.Tensor) -> None:
+    def _bind(self, profile: str, bound: dict[str, torch.Tensor], outputs: MappingOf[str, torch.Tensor]) -> None:
         context = self._contexts[profile]
         for name, tensor in bound.items():
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, tensor.data_ptr())
-        context.set_tensor_address(self._table.result.name, result.data_ptr())
+        for name, tensor in outputs.items():
+            context.set_tensor_address(name, tensor.data_ptr())
         for present, cache in self._table.caches.items():
             context.set_tensor_address(present, bound[cache].data_ptr())
 
