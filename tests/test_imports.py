@@ -29,7 +29,7 @@ LAYERS = """
     engine
     session
     evaluate bench serve
-    tiny display.cards display.estimate display.plan
+    tiny display.cards display.estimate display.plan display.quantized
     __init__
     demo
     cli __main__
