@@ -51,7 +51,7 @@ class ScaleExplorer(Dashboard):
     def __init__(self, quantized: QuantizedCheckpoint) -> None:
         if quantized.made_by is None:
             raise QuantizeError(
-                "ScaleExplorer needs the source and the texts, which a folder does not keep",
+                "ScaleExplorer needs the source and the texts; a folder does not keep them",
                 remedy="give it what checkpoint.quantize(...) returned",
             )
         self.study = study(quantized.made_by)

@@ -24,10 +24,11 @@ PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
 SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
 PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
 GAP = 66  # between rows of panels, in pixels
+UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the title
 TITLES = {
     "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
     "scale": "scales to the original: least, median, largest of each linear",
-    "caches": "bits of eight that the KV cache uses",
+    "caches": "bits of eight that the KV cache uses (K plain, V hatched)",
 }
 
 
@@ -61,7 +62,7 @@ def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
         traces.append(_scales(study, trials, excluded))
         one = next(linear for linear in study.linears if linear.name == shown)
         traces += [{"y": y} for pair in _numbers(one, one.trials[alpha]) for y in pair]
-        heading = f"<b>{short(shown)}</b>: {_panels(study)[0]}"
+        heading = f"<b>{short(shown)}</b>, {_panels(study)[0]}"
     if study.caches:
         for bits in ([row.k_bits for row in study.caches[scales]], [row.v_bits for row in study.caches[scales]]):
             traces.append({"y": bits, "text": ["" if number is None else f"{number:.2f}" for number in bits]})
@@ -154,7 +155,7 @@ def _numbers(one: LinearStudy, trial: Trial) -> list[tuple[list[float | None], l
 
 def _panels(study: Study) -> list[str]:
     observed = study.linears[0].before.activations is not None
-    return [*(["largest input of each channel", "inputs"] if observed else []), "weights"]
+    return [*(["largest |x| by channel", "inputs"] if observed else []), "weights"]
 
 
 def _still(study: Study) -> go.Figure:
@@ -167,7 +168,9 @@ def _still(study: Study) -> go.Figure:
     for name, shape in (("K", ""), ("V", "/")) if study.caches else ():
         places = [f"layer {row.layer}" for row in next(iter(study.caches.values()))]
         marker = {"color": COLOURS["attention.dense"], "pattern": {"shape": shape}}
-        bars = go.Bar(name=f"{name} cache", x=places, marker=marker, textposition="outside", cliponaxis=False)
+        bars = go.Bar(
+            name=f"{name} cache", x=places, marker=marker, textposition="outside", cliponaxis=False, showlegend=False
+        )
         made.add_trace(bars.update(hovertemplate="%{x}: %{y:.2f} bits<extra></extra>"), len(rows), 1)
         made.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
     made.update_layout(
@@ -180,12 +183,22 @@ def _still(study: Study) -> go.Figure:
         bargap=0.3,
         hovermode="closest",
         margin={"l": 60, "r": 20, "t": 110, "b": 50},
-        legend={"orientation": "h", "x": 0, "y": 1 + 30 / (_height(rows) - 160), "yanchor": "bottom"},
+        modebar={"remove": UNUSED},
+        legend={
+            "orientation": "h",
+            "x": -0.06,
+            "font": {"size": 11},
+            "y": 1 + 30 / (_height(rows) - 160),
+            "yanchor": "bottom",
+        },
     )
     if study.linears and study.caches:
         for trace, side in zip(made.data[-2:], (-0.4, 0.0), strict=True):
             trace.update(offset=side, width=0.38)
-    made.update_annotations(font={"size": 13}, x=0, xanchor="left", selector=lambda note: note.text in TITLES.values())
+    made.update_annotations(font={"size": 12})
+    for note in made.layout.annotations:
+        if note.text in TITLES.values() or note.text == "largest |x| by channel":
+            note.update(x=0, xanchor="left")
     return made
 
 
@@ -235,8 +248,8 @@ def _still_linears(made: go.Figure, study: Study) -> None:
     made.add_trace(scales, 2, 1)
     rows = [trial.row for linear in study.linears for trial in linear.trials.values()]
     made.update_yaxes({"range": [0, max(_finite(row.snr_db) for row in rows) * 1.2], "title": _small("dB")}, row=1)
-    low, high = (math.log10(f(row.scale_median for row in rows)) for f in (min, max))
-    made.update_yaxes({"type": "log", "range": [low - 0.4, high + 0.4], "dtick": 1, "tickformat": ".0e"}, row=2)
+    low, high = math.log10(min(row.scale_min for row in rows)), math.log10(max(row.scale_max for row in rows))
+    made.update_yaxes({"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=2)
     layers = study.linears[-1].layer + 1
     for row in (1, 2):
         made.update_xaxes(
@@ -253,7 +266,7 @@ def _still_numbers(made: go.Figure, study: Study) -> None:
     panels = _panels(study)
     for place, panel in enumerate(panels):
         column = place * 6 // len(panels) + 1
-        curve = panel == "largest input of each channel"
+        curve = panel == "largest |x| by channel"
         for name, colour, dash in (("before", BEFORE, "dot"), ("after", AFTER, "solid")):
             line = {"color": colour, "width": 2, "shape": "linear" if curve else "hvh", "dash": dash}
             x = list(range(CHANNELS)) if curve else SHARES

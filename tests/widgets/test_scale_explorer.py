@@ -160,7 +160,7 @@ def test_every_algorithm_has_a_picture_with_the_panels_that_it_fills(tiny, quant
 
 
 def test_a_checkpoint_from_a_folder_is_refused_with_what_to_do(quantized, tmp_path):
-    with pytest.raises(QuantizeError, match="give it what checkpoint.quantize"):
+    with pytest.raises(QuantizeError, match="a folder does not keep"):
         ScaleExplorer(Checkpoint.load(quantized.save(tmp_path / "saved")))
 
 
