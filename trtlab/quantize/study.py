@@ -93,7 +93,10 @@ def study(quantization: Quantization) -> Study:
     settings = _settings(quant)
     linears: list[LinearStudy] = []
     caches: dict[str, list[KvRow]] = {scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"}
-    with torch.inference_mode(), progress("trying every setting", quantization.config.num_hidden_layers) as bar:
+    with (
+        torch.inference_mode(),
+        progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,
+    ):
         for layer in quantization.layers():
             if quant.recipe is not None:
                 linears += _try_linears(layer, quant.recipe, settings)
