@@ -34,7 +34,7 @@ LAYERS = """
     session
     backends
     evaluate bench serve
-    tiny display.cards display.estimate display.plan
+    tiny display.cards display.estimate display.plan display.quantized
     __init__
     demo
     cli __main__

@@ -31,7 +31,7 @@ from trtlab.progress import progress
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
-from trtlab.quantize.run import prepare
+from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
 
@@ -160,14 +160,16 @@ class Checkpoint(Shown):
         if output_dir is None:
             tensors: dict[str, LazyTensor] = {}
             report = quantization.run(tensors.__setitem__)
-            return QuantizedCheckpoint(quantization.config, tensors, self.source, self.tokenizer_dir, report=report)
+            return QuantizedCheckpoint(
+                quantization.config, tensors, self.source, self.tokenizer_dir, report=report, made_by=quantization
+            )
         folder, config, alone = Path(output_dir), quantization.config, Mapping()
         with self._writing(folder, config, alone, shared_where_possible(config, alone)) as scratch:
             specs = tensor_specs(config)
             shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
             with TensorFile(scratch / rank_file(0), shapes) as file:
                 report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
-        return dataclasses.replace(QuantizedCheckpoint.load(folder), report=report)
+        return dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
 
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
@@ -210,9 +212,14 @@ class Checkpoint(Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedCheckpoint(Checkpoint):
-    """A checkpoint with quantized linears, a quantized KV cache or both; ``report`` is there after ``quantize``."""
+    """A checkpoint with quantized linears, a quantized KV cache or both.
+
+    After ``quantize`` there are ``report``, and ``made_by``, which knows the source and the texts and can be asked
+    again; a folder keeps neither.
+    """
 
     report: QuantizationReport | None = None
+    made_by: Quantization | None = None
 
     @classmethod
     def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> QuantizedCheckpoint:

@@ -36,7 +36,11 @@ def show_in(live: go.FigureWidget, figure: go.Figure) -> None:
         for trace, new in zip(live.data, figure.data, strict=True):
             trace.update(new.to_plotly_json(), overwrite=True)
         live.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-    # The kernel's model keeps what the figure was made with, and a reloaded page would show that (plotly 7.1).
-    with live.hold_sync():
+    remember(live)
+
+
+def remember(live: go.FigureWidget) -> None:
+    """Keep what a figure shows now: else the kernel's model keeps what it was made with, for a reloaded page."""
+    with live.hold_sync():  # plotly 7.1
         live._widget_data = deepcopy(live._data)
         live._widget_layout = deepcopy(live._layout_obj._props)

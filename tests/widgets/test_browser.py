@@ -17,7 +17,23 @@ from trtlab.widgets import EngineLayers
 bounds = BuildConfig(max_batch_size=4, max_input_len=64, max_seq_len=128)
 layers = EngineLayers(Checkpoint.from_hugging_face(llama_dir()).build(bounds, plan=False))
 layers"""
+SCALES = """\
+from trtlab import Checkpoint, QuantConfig
+from trtlab.tiny import EXAMPLES, llama_dir
+from trtlab.widgets import ScaleExplorer
+quant = QuantConfig("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8")
+explorer = ScaleExplorer(Checkpoint.from_hugging_face(llama_dir()).quantize(quant, calibration=list(EXAMPLES)))
+explorer"""
+READ_SCALES = "print(explorer.recipe, explorer.shown.value)"
 READ = 'print("chosen:", layers.selected, len(layers.selection), layers.step.value, layers.amount.value)'
+# One step of the slider that has the focus, and the time until the picture has other numbers.
+STEP = """async () => {
+    const line = () => document.querySelectorAll('.scatterlayer .js-line')[1].getAttribute('d');
+    const before = line(), start = performance.now();
+    document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));
+    while (line() === before && performance.now() - start < 30000) await new Promise(requestAnimationFrame);
+    return performance.now() - start;
+}"""
 # A place in the line of a bar, far from the bar itself.
 PLACE = """() => {
     const ticks = [...document.querySelectorAll('.js-plotly-plot .ytick text')];
@@ -82,6 +98,33 @@ def test_a_click_on_a_bar_is_read_from_python(open_notebook, tmp_path):
     page.wait_for_function("document.querySelector('.gtitle').textContent.includes('context step of 2 tokens')")
     click_bar(page, "mlp.gate")
     assert "chosen: mlp.gate 18 context 2" in read_selection(page)
+    page.screenshot(path=tmp_path / "after.png")
+
+
+def test_the_alpha_slider_changes_picture_and_recipe(open_notebook, tmp_path):
+    page = open_notebook(write(tmp_path / "scale_explorer.ipynb", SCALES, READ_SCALES), run=True, height=1400)
+    page.wait_for_selector(".js-plotly-plot .gtitle")
+    page.screenshot(path=tmp_path / "before.png")
+    assert "smoothquant_val=0.5" in read_selection(page)
+    before = page.get_attribute(".scatterlayer .js-line >> nth=1", "d"), title(page)
+
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    milliseconds = [page.evaluate(STEP) for _ in range(5)]
+    print("slider to picture, ms:", *map(round, milliseconds))  # other work on the machine counts too
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('.widget-readout').textContent.includes('0.80')")
+    page.wait_for_function("d => document.querySelectorAll('.scatterlayer .js-line')[1].getAttribute('d') !== d",
+                           arg=before[0])  # fmt: skip
+    assert title(page) != before[1]
+    assert "smoothquant_val=0.8" in read_selection(page)
+
+    page.click("button:has-text('merged')")
+    place = page.locator(".barlayer .point path").nth(4 * 6 + 3).bounding_box()  # mlp.proj of layer 3
+    page.mouse.click(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('1 of 30 excluded')")
+    recipe = read_selection(page)
+    assert "kv_cache_scales='merged'" in recipe
+    assert "exclude_modules=('transformer.layers.3.mlp.proj',)" in recipe
     page.screenshot(path=tmp_path / "after.png")
 
 

@@ -8,11 +8,12 @@ from itertools import groupby
 from statistics import median
 
 from trtlab.bench import Benchmark, Duel
-from trtlab.checkpoint import Checkpoint
+from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.config import BuildConfig, ModelConfig
 from trtlab.display.card import Card, Table, bar, card, count, size
 from trtlab.display.estimate import estimate_card, op_table_card, v100_card
 from trtlab.display.plan import comparison_card, layer_table_card, network_card, plan_facts
+from trtlab.display.quantized import quantized_card
 from trtlab.engine import Engine
 from trtlab.estimate import Estimate
 from trtlab.lazy import LazyTensor
@@ -29,6 +30,7 @@ card.register(V100Table)(v100_card)
 card.register(LayerTable)(layer_table_card)
 card.register(Network)(network_card)
 card.register(Comparison)(comparison_card)
+card.register(QuantizedCheckpoint)(quantized_card)
 
 
 @card.register

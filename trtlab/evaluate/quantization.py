@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +56,8 @@ def compare_recipes(
         )
         rows = [plain]
         for quant in recipes:
-            made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
+            with contextlib.redirect_stdout(io.StringIO()):  # the predicted peak, a line for each recipe
+                made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
             worst = made.report.worst(1) if made.report is not None else ()
             with opened(made) as session:
                 rows.append(

@@ -82,7 +82,7 @@ def report_linears(layer: Layer, result: QuantizedLayer) -> list[Row]:
 
 
 def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
-    weight = _typed(layer, result, linear)
+    weight = typed_linear(layer, result, linear)
     expected, got = _outputs(layer, result, linear, weight)
     noise = float((expected - got).square().sum())
     signal = float(expected.square().sum())
@@ -112,7 +112,8 @@ def outlier_ratio(channels: Tensor) -> float:
     return float(channels.max()) / median if median else math.inf
 
 
-def _typed(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized:
+def typed_linear(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized:
+    """One linear as the op sets meet it."""
     recipe = layer.config.quantization.recipe
     assert recipe is not None, "a quantized linear has a recipe"
 
@@ -144,12 +145,19 @@ def _scale(weight: Quantized) -> Tensor:
 
 
 def _saturation(weight: Quantized) -> float:
+    numbers, end = stored_numbers(weight)
     if isinstance(weight, Float8Linear):
-        return float((weight.weight.float().abs() == FLOAT8_MAX).float().mean())
+        return float((numbers.abs() == end).float().mean())
+    return float(((numbers >= end) | (numbers <= -end)).float().mean())
+
+
+def stored_numbers(weight: Quantized) -> tuple[Tensor, float]:
+    """The integers, or E4M3 numbers, that a linear stores ``[out, in]``, and the largest that its format has."""
+    if isinstance(weight, Float8Linear):
+        return weight.weight.float(), FLOAT8_MAX
     groups = weight.groups if isinstance(weight, Int4Float8Linear) else weight
     q = groups.integers if isinstance(groups, WeightOnly) else groups.weight
-    high = 7 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127
-    return float(((q >= high) | (q <= -high)).float().mean())
+    return q, 7.0 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127.0
 
 
 def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:

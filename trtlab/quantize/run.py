@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,22 +49,13 @@ class Quantization:
     @torch.inference_mode()
     def run(self, sink: Sink) -> QuantizationReport:
         """Hand every tensor of the quantized model to ``sink``, block by block; gives the report."""
-        plain = self.config.replace(quantization=QuantConfig())
-        specs, wanted = tensor_specs(plain), tensor_specs(self.config)
-        recipe = self.config.quantization.recipe
-        calibration = None
-        if self.texts:
-            gram = recipe is not None and recipe.grouped
-            calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), gram=gram)
+        wanted = tensor_specs(self.config)
         rows: list[Row] = []
         kv_rows = []
-        layers = range(self.config.num_hidden_layers)
-        with progress(f"quantizing {self._title}", len(layers), unit="block") as bar:
-            for index in layers:
-                layer = self._read(index, specs, calibration)
-                result = QuantizedLayer({}) if recipe is None else ALGORITHMS[recipe.family](layer)
-                result.tensors.update(self._kv(layer))
-                self._hand_over(index, wanted, result.tensors, sink)
+        with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="block") as bar:
+            for layer in self.layers():
+                result = quantize_layer(layer)
+                self._hand_over(layer.index, wanted, result.tensors, sink)
                 rows += report_linears(layer, result)
                 kv_rows += report_kv(layer, result)
                 bar.update(1)
@@ -72,6 +63,17 @@ class Quantization:
             if not name.startswith("transformer.layers."):
                 sink(name, self.tensors[name])
         return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
+
+    def layers(self) -> Iterator[Layer]:
+        """Each block as an algorithm is given it, one in memory at a time: its weights, and what texts did there."""
+        plain = self.config.replace(quantization=QuantConfig())
+        specs, recipe = tensor_specs(plain), self.config.quantization.recipe
+        calibration = None
+        if self.texts:
+            gram = recipe is not None and recipe.grouped
+            calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), gram=gram)
+        for index in range(self.config.num_hidden_layers):
+            yield self._read(index, specs, calibration)
 
     @property
     def _title(self) -> str:
@@ -89,11 +91,6 @@ class Quantization:
         seen = None if calibration is None else calibration.block(index, weights)
         return Layer(self.config, index, weights, seen)
 
-    def _kv(self, layer: Layer) -> dict[str, Tensor]:
-        quant = self.config.quantization
-        algorithm = quant.kv_cache_quant_algo
-        return {} if algorithm is None else kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics)
-
     def _hand_over(self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink) -> None:
         prefix = layer_name(index, "")
         for name, spec in wanted.items():
@@ -106,6 +103,16 @@ class Quantization:
             dtype = spec.dtype or self.config.torch_dtype
             assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, dtype), (name, tensor.shape, tensor.dtype, spec)
             sink(name, held(tensor))
+
+
+def quantize_layer(layer: Layer) -> QuantizedLayer:
+    """The tensors of one block and its cache by the recipe in the layer's own config."""
+    quant = layer.config.quantization
+    result = QuantizedLayer({}) if quant.recipe is None else ALGORITHMS[quant.recipe.family](layer)
+    algorithm = quant.kv_cache_quant_algo
+    if algorithm is not None:
+        result.tensors.update(kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics))
+    return result
 
 
 def prepare(

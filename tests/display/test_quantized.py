@@ -1,0 +1,32 @@
+"""What the card of a quantized checkpoint says."""
+
+import pytest
+
+from trtlab import Checkpoint, QuantConfig
+from trtlab.tiny import llama_dir
+
+TEXTS = ["About Mila.\nMila lives at the orchard and works as a doctor."]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    quant = QuantConfig("W4A16_AWQ", "INT8", group_size=64, exclude_modules=("transformer.layers.0.*",))
+    return Checkpoint.from_hugging_face(llama_dir()).quantize(quant, calibration=TEXTS)
+
+
+def test_the_card_names_algorithms_bytes_and_the_noisiest_linears(quantized):
+    shown = repr(quantized)
+    plain = Checkpoint.from_hugging_face(llama_dir())
+    before, after = plain.nbytes / 2**20, quantized.nbytes / 2**20
+    assert "W4A16_AWQ, groups of 64" in shown
+    assert "INT8, scales split" in shown
+    assert "transformer.layers.0.*" in shown
+    assert f"{before:.2f} MiB before, {after:.2f} MiB now ({after / before:.0%})" in shown
+    assert quantized.report.worst(1)[0].name.removeprefix("transformer.") in shown
+    assert "<table>" in quantized._repr_html_()
+
+
+def test_a_loaded_checkpoint_says_that_it_has_no_report(quantized, tmp_path):
+    shown = repr(Checkpoint.load(quantized.save(tmp_path / "saved")))
+    assert "a folder does not keep it" in shown
+    assert "ScaleExplorer" not in shown

@@ -1,0 +1,168 @@
+"""ScaleExplorer without a browser: its picture, its recipe, its promises."""
+
+import time
+
+import plotly.graph_objects as go
+import pytest
+
+from trtlab import Checkpoint, QuantConfig
+from trtlab.errors import ConfigError, QuantizeError
+from trtlab.quantize.study import study
+from trtlab.tiny import llama_dir
+from trtlab.widgets import ScaleExplorer
+from trtlab.widgets.scale_explorer import written
+from trtlab.widgets.scale_figure import figure
+
+TEXTS = ["About Mila.\nMila lives at the orchard and works as a doctor.", "One sunny morning, Mila and Tom met."]
+SMOOTH = QuantConfig("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8", exclude_modules=("transformer.layers.0.*",))
+PROJ = "transformer.layers.4.mlp.proj"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Checkpoint.from_hugging_face(llama_dir())
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny):
+    return tiny.quantize(SMOOTH, calibration=TEXTS)
+
+
+@pytest.fixture(scope="module")
+def tried(quantized):
+    return study(quantized.made_by)
+
+
+@pytest.fixture
+def explorer(quantized, tried, monkeypatch):
+    monkeypatch.setattr("trtlab.widgets.scale_explorer.study", lambda _: tried)
+    return ScaleExplorer(quantized)
+
+
+def test_the_study_agrees_with_the_report(quantized, tried):
+    rows = tuple(linear.trials[0.5].row for linear in tried.linears if linear.name not in tried.excluded)
+    assert rows == quantized.report.linears
+    assert tried.caches["split"] == quantized.report.caches
+    assert len(tried.linears) == 30
+    assert len(tried.excluded) == 5
+
+
+def test_shares_of_a_histogram_sum_to_one(tried):
+    one = tried.linears[9]
+    spreads = [one.before, *(trial.after for trial in one.trials.values())]
+    assert all(sum(spread.weights) == pytest.approx(1, abs=1e-5) for spread in spreads)
+    assert all(sum(spread.activations) == pytest.approx(1, abs=1e-5) for spread in spreads)
+
+
+def test_an_untouched_explorer_describes_the_recipe_that_it_was_given(explorer):
+    assert explorer.recipe == SMOOTH
+
+
+def test_the_recipe_quantizes_to_what_the_bars_show(explorer, tiny):
+    explorer.alpha.value = 0.8
+    explorer.scales.value = "per_head"
+    explorer.exclude(PROJ)
+    assert explorer.recipe == QuantConfig(
+        SMOOTH.quant_algo, "INT8", 0.8, kv_cache_scales="per_head", exclude_modules=("transformer.layers.0.*", PROJ)
+    )
+    made = tiny.quantize(explorer.recipe, calibration=TEXTS).report
+    shown = {linear.name: linear.trials[0.8].row for linear in explorer.study.linears}
+    assert made.linears == tuple(row for name, row in shown.items() if name not in explorer.excluded)
+    assert made.caches == explorer.study.caches["per_head"]
+
+
+def test_searched_is_an_alpha_too(explorer):
+    explorer.alpha.value = "searched"
+    assert explorer.recipe.smoothquant_val is None
+    assert "alpha searched" in repr(explorer)
+
+
+def test_a_linear_taken_back_breaks_its_pattern_into_names(explorer):
+    explorer.exclude("transformer.layers.0.mlp.fc", excluded=False)
+    assert explorer.recipe.exclude_modules == tuple(
+        f"transformer.layers.0.{linear}" for linear in ("attention.qkv", "attention.dense", "mlp.gate", "mlp.proj")
+    )
+    with pytest.raises(ConfigError, match="no such linear"):
+        explorer.exclude("layers.9.mlp.proj")
+
+
+def test_a_click_excludes_and_a_second_one_takes_back(explorer):
+    bars = explorer.figure.data[4]
+    assert bars.name == "mlp.proj"
+    for expected in (True, False):
+        explorer._click(bars, type("Points", (), {"point_inds": [4]}), None)
+        assert (PROJ in explorer.excluded) is expected
+        assert explorer.shown.value == PROJ
+
+
+def test_moving_gives_the_picture_that_is_drawn_anew(explorer):
+    explorer.alpha.value = 0.9
+    explorer.exclude(PROJ)
+    explorer.shown.value = "transformer.layers.2.mlp.fc"
+    explorer.scales.value = "merged"
+    anew = figure(explorer.study, 0.9, "merged", explorer.study.excluded | {PROJ}, "transformer.layers.2.mlp.fc")
+    assert isinstance(anew, go.Figure)
+    for live, new in zip(explorer.figure.data, anew.data, strict=True):
+        mine, theirs = live.to_plotly_json(), new.to_plotly_json()
+        mine.pop("uid")
+        assert mine == theirs
+    assert explorer.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
+    assert tuple(explorer.figure._widget_data[0]["y"]) == anew.data[0].y  # what a reloaded page would show
+
+
+def test_smoothing_flattens_the_channels_in_the_picture(tried):
+    one = next(linear for linear in tried.linears if linear.name == PROJ)
+    tallest = [max(one.trials[alpha].after.channels) for alpha in (0.5, 0.8, 1.0)]
+    assert max(one.before.channels) > 4 * tallest[0] > 4 * tallest[1] > 4 * tallest[2]
+    assert tallest[2] < 1.01
+
+
+def test_a_slider_step_takes_a_tenth_of_a_second_at_most(explorer):
+    times = []
+    for step in range(1, 8):
+        start = time.process_time()  # the test machine does other things too
+        explorer.alpha.value = step / 10
+        times.append(time.process_time() - start)
+    assert sorted(times)[3] < 0.1
+
+
+def test_the_button_puts_everything_back(explorer):
+    explorer.alpha.value = 0.1
+    explorer.exclude(PROJ)
+    explorer._back.click()
+    assert explorer.recipe == SMOOTH
+
+
+def test_repr_and_still_view_are_short_and_deterministic(explorer):
+    assert repr(explorer).startswith("ScaleExplorer(W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN alpha 0.5 · INT8 KV split, 5")
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(explorer)
+    assert "QuantConfig(quant_algo=" in bundle["text/html"]
+    assert "INT8 KV cache, split" in bundle["text/html"]
+    assert "0x" not in bundle["text/html"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "traces"),
+    [
+        (QuantConfig("W8A16"), 10),
+        (QuantConfig("W4A16_AWQ", group_size=64, smoothquant_val=None), 14),
+        (QuantConfig("FP8", "FP8"), 14),
+        (QuantConfig(None, "INT8", kv_cache_scales="merged"), 2),
+        (QuantConfig("W8A8_SQ_PER_CHANNEL", smoothquant_val=0.33), 14),
+    ],
+)
+def test_every_algorithm_has_a_picture_with_the_panels_that_it_fills(tiny, quant, traces):
+    made = ScaleExplorer(tiny.quantize(quant, calibration=TEXTS[:1] if quant.reads_texts else None))
+    assert len(made.figure.data) == traces
+    assert made.recipe == quant
+    assert "ScaleExplorer" in made._repr_mimebundle_()["text/html"]
+
+
+def test_a_checkpoint_from_a_folder_is_refused_with_what_to_do(quantized, tmp_path):
+    with pytest.raises(QuantizeError, match="a folder does not keep"):
+        ScaleExplorer(Checkpoint.load(quantized.save(tmp_path / "saved")))
+
+
+def test_a_recipe_is_written_as_one_would_type_it():
+    assert written(QuantConfig("FP8")) == "QuantConfig(quant_algo='FP8')"

@@ -1,0 +1,168 @@
+"""What a quantization would be with its controls elsewhere: every alpha and every cache scale, tried beforehand.
+
+Holds small tables, no weights: one block is in memory at a time, as when the model was quantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtlab.model.specs import layer_name
+from trtlab.progress import progress
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.primitives import amax, by_group, positive
+from trtlab.quantize.recipes import KV_SCALES, LINEARS, Recipe
+from trtlab.quantize.report import KvRow, Row, report_kv, report_linears, stored_numbers, typed_linear
+from trtlab.quantize.run import Quantization, quantize_layer
+from trtlab.quantize.smoothquant import ALPHAS
+
+BINS = 65  # of a histogram from minus to plus the largest magnitude; an odd number has one for zero
+CHANNELS = 128  # points of a curve over input channels, however many there are
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the numbers at one linear are spread: shares by bin from -1 to 1, in units of what a scale must reach.
+
+    ``channels`` are the largest magnitudes of the input channels over their median, in the order in which the original
+    ones fall; it and ``activations`` are None without texts.
+    """
+
+    weights: tuple[float, ...]
+    activations: tuple[float, ...] | None
+    channels: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One linear under one setting: its row of the report, and how its numbers are spread."""
+
+    row: Row
+    after: Spread
+
+
+@dataclass(frozen=True)
+class LinearStudy:
+    """One linear: the original's spread, and a trial for each alpha (``None`` is the searched one)."""
+
+    layer: int
+    linear: str
+    before: Spread
+    trials: Mapping[float | None, Trial]
+
+    @property
+    def name(self) -> str:
+        """The full name, as ``exclude_modules`` takes it."""
+        return layer_name(self.layer, self.linear)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All linears, also those that the recipe excludes, and the caches by granularity; ``quant`` is as it was made."""
+
+    quant: QuantConfig
+    linears: tuple[LinearStudy, ...]
+    caches: Mapping[str, tuple[KvRow, ...]]
+
+    @property
+    def alphas(self) -> tuple[float | None, ...]:
+        """The alphas that were tried; one alone where the algorithm has no alpha to choose."""
+        return tuple(self.linears[0].trials) if self.linears else (self.quant.smoothquant_val,)
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """The linears that the recipe excludes, by full name."""
+        if self.quant.recipe is None:
+            return frozenset()
+        return frozenset(study.name for study in self.linears if self.quant.recipe_of(study.name) is None)
+
+
+def study(quantization: Quantization) -> Study:
+    """Try every setting of a quantization, block by block. Takes about as long as one quantization a setting.
+
+    What is excluded changes nothing for the others, but for AWQ, which averages the scales of linears that share an
+    input: there the figures are those of a model without exclusions.
+    """
+    quant = quantization.config.quantization
+    settings = _settings(quant)
+    linears: list[LinearStudy] = []
+    caches: dict[str, list[KvRow]] = {scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"}
+    with (
+        torch.inference_mode(),
+        progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,
+    ):
+        for layer in quantization.layers():
+            if quant.recipe is not None:
+                linears += _try_linears(layer, quant.recipe, settings)
+            for scales, rows in caches.items():
+                tried = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
+                rows += report_kv(tried, quantize_layer(tried))
+            bar.update(1)
+    return Study(quant, tuple(linears), {scales: tuple(rows) for scales, rows in caches.items()})
+
+
+def _settings(quant: QuantConfig) -> dict[float | None, QuantConfig]:
+    """A recipe for each alpha, in order, with the one that was used; nothing is excluded, no cache is quantized."""
+    free = dataclasses.replace(quant, exclude_modules=(), kv_cache_quant_algo=None)
+    if quant.recipe is None or not quant.recipe.family.startswith("smoothquant"):
+        return {quant.smoothquant_val: free}
+    numbers = {*ALPHAS, *([] if quant.smoothquant_val is None else [quant.smoothquant_val])}
+    alphas: list[float | None] = [None, *sorted(numbers)]
+    return {alpha: dataclasses.replace(free, smoothquant_val=alpha) for alpha in alphas}
+
+
+def _with(layer: Layer, quant: QuantConfig) -> Layer:
+    return dataclasses.replace(layer, config=layer.config.replace(quantization=quant))
+
+
+def _try_linears(layer: Layer, recipe: Recipe, settings: Mapping[float | None, QuantConfig]) -> list[LinearStudy]:
+    trials: dict[str, dict[float | None, Trial]] = {linear: {} for linear in LINEARS}
+    for alpha, quant in settings.items():
+        tried = _with(layer, quant)
+        result = quantize_layer(tried)
+        for linear, row in zip(tried.linears, report_linears(tried, result), strict=True):
+            trials[linear][alpha] = Trial(row, _after(tried, result, linear))
+    free = _with(layer, next(iter(settings.values())))
+    return [LinearStudy(layer.index, linear, _before(free, recipe, linear), trials[linear]) for linear in free.linears]
+
+
+def _before(layer: Layer, recipe: Recipe, linear: str) -> Spread:
+    """Original numbers over what an unsmoothed scale would have to reach."""
+    weight = layer.weight(linear)
+    if recipe.grouped:
+        groups = by_group(weight, weight.shape[1] // layer.config.quantization.group_size)
+        shares = groups / positive(amax(groups, -1, keepdim=True))
+    elif recipe.per_channel:
+        shares = weight / positive(amax(weight, 1, keepdim=True))
+    else:
+        shares = torch.cat([part / positive(amax(part)) for part in layer.parts(linear)])
+    return Spread(_histogram(shares), *_inputs(layer, linear, None))
+
+
+def _after(layer: Layer, result: QuantizedLayer, linear: str) -> Spread:
+    """Stored numbers over the format's end, and the input as it is before it is rounded."""
+    numbers, end = stored_numbers(typed_linear(layer, result, linear))
+    return Spread(_histogram(numbers / end), *_inputs(layer, linear, result.smoothing.get(linear)))
+
+
+def _inputs(layer: Layer, linear: str, s: Tensor | None) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Histogram and channel curve of the input divided by ``s`` ``[in]``."""
+    if layer.statistics is None:
+        return None, None
+    seen = layer.statistics.input_of(linear)
+    x, largest = (seen.sample, seen.amax) if s is None else (seen.sample / s, seen.amax / s)
+    order = seen.amax.argsort(descending=True)
+    places = torch.linspace(0, len(order) - 1, CHANNELS).round().long()
+    curve = (largest / positive(largest.median()))[order][places]
+    return _histogram(x / positive(largest.amax())), tuple(curve.tolist())
+
+
+def _histogram(shares: Tensor) -> tuple[float, ...]:
+    places = ((shares.clamp(-1, 1) + 1) * ((BINS - 1) / 2)).round().long().flatten()
+    return tuple((torch.bincount(places, minlength=BINS) / places.numel()).tolist())

@@ -1,0 +1,213 @@
+"""Scales and errors of a quantized model, and what other settings would give: move a control, read the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import plotly.graph_objects as go
+from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, ToggleButtons, VBox
+
+from trtlab.checkpoint import QuantizedCheckpoint
+from trtlab.display.card import Card, Table, bar, size
+from trtlab.display.render import html
+from trtlab.errors import ConfigError, QuantizeError
+from trtlab.evaluate.quantization import recipe_title
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.recipes import LINEARS
+from trtlab.quantize.report import Row
+from trtlab.quantize.study import Study, study
+
+from .live import Dashboard, remember
+from .scale_figure import Moving, change, figure, moving, short
+
+SEARCHED = "searched"
+LISTED = 8  # rows of the still view
+
+
+def recipe_of(tried: Study, alpha: float | None, scales: str, excluded: Iterable[str]) -> QuantConfig:
+    """The recipe of some settings. A pattern stays as it was written while all that it excludes stays excluded."""
+    gone = set(excluded)
+    names = [linear.name for linear in tried.linears]
+    kept = [p for p in tried.quant.exclude_modules if gone.issuperset(fnmatch.filter(names, p))]
+    single = [name for name in names if name in gone and not any(fnmatch.fnmatchcase(name, p) for p in kept)]
+    return dataclasses.replace(
+        tried.quant, smoothquant_val=alpha, kv_cache_scales=scales, exclude_modules=(*kept, *single)
+    )
+
+
+class ScaleExplorer(Dashboard):
+    """Shows what each setting of a quantization would do; ``recipe`` is the QuantConfig that the controls describe.
+
+    The controls are ``alpha`` (SmoothQuant: 0 to 1 in steps of 0.05, or "searched"), ``scales`` (an INT8 KV cache)
+    and ``shown``, the linear whose numbers are drawn; set their ``value`` from Python or in the page. A click on a
+    bar excludes its linear, or takes it back. Every setting is computed once, at the beginning, block by block.
+
+    Raises QuantizeError for a checkpoint from a folder, which keeps neither its source nor the texts.
+    """
+
+    def __init__(self, quantized: QuantizedCheckpoint) -> None:
+        if quantized.made_by is None:
+            raise QuantizeError(
+                "ScaleExplorer needs the source and the texts; a folder does not keep them",
+                remedy="give it what checkpoint.quantize(...) returned",
+            )
+        self.study = study(quantized.made_by)
+        quant = self.study.quant
+        self._excluded = self.study.excluded
+        self._initial = self._excluded
+        self.alpha = SelectionSlider(
+            options=[(SEARCHED if a is None else f"{a:.2f}", SEARCHED if a is None else a) for a in self.study.alphas],
+            value=SEARCHED if quant.smoothquant_val is None else quant.smoothquant_val,
+        )
+        self.scales = ToggleButtons(
+            options=list(self.study.caches) or [quant.kv_cache_scales], value=quant.kv_cache_scales
+        )
+        self.scales.style.button_width = "auto"
+        names = [(short(linear.name), linear.name) for linear in self.study.linears]
+        self.shown = Dropdown(options=names or [("none", "")])
+        if names:
+            self.shown.value = self._rows()[0].name
+        self._back = Button(description="as quantized", tooltip="all controls and exclusions back to the start")
+        self._moving = self._now()
+        self.figure = go.FigureWidget(figure(*self._settings()))
+        self._details = HTML()
+        self._details.add_class("jp-RenderedHTMLCommon")
+        self._details.value = html(self._details_card())
+        self.view = VBox([*self._lines(), self.figure, self._details])
+        self._observe()
+
+    @property
+    def recipe(self) -> QuantConfig:
+        """What the controls describe: give it to ``checkpoint.quantize`` with the same texts."""
+        return recipe_of(self.study, self._alpha, self.scales.value, self._excluded)
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The linears that stay as they are, in the model's order."""
+        return tuple(linear.name for linear in self.study.linears if linear.name in self._excluded)
+
+    def exclude(self, name: str, excluded: bool = True) -> None:
+        """Leave a linear as it is, as a click on its bar does, or take it back; ConfigError for an unknown name."""
+        names = [linear.name for linear in self.study.linears]
+        if name not in names:
+            raise ConfigError("there is no such linear", got=repr(name), expected=" | ".join(names[: len(LINEARS)]))
+        self._excluded = self._excluded | {name} if excluded else self._excluded - {name}
+        self._show()
+
+    def card(self) -> Card:
+        """See Dashboard: the linears with the most noise under these settings, and the caches."""
+        tables = []
+        if self.study.linears:
+            rows = tuple(
+                (short(row.name), f"{row.snr_db:.1f}", bar(row.snr_db / 60), f"{row.scale_median:.2e}",
+                 *(("", "") if row.outliers_after is None else (f"{row.outliers_before:.1f}x",
+                                                               f"{row.outliers_after:.1f}x")))
+                for row in self._rows() if row.name not in self._excluded
+            )  # fmt: skip
+            heads = ("most noise", " SNR dB", "", " median scale", " outliers", " now")
+            tables.append(Table(heads, rows[:LISTED]))
+        if self.study.caches:
+            bits = tuple(
+                (str(row.layer), f"{row.k_bits:.2f}", f"{row.v_bits:.2f}")
+                for row in self.study.caches[self.scales.value]
+            )
+            tables.append(Table((" layer", " bits of K", " bits of V"), bits, f"INT8 KV cache, {self.scales.value}"))
+        return Card(f"ScaleExplorer · {self._title()}", (("recipe", written(self.recipe)),), tuple(tables))
+
+    def __repr__(self) -> str:
+        gone = f", {len(self._excluded)} excluded" if self._excluded else ""
+        shows = f", shows {short(self.shown.value)}" if self.study.linears else ""
+        return f"ScaleExplorer({self._title()}{gone}{shows})"
+
+    @property
+    def _alpha(self) -> float | None:
+        value: Any = self.alpha.value
+        return None if value == SEARCHED else float(value)
+
+    def _title(self) -> str:
+        return recipe_title(self.recipe)
+
+    def _rows(self) -> list[Row]:
+        """The rows under this alpha, the most noise first."""
+        rows = [linear.trials[self._alpha].row for linear in self.study.linears]
+        return sorted(rows, key=lambda row: row.snr_db)
+
+    def _lines(self) -> list[HBox]:
+        lines = []
+        if len(self.study.alphas) > 1:
+            lines.append(_line("alpha", self.alpha, Label("0: all left to the inputs · 1: all moved into the weights")))
+        if self.study.caches:
+            lines.append(_line("KV scales", self.scales))
+        if self.study.linears:
+            lines.append(_line("numbers of", self.shown, self._back))
+        return lines
+
+    def _observe(self) -> None:
+        for control in (self.alpha, self.scales, self.shown):
+            control.observe(self._show, "value")
+        self._back.on_click(self._reset)
+        if self.study.linears:
+            for trace in self.figure.data[: len(LINEARS)]:
+                trace.on_click(self._click)
+
+    def _click(self, trace: Any, points: Any, _: object) -> None:
+        if points.point_inds:
+            layer = points.point_inds[0]
+            name = next(s.name for s in self.study.linears if (s.layer, s.linear) == (layer, trace.name))
+            self._excluded = self._excluded ^ {name}
+            if self.shown.value == name:
+                self._show()
+            else:
+                self.shown.value = name
+
+    def _reset(self, _: object = None) -> None:
+        self._excluded = self._initial
+        quant = self.study.quant
+        self.alpha.value = SEARCHED if quant.smoothquant_val is None else quant.smoothquant_val
+        self.scales.value = quant.kv_cache_scales
+        self._show()
+
+    def _show(self, _: object = None) -> None:
+        now = self._now()
+        change(self.figure, now, self._moving)
+        remember(self.figure)
+        self._moving = now
+        self._details.value = html(self._details_card())
+
+    def _settings(self) -> tuple[Study, float | None, str, frozenset[str], str]:
+        return self.study, self._alpha, self.scales.value, self._excluded, self.shown.value
+
+    def _now(self) -> Moving:
+        return moving(*self._settings())
+
+    def _details_card(self) -> Card:
+        facts = [("recipe", written(self.recipe))]
+        if not self.study.linears:
+            return Card("These settings", tuple(facts))
+        one = next(linear for linear in self.study.linears if linear.name == self.shown.value)
+        rows = tuple(
+            (when, f"{row.snr_db:.1f}", f"{row.cosine:.5f}", f"{row.scale_median:.2e}", f"{row.saturation:.2%}",
+             "" if row.outliers_after is None else f"{row.outliers_after:.1f}x", size(row.bytes_after))
+            for when, row in (("as quantized", one.trials[self.study.quant.smoothquant_val].row),
+                              ("now", one.trials[self._alpha].row))
+        )  # fmt: skip
+        heads = (short(one.name), " SNR dB", " cosine", " median scale", " at range end", " outliers", " bytes")
+        return Card("These settings", tuple(facts), (Table(heads, rows),))
+
+
+def written(quant: QuantConfig) -> str:
+    """A recipe as one would type it: what is at its default is left out."""
+    parts = []
+    for field in dataclasses.fields(quant):
+        value = getattr(quant, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={value!r}")
+    return f"QuantConfig({', '.join(parts)})"
+
+
+def _line(label: str, *controls: Any) -> HBox:
+    """Controls behind their label, which has a column of its own."""
+    return HBox([Label(label, layout={"width": "90px"}), *controls])

@@ -1,0 +1,286 @@
+"""The picture of a quantization's study: errors and scales of all linears, numbers of one, bits of the caches.
+
+What a control can move is kept apart from what stays, because plotly takes longest to make and check what stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from trtlab.display.card import size
+from trtlab.quantize.recipes import LINEARS
+from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the hover text has the words.
+COLOURS = dict(zip(LINEARS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"), strict=True))
+BEFORE, AFTER = "#7F7F7F", "#CC79A7"
+PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
+SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
+PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
+GAP = 66  # between rows of panels, in pixels
+UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the title
+TITLES = {
+    "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
+    "scale": "scales to the original: least, median, largest of each linear",
+    "caches": "bits of eight that the KV cache uses (K plain, V hatched)",
+}
+
+
+@dataclass(frozen=True)
+class Moving:
+    """All that controls change: properties by trace, the title, and the heading of the panels on one linear."""
+
+    traces: tuple[dict[str, Any], ...]
+    title: str
+    heading: str
+
+
+def figure(study: Study, alpha: float | None, scales: str, excluded: frozenset[str], shown: str) -> go.Figure:
+    """All linears under one alpha, the numbers of ``shown`` before and after, and the caches under ``scales``.
+
+    The traces are the same in number and order for one study. The first ones are the error bars, one for each entry
+    of LINEARS; the place of a point in it is its layer.
+    """
+    made = _still(study)
+    change(made, moving(study, alpha, scales, excluded, shown))
+    return made
+
+
+def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[str], shown: str) -> Moving:
+    """What a figure of these settings has that one of other settings has not."""
+    trials = [linear.trials[alpha] for linear in study.linears]
+    traces: list[dict[str, Any]] = []
+    heading = ""
+    if study.linears:
+        traces += _errors(study, trials, excluded, shown)
+        traces.append(_scales(study, trials, excluded))
+        one = next(linear for linear in study.linears if linear.name == shown)
+        traces += [{"y": y} for pair in _numbers(one, one.trials[alpha]) for y in pair]
+        heading = f"<b>{short(shown)}</b>, {_panels(study)[0]}"
+    if study.caches:
+        for bits in ([row.k_bits for row in study.caches[scales]], [row.v_bits for row in study.caches[scales]]):
+            traces.append({"y": bits, "text": ["" if number is None else f"{number:.2f}" for number in bits]})
+    return Moving(tuple(traces), _title(study, trials, excluded), heading)
+
+
+def change(made: go.Figure, new: Moving, old: Moving | None = None) -> None:
+    """Move a figure of the same study to ``new``; what is as in ``old`` is not touched."""
+    assert len(made.data) == len(new.traces), (len(made.data), len(new.traces))
+    befores: Sequence[dict[str, Any]] = old.traces if old else [{}] * len(new.traces)
+    with made.batch_update():
+        for trace, now, before in zip(made.data, new.traces, befores, strict=True):
+            moved = {name: value for name, value in now.items() if name not in before or before[name] != value}
+            if moved:
+                trace.update(moved)
+        made.layout.title.text = new.title
+        if new.heading and (old is None or old.heading != new.heading):
+            made.layout.annotations[2].text = new.heading  # error and scale come before it
+
+
+def short(name: str) -> str:
+    """``layers.3.mlp.proj``."""
+    return name.removeprefix("transformer.")
+
+
+def _title(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> str:
+    if not study.linears:
+        return "INT8 KV cache"
+    kept = [trial.row for trial in trials if trial.row.name not in excluded]
+    worst = min(kept, key=lambda row: row.snr_db, default=None)
+    parts = [f"{size(sum(row.bytes_saved for row in kept))} saved"]
+    parts.append(f"most noise in {short(worst.name)}, {worst.snr_db:.1f} dB" if worst else "no linear is quantized")
+    parts += [f"{len(excluded)} of {len(trials)} excluded"] * bool(excluded)
+    return " · ".join(parts)
+
+
+def _errors(study: Study, trials: Sequence[Trial], excluded: frozenset[str], shown: str) -> list[dict[str, Any]]:
+    """The bars of each kind of linear, nothing for the marks, and the signs above the bars."""
+    tops = [_finite(trial.row.snr_db) for trial in trials]
+    gone = [linear.name in excluded for linear in study.linears]
+    made: list[dict[str, Any]] = []
+    for kind in LINEARS:
+        mine = [i for i, linear in enumerate(study.linears) if linear.linear == kind]
+        made.append(
+            {
+                "y": [tops[i] for i in mine],
+                "marker_color": ["#FFFFFF" if gone[i] else COLOURS[kind] for i in mine],
+                "hovertext": [_hover(trials[i], gone[i]) for i in mine],
+            }
+        )
+    signs = [f"{'✕' * out}{'▼' * (s.name == shown)}" for s, out in zip(study.linears, gone, strict=True)]
+    used = [_finite(linear.trials[study.quant.smoothquant_val].row.snr_db) for linear in study.linears]
+    return [*made, {"y": used}, {"y": [max(pair) for pair in zip(tops, used, strict=True)], "text": signs}]
+
+
+def _finite(snr_db: float) -> float:
+    return snr_db if math.isfinite(snr_db) else 0.0
+
+
+def _hover(trial: Trial, gone: bool) -> str:
+    row = trial.row
+    lines = [f"<b>{short(row.name)}</b>", f"{row.snr_db:.1f} dB, {size(row.bytes_saved)} saved"]
+    if row.alpha is not None:
+        lines.append(f"alpha {row.alpha:.2f}")
+    if row.outliers_before is not None and row.outliers_after is not None:
+        lines.append(f"outliers {row.outliers_before:.1f}x, now {row.outliers_after:.1f}x")
+    return "<br>".join([*lines, "excluded: stays as it is"] if gone else lines)
+
+
+def _scales(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> dict[str, Any]:
+    rows = [trial.row for trial in trials]
+    return {
+        "y": [row.scale_median for row in rows],
+        "error_y_array": [row.scale_max - row.scale_median for row in rows],
+        "error_y_arrayminus": [row.scale_median - row.scale_min for row in rows],
+        "marker_symbol": ["circle-open" if linear.name in excluded else "circle" for linear in study.linears],
+    }
+
+
+def _numbers(one: LinearStudy, trial: Trial) -> list[tuple[list[float | None], list[float | None]]]:
+    """Before and after, for each panel."""
+    before, after = one.before, trial.after
+    pairs = [
+        (before.channels, after.channels),
+        (before.activations, after.activations),
+        (before.weights, after.weights),
+    ]
+    return [([y or None for y in old], [y or None for y in new]) for old, new in pairs if old and new]
+
+
+def _panels(study: Study) -> list[str]:
+    observed = study.linears[0].before.activations is not None
+    return [*(["largest |x| by channel", "inputs"] if observed else []), "weights"]
+
+
+def _still(study: Study) -> go.Figure:
+    """All panels, axes and traces without what moves."""
+    rows = [*(["error", "scale", "numbers"] if study.linears else []), *(["caches"] if study.caches else [])]
+    made = _subplots(study, rows)
+    if study.linears:
+        _still_linears(made, study)
+        _still_numbers(made, study)
+    for name, shape in (("K", ""), ("V", "/")) if study.caches else ():
+        places = [f"layer {row.layer}" for row in next(iter(study.caches.values()))]
+        marker = {"color": COLOURS["attention.dense"], "pattern": {"shape": shape}}
+        bars = go.Bar(
+            name=f"{name} cache", x=places, marker=marker, textposition="outside", cliponaxis=False, showlegend=False
+        )
+        made.add_trace(bars.update(hovertemplate="%{x}: %{y:.2f} bits<extra></extra>"), len(rows), 1)
+        made.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
+    made.update_layout(
+        template="plotly_white",
+        title={"x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
+        font={"size": 12},
+        height=_height(rows),
+        autosize=True,
+        barmode="group" if not study.linears else "overlay",
+        bargap=0.3,
+        hovermode="closest",
+        margin={"l": 60, "r": 20, "t": 110, "b": 50},
+        modebar={"remove": UNUSED},
+        legend={
+            "orientation": "h",
+            "x": -0.06,
+            "font": {"size": 11},
+            "y": 1 + 30 / (_height(rows) - 160),
+            "yanchor": "bottom",
+        },
+    )
+    if study.linears and study.caches:
+        for trace, side in zip(made.data[-2:], (-0.4, 0.0), strict=True):
+            trace.update(offset=side, width=0.38)
+    made.update_annotations(font={"size": 12})
+    for note in made.layout.annotations:
+        if note.text in TITLES.values() or note.text == "largest |x| by channel":
+            note.update(x=0, xanchor="left")
+    return made
+
+
+def _height(rows: Sequence[str]) -> int:
+    return sum(PIXELS[row] for row in rows) + GAP * (len(rows) - 1) + 160
+
+
+def _subplots(study: Study, rows: Sequence[str]) -> go.Figure:
+    specs: list[list[Any]] = []
+    titles: list[str] = []
+    for row in rows:
+        panels = _panels(study) if row == "numbers" else [TITLES[row]]
+        span = 6 // len(panels)
+        specs.append([{"colspan": span} if place % span == 0 else None for place in range(6)])
+        titles += panels
+    return make_subplots(
+        rows=len(rows),
+        cols=6,
+        specs=specs,
+        subplot_titles=titles,
+        row_heights=[PIXELS[row] for row in rows],
+        vertical_spacing=GAP / (_height(rows) - 160) if len(rows) > 1 else 0,
+        horizontal_spacing=0.055,
+    )
+
+
+def _still_linears(made: go.Figure, study: Study) -> None:
+    places = {linear.name: linear.layer * PLACES + LINEARS.index(linear.linear) for linear in study.linears}
+    for kind in LINEARS:
+        x = [places[linear.name] for linear in study.linears if linear.linear == kind]
+        bars = go.Bar(name=kind, x=x, width=0.9, marker_line={"color": COLOURS[kind], "width": 1.5})
+        made.add_trace(bars.update(hovertemplate="%{hovertext}<extra></extra>"), 1, 1)
+    x = list(places.values())
+    line = {"symbol": "line-ew", "size": 9, "line": {"width": 2, "color": "#000000"}}
+    made.add_trace(go.Scatter(name="as quantized", mode="markers", x=x, marker=line, hoverinfo="skip"), 1, 1)
+    signs = go.Scatter(mode="text", x=x, textposition="top center", showlegend=False, hoverinfo="skip")
+    made.add_trace(signs, 1, 1)
+    scales = go.Scatter(
+        mode="markers",
+        x=x,
+        error_y={"type": "data", "symmetric": False, "color": BEFORE, "thickness": 1, "width": 2},
+        marker={"size": 7, "color": [COLOURS[linear.linear] for linear in study.linears]},
+        text=list(map(short, places)),
+        hovertemplate="<b>%{text}</b><br>median scale %{y:.2e}<extra></extra>",
+        showlegend=False,
+    )
+    made.add_trace(scales, 2, 1)
+    rows = [trial.row for linear in study.linears for trial in linear.trials.values()]
+    made.update_yaxes({"range": [0, max(_finite(row.snr_db) for row in rows) * 1.2], "title": _small("dB")}, row=1)
+    low, high = math.log10(min(row.scale_min for row in rows)), math.log10(max(row.scale_max for row in rows))
+    made.update_yaxes({"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=2)
+    layers = study.linears[-1].layer + 1
+    for row in (1, 2):
+        made.update_xaxes(
+            tickvals=[layer * PLACES + (len(LINEARS) - 1) / 2 for layer in range(layers)],
+            ticktext=[f"layer {layer}" if layers <= 16 else str(layer) for layer in range(layers)],
+            range=[-1, layers * PLACES - 1],
+            showgrid=False,
+            zeroline=False,
+            row=row,
+        )
+
+
+def _still_numbers(made: go.Figure, study: Study) -> None:
+    panels = _panels(study)
+    for place, panel in enumerate(panels):
+        column = place * 6 // len(panels) + 1
+        curve = panel == "largest |x| by channel"
+        for name, colour, dash in (("before", BEFORE, "dot"), ("after", AFTER, "solid")):
+            line = {"color": colour, "width": 2, "shape": "linear" if curve else "hvh", "dash": dash}
+            x = list(range(CHANNELS)) if curve else SHARES
+            trace = go.Scatter(name=name, mode="lines", x=x, line=line, legendgroup=name, hoverinfo="skip")
+            made.add_trace(trace.update(showlegend=place == 0), 3, column)
+        if curve:
+            made.update_xaxes(
+                {"showticklabels": False, "title": _small("channels, the loudest first")}, row=3, col=column
+            )
+            made.update_yaxes({"type": "log", "title": _small("times the median"), "dtick": 1}, row=3, col=column)
+        else:
+            made.update_xaxes({"title": _small("share of the range"), "range": [-1.05, 1.05]}, row=3, col=column)
+            made.update_yaxes({"type": "log", "range": [-4.5, 0], "tickformat": ".0e", "dtick": 2}, row=3, col=column)
+
+
+def _small(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 11}, "standoff": 4}
