@@ -113,9 +113,8 @@ def main() -> None:
     rank = total / options.tp_size
     print(f"{total / 1e9:.2f} GB in {seconds:.1f} s: {total / 1e9 / seconds:.2f} GB/s")
     print(f"copying the same bytes: {' and '.join(f'{total / 1e9 / s:.2f} GB/s' for s in copies)}")
-    print(
-        f"peak above the start {peak / 2**20:.0f} MiB; a shard is {SHARD_BYTES / 2**20:.0f} MiB, a rank {rank / 2**20:.0f}"
-    )
+    mib = [f"{n / 2**20:.0f} MiB" for n in (peak, SHARD_BYTES, rank)]
+    print(f"peak above the start {mib[0]}; a shard is {mib[1]}, a rank {mib[2]}")
 
 
 if __name__ == "__main__":

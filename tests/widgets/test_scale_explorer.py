@@ -4,14 +4,14 @@ import time
 
 import plotly.graph_objects as go
 import pytest
+from trtlab.widgets import ScaleExplorer
+from trtlab.widgets.scale_explorer import written
+from trtlab.widgets.scale_figure import figure
 
 from trtlab import Checkpoint, QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
 from trtlab.quantize.study import study
 from trtlab.tiny import llama_dir
-from trtlab.widgets import ScaleExplorer
-from trtlab.widgets.scale_explorer import written
-from trtlab.widgets.scale_figure import figure
 
 TEXTS = ["About Mila.\nMila lives at the orchard and works as a doctor.", "One sunny morning, Mila and Tom met."]
 SMOOTH = QuantConfig("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8", exclude_modules=("transformer.layers.0.*",))
