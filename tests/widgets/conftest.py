@@ -131,6 +131,7 @@ def open_notebook(lab: Lab, chromium: Any) -> Iterator[Callable[..., Any]]:
         page.wait_for_function("window.jupyterapp")
         page.evaluate("jupyterapp.restored")
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        page.evaluate("jupyterapp.shell.currentWidget.revealed")  # the cells are there, on a slow machine too
         if run:
             assert page.evaluate(RUN_ALL), f"{path.name} did not run to its end"
         return page
