@@ -1,7 +1,5 @@
 """ScaleExplorer without a browser: its picture, its recipe, its promises."""
 
-import time
-
 import plotly.graph_objects as go
 import pytest
 from trtlab.widgets import ScaleExplorer
@@ -117,13 +115,14 @@ def test_smoothing_flattens_the_channels_in_the_picture(tried):
     assert tallest[2] < 1.01
 
 
-def test_a_slider_step_takes_a_tenth_of_a_second_at_most(explorer):
-    times = []
+def test_a_slider_step_quantizes_nothing(explorer, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a slider step is to show what was tried beforehand")
+
+    monkeypatch.setattr("trtlab.quantize.study.quantize_layer", refuse)
     for step in range(1, 8):
-        start = time.process_time()  # the test machine does other things too
         explorer.alpha.value = step / 10
-        times.append(time.process_time() - start)
-    assert sorted(times)[3] < 0.1
+    assert explorer.recipe.smoothquant_val == 0.7
 
 
 def test_the_button_puts_everything_back(explorer):
