@@ -11,6 +11,7 @@ import torch
 from trtlab import BuildConfig, Checkpoint, ModelConfig, QuantConfig, SamplingParams
 from trtlab.config import Mapping
 from trtlab.errors import EngineError
+from trtlab.lazy import held
 from trtlab.model.weights import rank_weights, tensor_specs
 from trtlab.ops.quantized import linear
 from trtlab.runtime.executor import Chunk, StepInputs, TorchExecutor
@@ -233,6 +234,28 @@ def test_a_comparison_finds_no_difference(quantized, algorithm, cache):
     relative = sorted(difference.relative for difference in comparison.differences)
     assert relative[-1] <= (0.1 if rounds_activations(checkpoint) else 1e-4)
     assert relative[len(relative) // 4] <= 1e-5
+
+
+class KeyScaleForValues(TensorRTOps):
+    """Stores and reads the values by the scale of the keys."""
+
+    def attention(self, layer, q, k, v):
+        self._kv_scales = [dataclasses.replace(scales, values=scales.keys) for scales in self._kv_scales]
+        return super().attention(layer, q, k, v)
+
+
+def test_the_scale_of_the_keys_used_for_the_values_is_found(quantized):
+    checkpoint = quantized(None, "INT8")
+    name = "transformer.layers.0.attention.k_cache_scaling_factor"
+    small = {**checkpoint.tensors, name: held(checkpoint.tensors[name].read() / 8)}  # values by it would saturate
+    checkpoint = dataclasses.replace(checkpoint, tensors=small)
+    with checkpoint.build(BUILD, plan=False) as engine:
+        honest = engine.compare(checkpoint, [3, 14, 15, 92, 65, 35], steps=1)
+        planted = engine.compare(checkpoint, [3, 14, 15, 92, 65, 35], steps=1, op_set=KeyScaleForValues)
+    assert honest.start is None
+    assert planted.jumps
+    assert planted.start is not None and planted.start.name.endswith("layers.0.attention.qkv:attention")
+    assert "KV cache" in planted.reading
 
 
 def test_w4a8_is_refused_before_the_build_and_runs_in_torch(quantized, monkeypatch):

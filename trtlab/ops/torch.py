@@ -145,9 +145,11 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: Norm) -> Tensor:
         """See Ops."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight.weight, weight.epsilon)
         wide = x.float()
         scale = (wide * wide).mean(-1, keepdim=True).add_(weight.epsilon).rsqrt_()
-        return (wide * scale).to(x.dtype) * weight.weight
+        return weight.weight * (wide * scale).to(x.dtype)
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See Ops."""
