@@ -88,6 +88,14 @@ class NameTable:
                     )
         return {name: names[name] for name in tensor_specs(config)}
 
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the source must hold, by the source's name."""
+        return {
+            theirs: shape
+            for ours, names in self.sources(config).items()
+            for theirs, shape in zip(names, source_shapes(config, ours), strict=True)
+        }
+
 
 HUGGING_FACE_NAMES = NameTable(
     {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"},

@@ -11,7 +11,7 @@ import torch
 
 from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
 from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
-from trtlab.convert.families import FAMILIES, HUGGING_FACE_NAMES, Family, source_shapes
+from trtlab.convert.families import FAMILIES, HUGGING_FACE_NAMES, Family
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, cat, open_pickle, open_safetensors
@@ -99,12 +99,7 @@ def _choose_dtype(raw: Mapping[str, Any], dtype: str, found: Mapping[str, LazyTe
 def _rename(where: str, config: ModelConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     check_layers(where, config.num_hidden_layers, len(found))
     sources = HUGGING_FACE_NAMES.sources(config)
-    shapes = {
-        theirs: shape
-        for ours, names in sources.items()
-        for theirs, shape in zip(names, source_shapes(config, ours), strict=True)
-    }
-    check_tensors(where, found, shapes)
+    check_tensors(where, found, HUGGING_FACE_NAMES.shapes(config))
     kind = config.torch_dtype
     return {ours: cat([found[theirs].to(kind) for theirs in names]) for ours, names in sources.items()}
 

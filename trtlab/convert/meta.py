@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
 from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
-from trtlab.convert.families import META_NAMES, source_shapes
+from trtlab.convert.families import META_NAMES
 from trtlab.errors import CheckpointError
 from trtlab.files import read_json
 from trtlab.lazy import LazyTensor, cat, open_pickle
@@ -105,12 +105,7 @@ def _scaling(params: Mapping[str, Any]) -> RotaryScaling:
 def _rename(where: str, config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     check_layers(where, config.num_hidden_layers, len(found))
     sources = META_NAMES.sources(config)
-    shapes = {
-        theirs: shape
-        for ours, names in sources.items()
-        for theirs, shape in zip(names, source_shapes(config, ours), strict=True)
-    }
-    check_tensors(where, found, shapes)
+    check_tensors(where, found, META_NAMES.shapes(config))
     kind = config.torch_dtype
 
     def turned(name: str) -> LazyTensor:
