@@ -14,7 +14,7 @@ test: venv
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 lab: venv
-	$(BIN)/jupyter lab notebooks/01_llama.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_llama.ipynb
 
 check: venv
 	$(BIN)/ruff format .
