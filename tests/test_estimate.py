@@ -17,7 +17,7 @@ from trtlab.estimate import estimate, op_table
 from trtlab.model.formats import WEIGHT_FORMATS
 from trtlab.model.weights import tensor_specs
 from trtlab.ops.table import Span
-from trtlab.ops.torch import SlotCache
+from trtlab.ops.paged import PagedCache
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.published import BANDWIDTH, GIB, SHAPES
 
@@ -182,11 +182,11 @@ def test_a_checkpoint_can_be_given_for_its_config() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_kv_bytes_are_those_of_the_slots_that_a_session_keeps(mapping: Mapping, dtype: str) -> None:
     figures = estimate(TINY.replace(dtype=dtype), SMALL_BUILD, mapping).ranks[-1]
-    cache = SlotCache(
+    cache = PagedCache(
         layers=len(mapping.layers(0, TINY.num_hidden_layers)),
-        slots=SMALL_BUILD.max_batch_size,
+        num_blocks=SMALL_BUILD.max_batch_size,
         kv_heads=max(1, TINY.num_key_value_heads // mapping.tp_size),
-        capacity=SMALL_BUILD.seq_len,
+        tokens_per_block=SMALL_BUILD.seq_len,
         head_size=TINY.head_size,
         dtype=getattr(torch, dtype),
         device=torch.device("cpu"),

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
     version errors progress
     display display.render display.card
-    machine lazy quantize.primitives quantize.recipes runtime.events
+    machine lazy quantize.primitives quantize.recipes runtime.events runtime.blocks
     quantize.config
     model_config
     config
     files model.specs model.quantized model.formats model.rope
     model.weights
     parallel ops.protocol
+    ops.quantized
+    ops.paged
     ops
     model
     estimate published fingerprint runtime.request runtime.tokenizer tensorrt.library tensorrt.log tensorrt.dtypes
@@ -31,6 +33,7 @@ LAYERS = """
     tensorrt
     checkpoint
     engine
+    request
     session
     backends
     evaluate bench serve

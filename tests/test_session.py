@@ -21,6 +21,7 @@ from trtlab import (
     SessionConfig,
     TrtlabError,
 )
+from trtlab.runtime import loop
 
 PROMPTS = [[5, 17, 3, 0, 96], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [98, 0], [41] * 9, [3, 3], [64, 8, 2]]
 BOUNDS = {"max_seq_len": 64, "max_input_len": 48}
@@ -44,12 +45,9 @@ def test_a_batch_of_mixed_lengths_gives_what_each_prompt_gives_alone(
     slots, budget, random_model, open_session, one_by_one
 ):
     session = open_session(random_model(), max_batch_size=slots, max_num_tokens=budget, **BOUNDS)
-    streams = [
-        session._submit(session._request(p, SamplingParams(max_new_tokens=10 + i))) for i, p in enumerate(PROMPTS)
-    ]
-    while not all(answer.request.done for answer in streams):
-        assert session.step() <= budget
-    assert tokens([answer.completion() for answer in streams]) == tokens(one_by_one)
+    requests = [session.submit(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
+    assert all(event.tokens <= budget and len(event.work) <= slots for event in session.run())
+    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
     assert (session.running, session.waiting) == (0, 0)
 
 
@@ -63,14 +61,13 @@ def test_more_prompts_than_slots_come_back_in_their_order(random_model, open_ses
 
 def test_requests_that_join_midway_change_nothing(random_model, open_session, one_by_one):
     session = open_session(random_model(), max_batch_size=4, **BOUNDS)
-    answers = []
+    requests = []
     for i, prompt in enumerate(PROMPTS):
-        answers.append(session._submit(session._request(prompt, SamplingParams(max_new_tokens=10 + i))))
+        requests.append(session.submit(prompt, SamplingParams(max_new_tokens=10 + i)))
         session.step()
         session.step()
-    while session.step():
-        pass
-    assert tokens([answer.completion() for answer in answers]) == tokens(one_by_one)
+    session.run()
+    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 47])
@@ -92,13 +89,11 @@ def test_chunks_can_be_forbidden(random_model):
 
 def test_logits_beside_running_requests_disturb_nobody(random_model, open_session, one_by_one):
     session = open_session(random_model(), **BOUNDS)
-    answers = [
-        session._submit(session._request(p, SamplingParams(max_new_tokens=10 + i))) for i, p in enumerate(PROMPTS)
-    ]
+    requests = [session.submit(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
     expected = open_session(random_model(), **BOUNDS).logits(PROMPTS[2])
     while session.step():
         torch.testing.assert_close(session.logits(PROMPTS[2]), expected, atol=2e-5, rtol=0)
-    assert tokens([answer.completion() for answer in answers]) == tokens(one_by_one)
+    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
 
 
 @pytest.fixture(scope="module")
@@ -277,44 +272,61 @@ def test_streams_side_by_side_each_give_their_own_text(talk):
     assert ["".join(column) for column in zip(*pieces, strict=True)] == expected
 
 
-def failing(session, calls):
-    """Make the executor fail once, after so many calls."""
-    run = session._executor.run
-    left = iter(range(calls, -10000, -1))
+def failing(session, calls, times):
+    """Make the executor fail ``times`` times, after so many calls."""
+    run = session._loop.executor.run
+    numbers = itertools.count()
 
     def broken(step):
-        if next(left) == 0:
+        if calls <= next(numbers) < calls + times:
             raise RuntimeError("out of memory")
         return run(step)
 
-    session._executor.run = broken
+    session._loop.executor.run = broken
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_an_error_inside_a_step_frees_the_slots_and_the_session_goes_on(calls, random_model, open_session, one_by_one):
     session = open_session(random_model(), max_batch_size=2, **BOUNDS)
-    failing(session, calls)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    failing(session, calls, times=3)
+    with pytest.raises(RequestError, match="RuntimeError: out of memory"):
         session.generate(PROMPTS, SamplingParams(max_new_tokens=10))
     assert (session.running, session.waiting) == (0, 0)
     again = [session.generate(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
     assert tokens(again) == tokens(one_by_one)
 
 
-@pytest.mark.parametrize("where", ["trtlab.session.sample", "executor"])
-def test_an_error_in_one_call_leaves_a_paused_stream_whole(where, talk, monkeypatch):
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_step_that_fails_once_is_made_up_for(calls, random_model, open_session, one_by_one):
+    session = open_session(random_model(), max_batch_size=2, **BOUNDS)
+    failing(session, calls, times=1)
+    requests = [session.submit(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
+    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
+
+
+@pytest.mark.parametrize("where", ["sampler", "executor"])
+def test_an_error_ends_the_request_whose_it_is_and_no_other(where, talk, monkeypatch):
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     expected = talk.generate("the", params).text
     stream = talk.stream("the", params)
     first = next(stream)
+    compute, choose = talk._loop.executor.run, loop.sample
 
-    def broken(*_):
-        raise RuntimeError("no choice")
+    def run(step):
+        if any(chunk.slot != 0 for chunk in step.chunks):
+            raise RuntimeError("no choice")
+        return compute(step)
+
+    def choice(logits, requests):
+        if any(request.slot != 0 for request in requests):
+            raise RuntimeError("no choice")
+        return choose(logits, requests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(talk._executor, "run", broken) if where == "executor" else patch.setattr(where, broken)
-        with pytest.raises(RuntimeError, match="no choice"):
+        patch.setattr(talk._loop.executor, "run", run) if where == "executor" else patch.setattr(loop, "sample", choice)
+        with pytest.raises(RequestError, match=r"request \d+ failed in step \d+: RuntimeError: no choice") as caught:
             talk.generate("a cat", params)
+    assert isinstance(caught.value.__cause__, RuntimeError)
     assert talk.running == 1
     assert first + "".join(stream) == expected
 
@@ -324,7 +336,7 @@ def test_a_rank_that_fails_reports_its_own_error_and_frees_the_slots(random_mode
 
     session = open_session(random_model(), Mapping(tp_size=2), **BOUNDS)
     expected = session.generate(PROMPTS[0])
-    forward = session._executor._rank_forward
+    forward = session._loop.executor._rank_forward
 
     def broken(rank, *rest):
         if rank == 1:
@@ -332,8 +344,8 @@ def test_a_rank_that_fails_reports_its_own_error_and_frees_the_slots(random_mode
         return forward(rank, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._executor, "_rank_forward", broken)
-        with pytest.raises(RuntimeError, match="rank 1 ran out of memory"):
+        patch.setattr(session._loop.executor, "_rank_forward", broken)
+        with pytest.raises(RequestError, match="rank 1 ran out of memory"):
             session.generate(PROMPTS[0])
     assert session.running == 0
     assert session.generate(PROMPTS[0]) == expected
@@ -342,11 +354,11 @@ def test_a_rank_that_fails_reports_its_own_error_and_frees_the_slots(random_mode
 def test_two_sessions_of_one_engine_live_side_by_side(random_model):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
     with engine.session(backend="torch") as a, engine.session(backend="torch") as b:
-        answers = [x._submit(x._request(PROMPTS[i], SamplingParams(max_new_tokens=8))) for i, x in enumerate((a, b))]
-        while a.step() + b.step():
+        requests = [x.submit(PROMPTS[i], SamplingParams(max_new_tokens=8)) for i, x in enumerate((a, b))]
+        while a.step() or b.step():
             pass
-        assert answers[0].completion() == a.generate(PROMPTS[0], SamplingParams(max_new_tokens=8))
-        assert answers[1].completion() == a.generate(PROMPTS[1], SamplingParams(max_new_tokens=8))
+        assert requests[0].result() == a.generate(PROMPTS[0], SamplingParams(max_new_tokens=8))
+        assert requests[1].result() == a.generate(PROMPTS[1], SamplingParams(max_new_tokens=8))
         a.close()
         assert b.generate(PROMPTS[0]).token_ids
 

@@ -18,7 +18,8 @@ from trtlab.errors import (
 from trtlab.estimate import estimate
 from trtlab.machine import machine
 from trtlab.quantize.config import QuantConfig
-from trtlab.session import Completion, Session
+from trtlab.request import Completion, Request
+from trtlab.session import Session
 from trtlab.version import VERSION as __version__
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "QuantConfig",
     "QuantizeError",
     "QuantizedCheckpoint",
+    "Request",
     "RequestError",
     "RotaryScaling",
     "SamplingParams",

@@ -43,13 +43,12 @@ def _best(engine: Engine, device: torch.device) -> tuple[str, str]:
 
 def _torch(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    fast = config.fast_cpu_kernels
-    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device, fast=fast)
+    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device, config)
 
 
 def _interpreter(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks)
+    return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks, config)
 
 
 def _tensorrt(engine: Engine, device: torch.device, config: SessionConfig) -> Executor:
@@ -61,7 +60,8 @@ def _tensorrt(engine: Engine, device: torch.device, config: SessionConfig) -> Ex
             remedy='use backend="interpreter" for the same network, or "torch"',
         )
     plan = engine.plans.files[0].read_bytes()
-    return plan_executor(engine.config, engine.build_config, engine.mapping, plan, engine.plans.records[0], device)
+    record = engine.plans.records[0]
+    return plan_executor(engine.config, engine.build_config, engine.mapping, plan, record, device, config)
 
 
 EXECUTORS: dict[str, Callable[[Engine, torch.device, SessionConfig], Executor]] = {

@@ -155,16 +155,45 @@ class BuildConfig:
         return self.max_seq_len
 
 
+CAPACITY_POLICIES = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION")
+BATCHING_TYPES = ("INFLIGHT", "STATIC")
+
+
 @dataclass(frozen=True)
 class SessionConfig:
-    """How a session runs an engine. ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``.
+    """How a session runs an engine, in the words of TensorRT-LLM's executor.
 
+    ``max_tokens_in_paged_kv_cache`` bounds the pool of KV blocks in tokens, ``kv_cache_free_gpu_memory_fraction`` in
+    parts of what a GPU has left beside the weights; the smaller wins (``session.kv_cache.pool`` shows both).
+    ``enable_block_reuse`` keeps the blocks of finished requests for prompts with the same beginning.
+    ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``. ``capacity_scheduler_policy`` lets a
+    request join when its longest end is sure to fit (GUARANTEED_NO_EVICT), or at once, at the risk that one is
+    interrupted and computed again (MAX_UTILIZATION). ``batching_type`` STATIC closes a batch until all of it is done.
     ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
-    several times the speed, with answers that may differ from one kind of processor to another.
+    several times the speed, with answers that may differ from one kind of processor to another. ``events_kept`` is how
+    many of the last steps ``session.events`` holds.
     """
 
+    max_tokens_in_paged_kv_cache: int | None = None
+    kv_cache_free_gpu_memory_fraction: float = 0.9
+    enable_block_reuse: bool = True
     enable_chunked_context: bool = True
+    capacity_scheduler_policy: str = "GUARANTEED_NO_EVICT"
+    batching_type: str = "INFLIGHT"
     fast_cpu_kernels: bool = False
+    events_kept: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.max_tokens_in_paged_kv_cache is not None:
+            require_positive("SessionConfig", max_tokens_in_paged_kv_cache=self.max_tokens_in_paged_kv_cache)
+        require_positive("SessionConfig", events_kept=self.events_kept)
+        if not 0 < self.kv_cache_free_gpu_memory_fraction <= 1:
+            raise ConfigError(
+                "kv_cache_free_gpu_memory_fraction must lie in (0, 1]", got=self.kv_cache_free_gpu_memory_fraction
+            )
+        for name, known in (("capacity_scheduler_policy", CAPACITY_POLICIES), ("batching_type", BATCHING_TYPES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=" | ".join(known))
 
 
 @dataclass(frozen=True)

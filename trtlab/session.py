@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from trtlab.config import SamplingParams, SessionConfig
 from trtlab.display.card import Shown
 from trtlab.engine import Engine
 from trtlab.errors import RequestError
-from trtlab.runtime.executor import Chunk, Executor, StepInputs
-from trtlab.runtime.request import Request
-from trtlab.runtime.sampler import sample
-from trtlab.runtime.scheduler import Scheduler
+from trtlab.request import Completion, Request
+from trtlab.runtime.events import EventLog, StepEvent
+from trtlab.runtime.executor import Executor
+from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.loop import Loop
+from trtlab.runtime.request import RequestState
 from trtlab.runtime.streaming import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass(frozen=True, repr=False)
-class Completion(Shown):
-    """One finished answer. ``finish_reason`` is ``"stop"`` (end token, or ``stop_reason``) or ``"length"``.
-
-    ``logprobs`` are natural logarithms, one a token, None unless asked for. ``text`` is empty without a tokenizer.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str
-    stop_reason: str | None = None
-    logprobs: tuple[float, ...] | None = None
 
 
 class Session(Shown):
@@ -49,26 +36,40 @@ class Session(Shown):
         self.engine = engine
         self.config = config
         self.backend_reason = reason
-        self._executor = executor
-        self._scheduler = Scheduler(engine.build_config.max_batch_size, engine.build_config.max_num_tokens)
         self._tokenizer = Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None
-        self._answers: dict[Request, _Answer] = {}
-        self.closed = False
+        self._loop = Loop(executor, engine.build_config, config)
+        self._numbers = itertools.count(1)
+        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def backend(self) -> str:
         """Which executor runs: tensorrt, torch or interpreter."""
-        return self._executor.name
+        return self._loop.executor.name
 
     @property
     def running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._scheduler.running)
+        return len(self._loop.scheduler.running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._scheduler.waiting)
+        """Requests that wait for a slot or for blocks."""
+        return len(self._loop.scheduler.waiting)
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """The pool of KV blocks as it is at any moment: its size and why, whose blocks are whose, what is reused."""
+        return self._loop.kv_cache
+
+    @property
+    def events(self) -> EventLog:
+        """What every step did, oldest first."""
+        return self._loop.events
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called."""
+        return self._loop.closed
 
     @overload
     def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
@@ -86,73 +87,101 @@ class Session(Shown):
 
         A prompt is text, token ids, or a conversation (``[{"role": "user", "content": ...}]``, by the tokenizer's
         chat template). Raises RequestError for an empty prompt, an id outside the vocabulary, or a request beyond
-        the engine's bounds, before anything runs.
+        the engine's bounds or the KV pool, before anything runs.
         """
+        params = params or SamplingParams()
         one = _is_single(prompts)
         batch: Sequence[Any] = [prompts] if one else prompts
-        requests = [self._request(prompt, params or SamplingParams()) for prompt in batch]
-        answers = [self._submit(request) for request in requests]
+        checked = [self._checked(prompt, params) for prompt in batch]
+        requests: list[Request] = []
         try:
-            while not all(answer.request.done for answer in answers):
-                self.step()
+            requests += (self._submit(self._state(ids, params)) for ids in checked)
+            completions = [request.result() for request in requests]
         finally:
-            self._withdraw(answers)
-        completions = [answer.completion() for answer in answers]
+            for request in requests:  # what an error or an interrupt left under way
+                request.cancel()
         return completions[0] if one else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer's text as it comes; the pieces join to exactly ``generate``'s text. Arguments as for it."""
-        request = self._request(prompt, params or SamplingParams())
+        params = params or SamplingParams()
+        ids = self._checked(prompt, params)
         if self._tokenizer is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
-        return self._pieces(request)
+        return self._pieces(ids, params)
 
-    def _pieces(self, request: Request) -> Iterator[str]:
+    def _pieces(self, ids: tuple[int, ...], params: SamplingParams) -> Iterator[str]:
         """The request joins at the first ``next``, so that a stream which nobody reads takes no slot."""
-        answer = self._submit(request)
+        request = self._submit(self._state(ids, params))
         try:
-            while not request.done:
-                self.step()
-                if piece := answer.take():
-                    yield piece
-            if piece := answer.take():  # another call finished the request between two pieces
-                yield piece
+            yield from request.stream()
         finally:
-            self._withdraw([answer])
+            request.cancel()
 
-    def step(self) -> int:
-        """Run one step for all requests under way; gives how many tokens it computed."""
-        self._require_open()
-        step = self._scheduler.next()
-        if not step:
-            return 0
-        logits = self._executor.run(StepInputs([chunk for _, chunk in step]))
-        ready = [row for row, (request, chunk) in enumerate(step) if chunk.past + len(chunk.token_ids) == request.total]
-        chosen = sample(logits if len(ready) == len(step) else logits[ready], [step[row][0] for row in ready])
-        for request, chunk in step:  # only now: a step that failed is run again by whoever goes on
-            request.past += len(chunk.token_ids)
-        for row, (token, logprob) in zip(ready, chosen, strict=True):
-            self._accept(step[row][0], token, logprob)
-        return sum(len(chunk.token_ids) for _, chunk in step)
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        allotted_time_ms: float | None = None,
+    ) -> Request:
+        """Queue a prompt and come back at once; it runs whenever the session steps.
 
-    def _accept(self, request: Request, token: int, logprob: float | None) -> None:
-        request.accept(token, logprob)
-        self._answers[request].advance()
-        if request.done:
-            self._scheduler.release(request)
-            del self._answers[request]
+        A higher ``priority`` goes first (one level counts as 1,000 steps of waiting, so that nobody waits for ever).
+        After ``allotted_time_ms`` the request ends with what it has, as ``"timed_out"``. Raises as ``generate``.
+        """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError("priority must be a whole number", got=repr(priority))
+        if allotted_time_ms is not None and not allotted_time_ms > 0:
+            raise RequestError("allotted_time_ms must be positive", got=repr(allotted_time_ms))
+        params = params or SamplingParams()
+        state = self._state(self._checked(prompt, params), params)
+        state.priority = priority
+        if allotted_time_ms is not None:
+            state.deadline_s = self._loop.clock() + allotted_time_ms / 1e3
+        return self._submit(state)
+
+    def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
+        """A second answer that goes on from where ``request`` stands, sharing its blocks; both run on by themselves.
+
+        ``params`` count from the beginning of the answer. A block that both would write is copied first. Raises
+        RequestError for a request that has ended.
+        """
+        parent = request.state
+        params = params or parent.params
+        with self._loop.lock:
+            if request.done:
+                raise RequestError(
+                    f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
+                )
+            self._refuse_beyond_bounds(parent.prompt_ids, params)
+            if params.max_new_tokens <= len(parent.output_ids):
+                raise RequestError(
+                    f"request {request.number} has generated {len(parent.output_ids)} tokens already",
+                    got=f"max_new_tokens {params.max_new_tokens}",
+                    remedy="max_new_tokens counts from the beginning of the answer: raise it",
+                )
+            if params.logprobs and not parent.params.logprobs:
+                raise RequestError("the log-probabilities before the fork were not kept", remedy="leave logprobs out")
+            state = self._state(parent.prompt_ids, params)
+            state.priority, state.deadline_s = parent.priority, parent.deadline_s
+            state.token_ids += parent.output_ids
+            state.logprobs += parent.logprobs
+            return self._submit(state, parent)
+
+    def step(self) -> StepEvent | None:
+        """Run one step for all requests under way and tell what it did; None when there is nothing to do."""
+        return self._loop.step()
+
+    def run(self) -> list[StepEvent]:
+        """Step until nothing is under way; gives the events."""
+        return list(iter(self.step, None))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits that follow each token of a prompt: [tokens, vocab], float32, on the CPU."""
         self._require_open()
-        ids = self._checked_ids(token_ids)
-        limit = self.engine.build_config.max_num_tokens
-        with self._scheduler.borrowed_slot() as slot:
-            parts = [
-                self._executor.run(StepInputs([Chunk(slot, start, ids[start : start + limit])], every_token=True)).cpu()
-                for start in range(0, len(ids), limit)
-            ]
-        return torch.cat(parts)
+        return self._loop.logits(self._checked_ids(token_ids))
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens in front as the model expects them."""
@@ -162,25 +191,39 @@ class Session(Shown):
         """The text of token ids, without special tokens."""
         return self._require_tokenizer().decode(token_ids)
 
-    def _submit(self, request: Request) -> _Answer:
-        answer = _Answer(request, TextStream(self._tokenizer, request.params.stop) if self._tokenizer else None)
-        self._answers[request] = answer
-        self._scheduler.add(request)
-        return answer
+    def _state(self, ids: tuple[int, ...], params: SamplingParams) -> RequestState:
+        return RequestState(
+            next(self._numbers), ids, params, self._tokenizer.end_ids if self._tokenizer else frozenset()
+        )
 
-    def _withdraw(self, answers: Sequence[_Answer]) -> None:
-        """Take out what an error or an abandoned stream left under way."""
-        for answer in answers:
-            if self._answers.pop(answer.request, None) is not None:
-                self._scheduler.release(answer.request)
+    def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
+        text = TextStream(self._tokenizer, state.params.stop) if self._tokenizer else None
+        request = Request(state, text, self._loop, self._worker)
+        listener = request.look_for_stop if state.params.stop else None
+        if parent is None:
+            self._loop.submit(state, listener)
+        else:
+            self._loop.fork(parent, state, listener)
+        return request
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _worker(self) -> ThreadPoolExecutor:
+        """The one thread in which steps run while an event loop waits for them."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="trtlab-step")
+        return self._thread
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
+        """The prompt's token ids; RequestError when this engine could not serve it."""
         self._require_open()
         if params.stop and self._tokenizer is None:
             raise RequestError(
                 "stop words need a tokenizer", remedy="leave stop out, or put tokenizer.json in the folder"
             )
         ids = self._checked_ids(self._ids(prompt))
+        self._refuse_beyond_bounds(ids, params)
+        return ids
+
+    def _refuse_beyond_bounds(self, ids: tuple[int, ...], params: SamplingParams) -> None:
         build = self.engine.build_config
         room = build.seq_len - len(ids)
         if params.max_new_tokens > room:
@@ -194,7 +237,6 @@ class Session(Shown):
                 f"prompt of {len(ids)} tokens exceeds max_num_tokens {build.max_num_tokens}",
                 remedy="set SessionConfig(enable_chunked_context=True), or build with a larger max_num_tokens",
             )
-        return Request(ids, params, self._tokenizer.end_ids if self._tokenizer else frozenset())
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -237,9 +279,10 @@ class Session(Shown):
             raise RequestError("this session is closed", remedy="open another with engine.session()")
 
     def close(self) -> None:
-        """Free the weights and the cache; a second close is harmless."""
-        self.closed = True
-        self._executor.close()
+        """End what is under way as cancelled, free the weights and the cache; a second close is harmless."""
+        self._loop.close()
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def __enter__(self) -> Session:
         self._require_open()
@@ -247,52 +290,6 @@ class Session(Shown):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Answer:
-    """A request and its text. Tokens become text when a reader takes it, or at once when a stop word may end it."""
-
-    def __init__(self, request: Request, stream: TextStream | None) -> None:
-        self.request = request
-        self._stream = stream
-        self._read = 0  # tokens that the stream has seen
-        self._fresh = ""  # text that nobody has taken yet
-
-    def advance(self) -> None:
-        """Look for stop words in what is new; a request that meets one is done."""
-        if self.request.params.stop:
-            self._fresh += self._settle()
-
-    def take(self) -> str:
-        """The text that has settled since the last call; all of it once the request is done."""
-        piece, self._fresh = self._fresh + self._settle(), ""
-        return piece
-
-    def _settle(self) -> str:
-        if self._stream is None:
-            return ""
-        new = self.request.output_ids[self._read :]
-        self._read += len(new)
-        piece = self._stream.feed(new)
-        if self.request.done:
-            piece += self._stream.finish()
-        if self._stream.stopped_by is not None:
-            self.request.finish_reason = "stop"
-        return piece
-
-    def completion(self) -> Completion:
-        """The finished answer."""
-        self.take()
-        request = self.request
-        assert request.finish_reason is not None, "the answer is finished"
-        return Completion(
-            request.prompt_ids,
-            tuple(request.output_ids),
-            self._stream.text if self._stream else "",
-            request.finish_reason,
-            self._stream.stopped_by if self._stream else None,
-            tuple(request.logprobs) if request.params.logprobs else None,
-        )
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -96,7 +96,7 @@ def token_by_token(session, ids):
     """The logits that follow each token when the cache grows by one token a step."""
     from trtlab.runtime.executor import Chunk, StepInputs
 
-    rows = [session._executor.run(StepInputs([Chunk(1, past, [token])])) for past, token in enumerate(ids)]
+    rows = [session._loop.executor.run(StepInputs([Chunk(1, past, [token])])) for past, token in enumerate(ids)]
     return torch.cat(rows)
 
 

@@ -23,7 +23,8 @@ from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights, tensor_specs
 from trtlab.ops.table import Span, TableOps
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.parallel.shard import EmbeddingLayout, shard
 
@@ -85,16 +86,17 @@ def random_ranks(config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout)
 
 def torch_ops(config: ModelConfig, weights: ModelWeights, spans: list[Span], comm: Comm, every_token: bool) -> TorchOps:
     table = spread(rotary_table(config, config.max_position_embeddings), config.torch_dtype, CPU)
-    cache = SlotCache(
+    cache = PagedCache(
         layers=len(weights.layers),
-        slots=len(spans),
+        num_blocks=len(spans),
         kv_heads=weights.kv_heads,
-        capacity=config.max_position_embeddings,
+        tokens_per_block=config.max_position_embeddings,
         head_size=config.head_size,
         dtype=config.torch_dtype,
         device=CPU,
     )
-    batch = PackedBatch([NewTokens(slot, s.past, s.length) for slot, s in enumerate(spans)], table, CPU)
+    tables = BlockTables.apart(len(spans), config.max_position_embeddings)
+    batch = PackedBatch([NewTokens(slot, s.past, s.length) for slot, s in enumerate(spans)], table, tables, CPU)
     return TorchOps(batch, cache, comm, every_token=every_token)
 
 

@@ -13,7 +13,8 @@ from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Norm
 from trtlab.ops.protocol import Ops
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.runtime.executor import Chunk
 from trtlab.tensorrt import bindings as io
@@ -135,10 +136,17 @@ CASES = {
 
 def on_torch(case, n, x, table, dtype):
     device, kind = torch.device("cpu"), getattr(torch, dtype)
-    cache = SlotCache(
-        layers=1, slots=1, kv_heads=n.kv_heads, capacity=CAPACITY, head_size=n.size, dtype=kind, device=device
+    cache = PagedCache(
+        layers=1,
+        kv_heads=n.kv_heads,
+        num_blocks=1,
+        tokens_per_block=CAPACITY,
+        head_size=n.size,
+        dtype=kind,
+        device=device,
     )
-    batch = PackedBatch([NewTokens(0, n.past, n.tokens)], spread(table, kind, device), device)
+    tables = BlockTables.apart(1, CAPACITY)
+    batch = PackedBatch([NewTokens(0, n.past, n.tokens)], spread(table, kind, device), tables, device)
     return CASES[case](TorchOps(batch, cache, Solo()), x, n, dtype)
 
 

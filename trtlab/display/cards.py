@@ -20,7 +20,8 @@ from trtlab.lazy import LazyTensor
 from trtlab.machine import Machine
 from trtlab.ops.table import OpTable
 from trtlab.published import V100Table
-from trtlab.session import Completion, Session
+from trtlab.request import Completion
+from trtlab.session import Session
 from trtlab.tensorrt.compare import Comparison
 from trtlab.tensorrt.interpreter import LayerTable, Network
 

@@ -1,19 +1,18 @@
-"""The op set that runs now, on CPU or CUDA: packed tokens, and a cache of one slot a request."""
+"""The op set that runs now, on CPU or CUDA: packed tokens, and K and V in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
-from trtlab.model.quantized import KvScales
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Linear, Norm
-from trtlab.ops.quantized import decode_cache, encode_cache, linear
+from trtlab.ops.paged import PackedBatch, PagedCache
+from trtlab.ops.quantized import linear
 from trtlab.parallel.comm import Comm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,100 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-Places = tuple[Tensor | slice, slice, Tensor | int]  # slots, heads and positions, as an index of one layer's cache
-
-
-class SlotCache:
-    """K and V of one rank, ``[slots, kv_heads, capacity, head_size]`` a layer; a slot belongs to one request.
-
-    With ``scales``, one a layer, they are kept in INT8 or FP8 and read back as ``dtype``.
-    """
-
-    def __init__(
-        self,
-        *,
-        layers: int,
-        slots: int,
-        kv_heads: int,
-        capacity: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        scales: Sequence[KvScales] = (),
-    ) -> None:
-        shape = (layers, slots, kv_heads, capacity, head_size)
-        self._scales = scales
-        self._dtype = dtype
-        stored = scales[0].dtype if scales else dtype
-        self.keys = torch.zeros(shape, dtype=stored, device=device)
-        self.values = torch.zeros(shape, dtype=stored, device=device)
-        self._layers = list(zip(self.keys, self.values, strict=True))  # views, made once
-
-    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
-        """New K and V ``[tokens, kv_heads, head_size]`` at their places."""
-        if self._scales:
-            scales = self._scales[layer]
-            k, v = encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
-        keys, values = self._layers[layer]
-        keys[places] = k
-        values[places] = v
-
-    def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
-        """K and V of neighbouring slots up to ``length`` tokens: ``[slots, kv_heads, length, head_size]`` each."""
-        keys, values = self._layers[layer]
-        k, v = keys[slots, :, :length], values[slots, :, :length]
-        if self._scales:
-            scales = self._scales[layer]
-            return decode_cache(k, scales.keys, self._dtype), decode_cache(v, scales.values, self._dtype)
-        return k, v
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """One request's share of a packed batch: ``length`` new tokens after ``past`` cached ones."""
-
-    slot: int
-    past: int
-    length: int
-
-
-class PackedBatch:
-    """The tokens of several requests one after another: those with a single new token first, then the longer ones."""
-
-    def __init__(self, sequences: Sequence[NewTokens], rotary: RotaryTable, device: torch.device) -> None:
-        self.singles = [s for s in sequences if s.length == 1]
-        self.longer = [s for s in sequences if s.length > 1]
-        assert list(sequences) == self.singles + self.longer, "single tokens come first"
-        positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
-        slots = [s.slot for s in sequences for _ in range(s.length)]
-        self.positions = torch.tensor(positions, device=device)  # [tokens]
-        self.places: Places = (torch.tensor(slots, device=device), slice(None), self.positions)
-        self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
-        self.sin = rotary.sin.index_select(0, self.positions)[:, None]
-        self.last: Tensor | None = None  # [sequences]: the row of each request's last token, when not every row is one
-        if self.longer:
-            self.last = torch.tensor([s.length for s in sequences]).cumsum(0).sub(1).to(device)
-        self._plan_singles(device)
-
-    def _plan_singles(self, device: torch.device) -> None:
-        """Single tokens attend in one call over the range of their slots; a slot between that sits out sees one key."""
-        if not self.singles:
-            return
-        slots, pasts = [s.slot for s in self.singles], [s.past for s in self.singles]
-        self.first, self.stop = min(slots), max(slots) + 1
-        self.reach = max(pasts) + 1
-        self.dense = slots == list(range(self.first, self.stop))
-        if self.dense and not self.longer and min(pasts) == max(pasts):  # K and V go to the cache as one block
-            self.places = (slice(self.first, self.stop), slice(None), pasts[0])
-        self.mask: Tensor | None = None
-        if not self.dense:
-            self.rows = torch.tensor([s - self.first for s in slots], device=device)
-        if not self.dense or min(pasts) != max(pasts):
-            lengths = torch.ones(self.stop - self.first, dtype=torch.int64)
-            lengths[[s - self.first for s in slots]] = torch.tensor(pasts) + 1
-            self.mask = (torch.arange(self.reach) < lengths[:, None])[:, None, None].to(device)  # [slots, 1, 1, reach]
 
 
 def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> RotaryTable:
@@ -129,7 +34,7 @@ def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> Rota
 class TorchOps:
     """``Ops[Tensor]`` over one packed batch. ``rotary`` tables come from ``spread``."""
 
-    def __init__(self, batch: PackedBatch, cache: SlotCache, comm: Comm, *, every_token: bool = False) -> None:
+    def __init__(self, batch: PackedBatch, cache: PagedCache, comm: Comm, *, every_token: bool = False) -> None:
         self._batch = batch
         self._cache = cache
         self._comm = comm
@@ -177,32 +82,8 @@ class TorchOps:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See Ops. Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``."""
-        batch = self._batch
-        self._cache.write(layer, batch.places, k, v)
-        parts = []
-        start = len(batch.singles)
-        if start:
-            parts.append(self._attend_singles(layer, q[:start]))
-        for sequence in batch.longer:
-            stop = start + sequence.length
-            slot = slice(sequence.slot, sequence.slot + 1)
-            keys, values = self._cache.read(layer, slot, sequence.past + sequence.length)
-            parts.append(_attend_one(sequence, q[start:stop], keys, values))
-            start = stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_singles(self, layer: int, q: Tensor) -> Tensor:
-        batch = self._batch
-        keys, values = self._cache.read(layer, slice(batch.first, batch.stop), batch.reach)
-        tokens, heads, size = q.shape
-        kv_heads = keys.shape[1]
-        grouped = q.reshape(tokens, kv_heads, heads // kv_heads, size)  # one key head serves a group of queries
-        if not batch.dense:
-            wide = grouped.new_zeros((batch.stop - batch.first, *grouped.shape[1:]))
-            wide[batch.rows] = grouped
-            grouped = wide
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=batch.mask)
-        return (out if batch.dense else out[batch.rows]).reshape(tokens, heads * size)
+        self._cache.write(layer, self._batch.places, k, v)
+        return self._batch.attend(self._cache, layer, q)
 
     def activation(self, kind: str, x: Tensor) -> Tensor:
         """See Ops."""
@@ -242,22 +123,3 @@ class TorchOps:
     def logits(self, x: Tensor, vocab_size: int) -> Tensor:
         """See Ops."""
         return x[..., :vocab_size].float()
-
-
-def _attend_one(sequence: NewTokens, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Several new tokens of one request: each sees the cached past and the new tokens up to itself."""
-    tokens, heads, size = q.shape
-    total = sequence.past + sequence.length
-    mask = None
-    if sequence.past:
-        rows = torch.arange(sequence.past, total, device=q.device)[:, None]
-        mask = torch.arange(total, device=q.device) <= rows  # [tokens, total]
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],  # [1, heads, tokens, head_size]
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=heads != keys.shape[1],
-    )
-    return out[0].transpose(0, 1).reshape(tokens, heads * size)

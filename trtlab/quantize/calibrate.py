@@ -15,7 +15,8 @@ from trtlab.model.decoder import attention, mlp
 from trtlab.model.rope import rotary_table
 from trtlab.model.specs import layer_name
 from trtlab.model.weights import Linear, ModelWeights, layer_weights
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.quantize.layer import InputStatistics, LayerStatistics
 from trtlab.quantize.primitives import amax
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 class ObservingOps(TorchOps):
     """TorchOps that hands what passes through linears and attention to a recorder. No hooks."""
 
-    def __init__(self, batch: PackedBatch, cache: SlotCache, recorder: Recorder) -> None:
+    def __init__(self, batch: PackedBatch, cache: PagedCache, recorder: Recorder) -> None:
         super().__init__(batch, cache, Solo())
         self._recorder = recorder
 
@@ -116,7 +117,9 @@ class Calibration:
         self._texts = texts
         self._gram = gram
         self._rotary = spread(rotary_table(config, longest), torch.float32, CPU)
-        self._cache = _one_layer_cache(config, max(len(batch.lengths) for batch in texts), longest)
+        slots = max(len(batch.lengths) for batch in texts)
+        self._tables = BlockTables.apart(slots, longest)
+        self._cache = _one_layer_cache(config, slots, longest)
         self.hidden = [F.embedding(batch.ids, embedding).float() for batch in texts]  # [tokens, hidden] each
 
     @torch.inference_mode()
@@ -134,7 +137,7 @@ class Calibration:
         for number, batch in enumerate(self._texts):
             recorder.batch = batch
             sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
-            ops = ObservingOps(PackedBatch(sequences, self._rotary, CPU), self._cache, recorder)
+            ops = ObservingOps(PackedBatch(sequences, self._rotary, self._tables, CPU), self._cache, recorder)
             x = self.hidden[number]
             x = ops.add(x, attention(ops, heads, parts, 0, x))
             x = ops.add(x, mlp(ops, self._config, parts, x))
@@ -147,12 +150,12 @@ class Calibration:
         return recorder.statistics()
 
 
-def _one_layer_cache(config: ModelConfig, slots: int, capacity: int) -> SlotCache:
-    return SlotCache(
+def _one_layer_cache(config: ModelConfig, slots: int, capacity: int) -> PagedCache:
+    return PagedCache(
         layers=1,
-        slots=slots,
+        num_blocks=slots,
         kv_heads=config.num_key_value_heads,
-        capacity=capacity,
+        tokens_per_block=capacity,
         head_size=config.head_size,
         dtype=torch.float32,
         device=CPU,

@@ -1,7 +1,8 @@
-"""Runs one step of a batch and gives its logits. Knows slots and tokens; knows no requests and no text."""
+"""Runs one step of a batch and gives its logits. Knows slots, blocks and tokens; knows no requests and no text."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.fast import with_fast_kernels, with_large_laid_out
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
+from trtlab.runtime.pool import PoolSize, pool_size
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,28 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One step: at most one chunk a slot. ``every_token`` asks for the logits of all rows, not of each last one."""
+    """One step: at most one chunk a slot. ``every_token`` asks for the logits of all rows, not of each last one.
+
+    ``tables`` say which blocks hold each slot's tokens; without them a slot is a run of neighbouring blocks.
+    """
 
     chunks: Sequence[Chunk]
     every_token: bool = False
+    tables: BlockTables | None = None
 
 
 class Executor(Protocol):
     """What a session needs of a backend."""
 
     name: str
+    pool: PoolSize
 
     def run(self, step: StepInputs) -> Tensor:
         """Logits in float32: ``[chunks, vocab]``, or ``[tokens, vocab]`` with ``every_token``, in the chunks' order."""
+        ...
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the pool, (source, target) one after another; asked only of a paged pool."""
         ...
 
     def close(self) -> None:
@@ -67,17 +79,16 @@ class TorchExecutor:
         mapping: Mapping,
         ranks: Sequence[dict[str, Tensor]],
         device: torch.device,
-        *,
-        fast: bool = False,
+        session: SessionConfig | None = None,
     ) -> None:
-        fast = fast and device.type == "cpu"
+        session = session or SessionConfig()
+        fast = session.fast_cpu_kernels and device.type == "cpu"
         dtype = torch.bfloat16 if fast else compute_dtype(build, device)
         rotary = spread(rotary_table(config, build.seq_len), dtype, device)
         self._config = config
         self._device = device
         self._rotary = rotary
         self._weights: list[ModelWeights] = []
-        self._caches: list[SlotCache] = []
         for rank, tensors in enumerate(ranks):
             on_device = {
                 name: tensor.to(device, dtype if tensor.dtype == config.torch_dtype else tensor.dtype)
@@ -86,7 +97,10 @@ class TorchExecutor:
             weights = rank_weights(config, mapping, rank, on_device)
             weights = with_fast_kernels(weights) if fast else with_large_laid_out(weights)
             self._weights.append(weights)
-            self._caches.append(_cache(config, build, weights, dtype, device))
+        self.pool = _pool(config, build, session, self._weights, dtype, device)
+        self._caches = [_cache(config, self.pool, weights, dtype, device) for weights in self._weights]
+        self._apart = BlockTables.apart(build.max_batch_size, build.seq_len, build.tokens_per_block)
+        self._kernel = _kernel(device)
         self._mapping = mapping
         self._pool = ThreadPoolExecutor(len(mapping.ranks)) if len(mapping.ranks) > 1 else None
 
@@ -96,7 +110,7 @@ class TorchExecutor:
         order = sorted(range(len(step.chunks)), key=lambda i: len(step.chunks[i].token_ids) > 1)
         chunks = [step.chunks[i] for i in order]
         sequences = [NewTokens(c.slot, c.past, len(c.token_ids)) for c in chunks]
-        batch = PackedBatch(sequences, self._rotary, self._device)
+        batch = PackedBatch(sequences, self._rotary, step.tables or self._apart, self._device, self._kernel)
         tokens = torch.tensor([t for c in chunks for t in c.token_ids], device=self._device)
         logits = self._forward(batch, tokens, step.every_token)
         if order == sorted(order):
@@ -105,6 +119,12 @@ class TorchExecutor:
             return logits[torch.tensor(order, device=self._device).argsort()]
         parts = torch.split(logits, [s.length for s in sequences])
         return torch.cat([parts[order.index(i)] for i in range(len(order))])
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See Executor."""
+        for cache in self._caches:
+            cache.copy(copies)
 
     def _forward(self, batch: PackedBatch, tokens: Tensor, every_token: bool) -> Tensor:
         if self._pool is None:
@@ -137,16 +157,42 @@ class TorchExecutor:
             self._pool.shutdown()
 
 
+def _pool(
+    config: ModelConfig,
+    build: BuildConfig,
+    session: SessionConfig,
+    weights: Sequence[ModelWeights],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PoolSize:
+    stored = [(rank.layers[0].kv_scales.dtype if rank.layers[0].kv_scales else dtype).itemsize for rank in weights]
+    block_bytes = sum(
+        2 * len(rank.layers) * rank.kv_heads * config.head_size * build.tokens_per_block * itemsize  # K and V
+        for rank, itemsize in zip(weights, stored, strict=True)
+    )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return pool_size(build, session, block_bytes, free_bytes=free)
+
+
 def _cache(
-    config: ModelConfig, build: BuildConfig, weights: ModelWeights, dtype: torch.dtype, device: torch.device
-) -> SlotCache:
-    return SlotCache(
+    config: ModelConfig, pool: PoolSize, weights: ModelWeights, dtype: torch.dtype, device: torch.device
+) -> PagedCache:
+    return PagedCache(
         layers=len(weights.layers),
-        slots=build.max_batch_size,
         kv_heads=weights.kv_heads,
-        capacity=build.seq_len,
+        num_blocks=pool.num_blocks,
+        tokens_per_block=pool.tokens_per_block,
         head_size=config.head_size,
         dtype=dtype,
         device=device,
         scales=[layer.kv_scales for layer in weights.layers if layer.kv_scales is not None],
     )
+
+
+def _kernel(device: torch.device) -> Kernel | None:
+    """The kernel that reads blocks in place, on a GPU where Triton is installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from trtlab.ops.paged_triton import paged_attention
+
+    return paged_attention

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from trtlab.config import SamplingParams
-from trtlab.runtime.request import Request
+from trtlab.runtime.request import RequestState
 
 
-def sample(logits: Tensor, requests: list[Request]) -> list[tuple[int, float | None]]:
+def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, float | None]]:
     """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
     if all(r.params.greedy and not r.params.logprobs and r.params.repetition_penalty == 1 for r in requests):
         return [(token, None) for token in logits.argmax(-1).tolist()]
     return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
 
 
-def _sample_row(row: Tensor, request: Request) -> tuple[int, float | None]:
+def _sample_row(row: Tensor, request: RequestState) -> tuple[int, float | None]:
     params = request.params
     scores = penalize(row, [*request.prompt_ids, *request.output_ids], params.repetition_penalty)
     token = int(scores.argmax()) if params.greedy else _draw(scores, request)
     return token, float(row.log_softmax(-1)[token]) if params.logprobs else None
 
 
-def _draw(scores: Tensor, request: Request) -> int:
+def _draw(scores: Tensor, request: RequestState) -> int:
     probabilities = filtered_probabilities(scores, request.params)
     if request.generator is None:
         request.generator = torch.Generator()

@@ -1,66 +1,234 @@
-"""Which requests run in the next step, and with how many tokens: first come, first served. Knows no tensors."""
+"""Which requests run in the next step, with how many tokens, and in which blocks. Knows no tensors and no text."""
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from trtlab.errors import RequestError
+from trtlab.ops.paged import BlockTables
+from trtlab.runtime.blocks import BlockManager, Chain
+from trtlab.runtime.events import Admission
 from trtlab.runtime.executor import Chunk
-from trtlab.runtime.request import Request
+from trtlab.runtime.request import RequestState
+
+LOGITS_OWNER = 0  # requests count from 1
+
+
+@dataclass
+class Plan:
+    """One step: chunks by request in the order they run, blocks to copy first, and who came and went for it."""
+
+    chunks: dict[RequestState, Chunk] = field(default_factory=dict)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    preempted: list[RequestState] = field(default_factory=list)
 
 
 class Scheduler:
-    """In-flight batching: a request joins as soon as a slot is free and leaves when it is done.
+    """In-flight batching over one pool: a request joins when a slot and blocks are free, and leaves when it is done.
 
-    A step never runs more than ``max_batch_size`` requests or ``max_num_tokens`` tokens; a longer prompt is fed in
-    chunks over several steps.
+    A step never runs more than ``max_batch_size`` requests or ``max_num_tokens`` tokens. A longer prompt is fed in
+    chunks of whole blocks. With ``no_evict`` a request joins only when the pool can hold it and all that run to their
+    longest ends; else it joins when its tokens fit now, and when the pool runs out the request that came last gives
+    its blocks back and is computed again later. With ``in_flight`` off a batch is closed until all of it is done.
     """
 
-    def __init__(self, max_batch_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        tables: BlockTables,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        no_evict: bool = True,
+        in_flight: bool = True,
+        chunked: bool = True,
+    ) -> None:
+        self.blocks = blocks
+        self._tables = tables
         self._max_num_tokens = max_num_tokens
+        self._no_evict = no_evict
+        self._in_flight = in_flight
+        self._chunked = chunked
+        self._unit = blocks.tokens_per_block if blocks.tokens_per_block <= max_num_tokens else 1
         self._free = list(range(max_batch_size))  # a heap: low slots first keep the running ones together
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: list[RequestState] = []  # by key
+        self.running: list[RequestState] = []  # by key
+        self._seated: list[Admission] = []  # since the last plan
+        self.prompt_tokens = self.reused_tokens = self.short_prompts = 0  # of all that were seated
 
-    def add(self, request: Request) -> None:
-        """Queue a request behind those that wait."""
-        self.waiting.append(request)
+    def refuse_if_never(self, request: RequestState) -> None:
+        """RequestError when the pool could not hold the request even alone."""
+        needed = self.blocks.required(request.longest)
+        if needed > self.blocks.num_blocks:
+            raise RequestError(
+                f"the request needs {needed} KV blocks and the pool has {self.blocks.num_blocks}",
+                got=f"{len(request.prompt_ids)} tokens and max_new_tokens {request.params.max_new_tokens}",
+                expected=f"{self.blocks.num_blocks * self.blocks.tokens_per_block} tokens at most",
+                remedy="lower max_new_tokens, or raise max_tokens_in_paged_kv_cache",
+            )
 
-    def next(self) -> list[tuple[Request, Chunk]]:
-        """The chunks of the next step: those that generate first, then prompts as far as the token budget goes."""
-        while self.waiting and self._free:
-            request = self.waiting.popleft()
-            request.slot = heapq.heappop(self._free)
-            self.running.append(request)
-        budget = self._max_num_tokens
-        step = []
-        for request in sorted(self.running, key=lambda r: not r.output_ids):
-            tokens = request.pending(budget) if budget else ()
-            if tokens:
-                assert request.slot is not None, "a running request has a slot"
-                step.append((request, Chunk(request.slot, request.past, tokens)))
-                budget -= len(tokens)
-        return step
+    def add(self, request: RequestState) -> None:
+        """Queue a request by priority and arrival."""
+        insort(self.waiting, request, key=lambda r: r.key)
 
-    def release(self, request: Request) -> None:
-        """Take a request out, running or waiting, and free its slot."""
+    def fork(self, parent: RequestState, child: RequestState) -> bool:
+        """Let ``child``, which knows the parent's tokens, run on the parent's own blocks; False when it must wait."""
+        if parent.slot is None or not self._free or not self._in_flight:
+            return False
+        needed = self.blocks.required(child.longest if self._no_evict else child.total)
+        needed -= self.blocks.required(parent.past)
+        if parent.past % self.blocks.tokens_per_block:
+            needed += 2  # the open block counts for both until one of them has copied it
+        if not self._has_room(needed):
+            return False
+        self.blocks.fork(parent.chain, child.chain, parent.past)
+        child.past = parent.past
+        self._seat(child)
+        return True
+
+    def next(self) -> Plan:
+        """The next step: those that generate first, then prompts under way, then new requests; each in order of key."""
+        plan, budget = Plan(), self._max_num_tokens
+        for generating in (True, False):
+            for request in tuple(self.running):
+                if request.generates == generating and request.slot is not None and budget:
+                    budget -= self._plan_chunk(plan, request, budget)
+        if not plan.preempted and (self._in_flight or not self.running):
+            while self.waiting and self._free and budget:
+                request = self.waiting[0]
+                prefix = self.blocks.match(request.chain)
+                tokens = self._chunk_size(request.total - len(prefix) * self.blocks.tokens_per_block, budget, request)
+                if not tokens or not self._fits(request, prefix):
+                    break
+                del self.waiting[0]
+                request.past = request.reused = self.blocks.open(request.chain, prefix)
+                self._seat(request)
+                budget -= self._plan_chunk(plan, request, budget)
+        plan.admitted, self._seated = self._seated, []
+        return plan
+
+    def _plan_chunk(self, plan: Plan, request: RequestState, budget: int) -> int:
+        """Put the request's next tokens into the plan, at the cost of later requests' blocks if need be."""
+        past = request.past
+        tokens = self._chunk_size(request.total - past, budget, request)
+        if not tokens:
+            return 0
+        held = len(request.chain.blocks)
+        freed = 0
+        while (copies := self.blocks.reserve(request.chain, past, past + tokens)) is None:
+            assert not self._no_evict, "an admitted request always finds its blocks"
+            victim = self.running[-1]
+            freed += self._preempt(plan, victim)
+            if victim is request:
+                return -freed
+        assert request.slot is not None, "a running request has a slot"
+        if copies:
+            plan.copies += copies
+            self._tables.write(request.slot, past // self.blocks.tokens_per_block, [copies[0][1]])
+        if len(request.chain.blocks) > held:
+            self._tables.write(request.slot, held, request.chain.blocks[held:])
+        plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past : past + tokens])
+        return tokens - freed
+
+    def _chunk_size(self, pending: int, budget: int, request: RequestState) -> int:
+        """How many of the pending tokens run now: all, or as many whole blocks as the budget takes.
+
+        Without chunked context a prompt runs whole; one that was preempted has grown, and may come in parts even so.
+        """
+        if pending <= budget:
+            return pending
+        if not self._chunked and not request.preemptions:
+            return 0
+        return budget // self._unit * self._unit
+
+    def _fits(self, request: RequestState, prefix: list[int]) -> bool:
+        tokens = request.longest if self._no_evict else request.total
+        return self._has_room(self.blocks.required(tokens) - len(prefix) + self.blocks.unused(prefix))
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether so many blocks can go to one more request without harm to those that run."""
+        if self._no_evict:
+            promised = sum(self.blocks.demand(r.chain, r.past, r.longest) for r in self.running)
+        else:
+            promised = len(self.running)  # room for each to grow by a block, lest the newcomer is thrown out at once
+        return needed + promised <= self.blocks.available
+
+    def _seat(self, request: RequestState) -> None:
+        request.slot = heapq.heappop(self._free)
+        self._tables.write(request.slot, 0, request.chain.blocks)
+        insort(self.running, request, key=lambda r: r.key)
+        self._seated.append(Admission(request.number, request.slot, request.reused))
+        self.prompt_tokens += request.total
+        self.reused_tokens += request.reused
+        self.short_prompts += request.total <= self.blocks.tokens_per_block
+
+    def _preempt(self, plan: Plan, victim: RequestState) -> int:
+        """Take a request's blocks; it waits again with its tokens. Gives the budget that its chunk had taken."""
+        chunk = plan.chunks.pop(victim, None)
+        lost = set(victim.chain.blocks)
+        plan.copies = [(source, target) for source, target in plan.copies if target not in lost]
+        self.release(victim)
+        victim.past = 0
+        victim.preemptions += 1
+        self.add(victim)
+        plan.preempted.append(victim)
+        return len(chunk.token_ids) if chunk else 0
+
+    def computed(self, request: RequestState, tokens: int) -> None:
+        """So many more tokens of the request are in the cache."""
+        request.past += tokens
+        self.blocks.commit(request.chain, request.past)
+
+    def release(self, request: RequestState) -> None:
+        """Take a request out, running or waiting, and free its slot and blocks."""
         if request.slot is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
+        self.blocks.release(request.chain)
         heapq.heappush(self._free, request.slot)
         request.slot = None
 
     @contextmanager
-    def borrowed_slot(self) -> Iterator[int]:
-        """A free slot outside the queue, for as long as the block lasts; RequestError when all are taken."""
+    def borrowed_slot(self, tokens: int) -> Iterator[int]:
+        """A free slot with blocks for so many tokens, outside the queue; RequestError when there is none."""
         if not self._free:
             raise RequestError("every slot is taken by a running request", remedy="let one finish first")
+        chain = Chain(LOGITS_OWNER, ())
+        self.blocks.open(chain)
         slot = heapq.heappop(self._free)
         try:
+            if self.blocks.reserve(chain, 0, tokens) is None:
+                raise RequestError(
+                    f"{tokens} tokens need {self.blocks.required(tokens)} KV blocks",
+                    got=f"{self.blocks.available} of {self.blocks.num_blocks} that can be had now",
+                    remedy="let a request finish first, or raise max_tokens_in_paged_kv_cache",
+                )
+            self._tables.write(slot, 0, chain.blocks)
             yield slot
         finally:
+            self.blocks.release(chain)
             heapq.heappush(self._free, slot)
+
+    def check_integrity(self) -> None:
+        """AssertionError when queues, slots and blocks disagree."""
+        self.blocks.check_integrity()
+        assert [r.key for r in self.running] == sorted(r.key for r in self.running), "running is in order"
+        assert [r.key for r in self.waiting] == sorted(r.key for r in self.waiting), "waiting is in order"
+        slots = [r.slot for r in self.running]
+        assert None not in slots and not any(r.slot is not None for r in self.waiting), "who runs has a slot"
+        assert len(set(slots) | set(self._free)) == len(slots) + len(self._free), (slots, self._free)
+        assert {c.owner for c in self.blocks.chains()} == {r.number for r in self.running}, "who runs has a chain"
+        for request in self.running:
+            assert request.slot is not None
+            assert request.past <= len(request.chain.blocks) * self.blocks.tokens_per_block, request
+            assert self._tables.row(request.slot, len(request.chain.blocks)) == request.chain.blocks, request
+            assert request.chain.committed == request.past // self.blocks.tokens_per_block, request
+        if self._no_evict:
+            promised = sum(self.blocks.demand(r.chain, r.past, r.longest) for r in self.running)
+            assert promised <= self.blocks.available, (promised, self.blocks.available)

@@ -14,7 +14,8 @@ from trtlab.errors import EngineError, RequestError
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
-from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
+from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.runtime.executor import Chunk
 from trtlab.tensorrt.batching import Run, plan_inputs, write_updates
@@ -156,11 +157,12 @@ class Reference:
         whole = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in weights.items()}
         self._weights = rank_weights(config, Mapping(), 0, whole)
         self._rotary = spread(rotary_table(config, capacity), torch.float32, self._device)
-        self._cache = SlotCache(
+        self._tables = BlockTables.apart(1, capacity)
+        self._cache = PagedCache(
             layers=config.num_hidden_layers,
-            slots=1,
             kv_heads=self._weights.kv_heads,
-            capacity=capacity,
+            num_blocks=1,
+            tokens_per_block=capacity,
             head_size=config.head_size,
             dtype=torch.float32,
             device=self._device,
@@ -169,7 +171,7 @@ class Reference:
 
     def run(self, past: int, ids: Sequence[int]) -> dict[str, torch.Tensor]:
         """Every result for some new tokens, ``[tokens, ...]`` each, the logits last."""
-        batch = PackedBatch([NewTokens(0, past, len(ids))], self._rotary, self._device)
+        batch = PackedBatch([NewTokens(0, past, len(ids))], self._rotary, self._tables, self._device)
         results: dict[str, torch.Tensor] = {}
         ops = TappedOps(TorchOps(batch, self._cache, Solo(), every_token=True), results.__setitem__)
         decoder(ops, self._config, self._weights, torch.tensor(ids))

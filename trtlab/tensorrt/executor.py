@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.runtime.executor import StepInputs
+from trtlab.runtime.pool import PoolSize, pool_size
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.batching import check_step, plan_inputs, runs_of, write_updates
 from trtlab.tensorrt.bindings import HIDDEN_STATES, LOGITS, Bindings, profiles
@@ -36,10 +37,18 @@ class Runner(Protocol):
 
 
 class TensorRTExecutor:
-    """An Executor over a Runner. Every slot is a row of each layer's cache, which starts at zero."""
+    """An Executor over a Runner. Every slot is a row of each layer's cache, which starts at zero; blocks only count."""
 
-    def __init__(self, name: str, runner: Runner, tables: Sequence[Bindings], build: BuildConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        runner: Runner,
+        tables: Sequence[Bindings],
+        build: BuildConfig,
+        session: SessionConfig | None = None,
+    ) -> None:
         self.name = name
+        self.pool = _slot_pool(tables, build, session or SessionConfig())
         self._runner = runner
         self._tables = tables
         self._build = build
@@ -70,6 +79,10 @@ class TensorRTExecutor:
             self._held[chunk.slot] = chunk.past + len(chunk.token_ids)
         return torch.stack([parts[place] for place in range(len(parts))])
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See Executor. A slot belongs to one request: nothing is shared, so nothing is copied."""
+        raise AssertionError(f"no block of a slot is shared: {copies}")
+
     def close(self) -> None:
         """See Executor."""
         self._caches = []
@@ -82,6 +95,17 @@ def allocate(table: Bindings, slots: int, device: torch.device) -> dict[str, tor
         binding.name: torch.zeros(binding.sized({"batch": slots}), dtype=dtypes.to_torch(binding.dtype), device=device)
         for binding in table.cache_inputs
     }
+
+
+def _slot_pool(tables: Sequence[Bindings], build: BuildConfig, session: SessionConfig) -> PoolSize:
+    """The account in blocks of caches that lie in one slot a request: the plan's bounds, or fewer if asked."""
+    place = sum(
+        torch.Size(binding.sized({"batch": 1})).numel() * dtypes.to_torch(binding.dtype).itemsize
+        for table in tables
+        for binding in table.cache_inputs
+    )
+    block_bytes = place // build.seq_len * build.tokens_per_block
+    return pool_size(build, session, block_bytes, paged=False)
 
 
 class InterpreterRunner:
@@ -130,10 +154,14 @@ class InterpreterRunner:
 
 
 def interpreter_executor(
-    config: ModelConfig, build: BuildConfig, mapping: Mapping, ranks: Sequence[MappingOf[str, torch.Tensor]]
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    ranks: Sequence[MappingOf[str, torch.Tensor]],
+    session: SessionConfig | None = None,
 ) -> TensorRTExecutor:
     """An executor that steps through the networks that TensorRT compiles, in their own types, on the CPU."""
     build = build.resolve(config)
     emissions = [emit(config, build, mapping, rank, weights) for rank, weights in enumerate(ranks)]
     tables = [emission.bindings for emission in emissions]
-    return TensorRTExecutor("interpreter", InterpreterRunner(emissions, mapping), tables, build)
+    return TensorRTExecutor("interpreter", InterpreterRunner(emissions, mapping), tables, build, session)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.errors import EngineError
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import Bindings, bindings, profiles
@@ -154,6 +154,7 @@ def plan_executor(
     plan: bytes,
     record: PlanRecord,
     device: torch.device,
+    session: SessionConfig | None = None,
     streaming_budget_bytes: int | None = None,
 ) -> TensorRTExecutor:
     """An executor for a plan on a GPU.
@@ -170,7 +171,7 @@ def plan_executor(
     resolved = build.resolve(config)
     table = bindings(config, resolved, mapping, 0)
     runner = PlanRunner(plan, table, resolved, device, streaming_budget_bytes)
-    return TensorRTExecutor("tensorrt", runner, [table], resolved)
+    return TensorRTExecutor("tensorrt", runner, [table], resolved, session)
 
 
 def check_plan(plan: bytes, record: PlanRecord, gpu: tuple[int, int]) -> None:

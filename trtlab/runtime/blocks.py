@@ -1,0 +1,253 @@
+"""The block pool of the KV cache: which blocks are free, whose the others are, which still hold a known prefix.
+
+Knows tokens and block numbers, no tensors: an executor holds the memory that the numbers stand for.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from trtlab.runtime.events import Block
+
+
+@dataclass(eq=False)
+class Chain:
+    """The blocks of one request in the order of its tokens; ``token_ids`` is the request's own list, which grows.
+
+    ``hashes`` are the rolling hashes of its full blocks as far as they were needed, ``committed`` how many of its
+    blocks are full and computed.
+    """
+
+    owner: int
+    token_ids: Sequence[int]
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    committed: int = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a computed full block holds: its tokens, and the rolling hash of all tokens up to its end."""
+
+    hash: int
+    before: int
+    token_ids: tuple[int, ...]
+
+
+class BlockManager:
+    """A pool of ``num_blocks`` blocks of ``tokens_per_block`` tokens.
+
+    A full block whose prefix another request repeats is shared, not computed again; a block that no request uses
+    keeps its content until room is needed, and the one unused longest goes first. A shared block is never written:
+    whoever must write takes a copy.
+    """
+
+    def __init__(self, num_blocks: int, tokens_per_block: int, *, enable_reuse: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.enable_reuse = enable_reuse
+        self._owners: dict[int, set[int]] = {}  # of each block in use
+        self._chains: dict[int, Chain] = {}
+        self._freed: list[int] = []  # a heap: low numbers first keep a chain's blocks together
+        self._fresh = 0  # blocks from here on were never used
+        self._cached: OrderedDict[int, None] = OrderedDict()  # unused with known content, longest unused first
+        self._content: dict[int, Prefix] = {}
+        self._by_hash: dict[int, int] = {}
+        self._touched: set[int] = set()
+        self.evicted = 0
+
+    @property
+    def used(self) -> int:
+        """Blocks in use by at least one request."""
+        return len(self._owners)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody uses and that keep their content for reuse."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had: the free ones, and the cached ones by eviction."""
+        return self.num_blocks - len(self._owners)
+
+    @property
+    def shared(self) -> int:
+        """Blocks in use by more than one request."""
+        return sum(len(owners) > 1 for owners in self._owners.values())
+
+    def required(self, tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-tokens // self.tokens_per_block)
+
+    def match(self, chain: Chain) -> list[int]:
+        """The blocks that hold the chain's prefix: full ones, and never its last token, whose logits are wanted."""
+        found: list[int] = []
+        if not self.enable_reuse:
+            return found
+        before = 0
+        for index in range((len(chain.token_ids) - 1) // self.tokens_per_block):
+            rolling = self._hash(chain, index)
+            block = self._by_hash.get(rolling)
+            if block is None or self._content[block] != Prefix(rolling, before, self._tokens(chain, index)):
+                break
+            found.append(block)
+            before = rolling
+        return found
+
+    def unused(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody uses: sharing them makes so many fewer available."""
+        return sum(block not in self._owners for block in blocks)
+
+    def open(self, chain: Chain, prefix: Sequence[int] = ()) -> int:
+        """Begin a chain with the blocks of a known prefix; gives the tokens that need not be computed."""
+        assert chain.owner not in self._chains and not chain.blocks, chain
+        self._chains[chain.owner] = chain
+        for block in prefix:
+            self._share(block, chain)
+        chain.committed = len(chain.blocks)
+        return chain.committed * self.tokens_per_block
+
+    def fork(self, parent: Chain, child: Chain, past: int) -> None:
+        """Begin ``child`` with the blocks of the parent's ``past`` tokens, the one that is not full among them."""
+        self.open(child, parent.blocks[: self.required(past)])
+        child.committed = parent.committed
+        child.hashes = parent.hashes[: parent.committed]
+
+    def demand(self, chain: Chain, past: int, tokens: int) -> int:
+        """Blocks that the chain must take before it holds so many tokens; a shared block in its way counts as one."""
+        index = past // self.tokens_per_block
+        copied = index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) > 1
+        return max(0, self.required(tokens) - len(chain.blocks)) + copied
+
+    def reserve(self, chain: Chain, past: int, tokens: int) -> list[tuple[int, int]] | None:
+        """Make places ``past`` to ``tokens`` writable; gives the copies (source, target) that this takes.
+
+        None when the pool has not enough blocks; then nothing has changed.
+        """
+        if self.demand(chain, past, tokens) > self.available:
+            return None
+        copies = []
+        index = past // self.tokens_per_block  # only the block that is being filled can be shared and written
+        if index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) > 1:
+            source = chain.blocks[index]
+            self._drop(source, chain)
+            chain.blocks[index] = self._take(chain)
+            copies.append((source, chain.blocks[index]))
+        while len(chain.blocks) * self.tokens_per_block < tokens:
+            chain.blocks.append(self._take(chain))
+        return copies
+
+    def commit(self, chain: Chain, past: int) -> None:
+        """So many tokens of the chain are computed: its full blocks can be found from now on."""
+        while (index := chain.committed) < past // self.tokens_per_block:
+            block = chain.blocks[index]
+            if self.enable_reuse:
+                rolling = self._hash(chain, index)
+                if rolling not in self._by_hash and block not in self._content:
+                    before = chain.hashes[index - 1] if index else 0
+                    self._content[block] = Prefix(rolling, before, self._tokens(chain, index))
+                    self._by_hash[rolling] = block
+                    self._touched.add(block)
+            chain.committed += 1
+
+    def release(self, chain: Chain) -> None:
+        """Give the chain's blocks back; those with known content stay findable, the end of the chain goes first."""
+        del self._chains[chain.owner]
+        for block in reversed(chain.blocks):
+            self._drop(block, chain)
+        chain.blocks = []
+        chain.committed = 0
+
+    def forget(self) -> None:
+        """Drop every prefix that no request uses: what comes next is computed anew."""
+        while self._cached:
+            self._evict()
+
+    def block(self, number: int) -> Block:
+        """One block as it is now."""
+        content = self._content.get(number)
+        owners = tuple(sorted(self._owners.get(number, ())))
+        return Block(number, owners, number in self._cached, content.token_ids if content else ())
+
+    def chains(self) -> tuple[Chain, ...]:
+        """All chains, by request."""
+        return tuple(self._chains[owner] for owner in sorted(self._chains))
+
+    def changes(self) -> tuple[Block, ...]:
+        """The blocks that changed hands or content since the last call, as they are now."""
+        changed = tuple(self.block(number) for number in sorted(self._touched))
+        self._touched.clear()
+        return changed
+
+    def _hash(self, chain: Chain, index: int) -> int:
+        """The rolling hash of the chain's tokens up to the end of a full block."""
+        while len(chain.hashes) <= index:
+            before = chain.hashes[-1] if chain.hashes else 0
+            chain.hashes.append(hash((before, self._tokens(chain, len(chain.hashes)))))
+        return chain.hashes[index]
+
+    def _tokens(self, chain: Chain, index: int) -> tuple[int, ...]:
+        size = self.tokens_per_block
+        return tuple(chain.token_ids[index * size : (index + 1) * size])
+
+    def _share(self, block: int, chain: Chain) -> None:
+        self._cached.pop(block, None)
+        self._owners.setdefault(block, set()).add(chain.owner)
+        chain.blocks.append(block)
+        self._touched.add(block)
+
+    def _take(self, chain: Chain) -> int:
+        """A block with nothing worth keeping: freed, never used, else the cached one that was unused longest."""
+        if self._freed:
+            block = heapq.heappop(self._freed)
+        elif self._fresh < self.num_blocks:
+            block = self._fresh
+            self._fresh += 1
+        else:
+            self._evict()
+            self.evicted += 1
+            block = heapq.heappop(self._freed)
+        self._owners[block] = {chain.owner}
+        self._touched.add(block)
+        return block
+
+    def _drop(self, block: int, chain: Chain) -> None:
+        owners = self._owners[block]
+        owners.remove(chain.owner)
+        self._touched.add(block)
+        if owners:
+            return
+        del self._owners[block]
+        if block in self._content:
+            self._cached[block] = None
+        else:
+            heapq.heappush(self._freed, block)
+
+    def _evict(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        del self._by_hash[self._content.pop(block).hash]
+        heapq.heappush(self._freed, block)
+        self._touched.add(block)
+
+    def check_integrity(self) -> None:
+        """AssertionError when the pool's books disagree: a lost block, a wrong count, a prefix that is not there."""
+        owners: dict[int, set[int]] = {}
+        for owner, chain in self._chains.items():
+            assert chain.owner == owner, (owner, chain)
+            assert len(set(chain.blocks)) == len(chain.blocks), chain
+            assert chain.committed <= len(chain.blocks), chain
+            for block in chain.blocks:
+                owners.setdefault(block, set()).add(owner)
+        assert owners == self._owners, (owners, self._owners)
+        freed, cached, used = set(self._freed), set(self._cached), set(owners)
+        assert len(freed) == len(self._freed), self._freed
+        assert not (freed & cached or freed & used or cached & used), (freed, cached, used)
+        assert freed | cached | used == set(range(self._fresh)), "a block below the mark is lost"
+        assert 0 <= self._fresh <= self.num_blocks, self._fresh
+        assert cached <= set(self._content), "a cached block has content"
+        assert set(self._content) <= cached | used, "a freed block has none"
+        assert {prefix.hash: block for block, prefix in self._content.items()} == self._by_hash, "hashes and content"

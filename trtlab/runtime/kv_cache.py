@@ -1,0 +1,95 @@
+"""What the KV cache holds at this moment, for readers: blocks, sharing, fragmentation, reuse. Changes nothing."""
+
+from __future__ import annotations
+
+from trtlab.display.card import Shown
+from trtlab.runtime.blocks import BlockManager
+from trtlab.runtime.events import Block
+from trtlab.runtime.pool import PoolSize
+from trtlab.runtime.scheduler import Scheduler
+
+
+class KvCache(Shown):
+    """A live view: every property tells the present state."""
+
+    def __init__(self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler) -> None:
+        self.pool = pool
+        self._blocks = blocks
+        self._scheduler = scheduler
+
+    @property
+    def reuse_enabled(self) -> bool:
+        """Whether prompts can take over blocks that were computed before."""
+        return self._blocks.enable_reuse
+
+    @property
+    def used(self) -> int:
+        """Blocks in use by at least one request."""
+        return self._blocks.used
+
+    @property
+    def shared(self) -> int:
+        """Blocks in use by more than one request."""
+        return self._blocks.shared
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody uses and that can be reused."""
+        return self._blocks.cached
+
+    @property
+    def free(self) -> int:
+        """Blocks that hold nothing."""
+        return self._blocks.available - self._blocks.cached
+
+    @property
+    def evicted(self) -> int:
+        """Cached blocks that were overwritten so far because room was needed."""
+        return self._blocks.evicted
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block of the pool, by number."""
+        return tuple(self._blocks.block(number) for number in range(self._blocks.num_blocks))
+
+    @property
+    def chains(self) -> dict[int, tuple[int, ...]]:
+        """The blocks of each running request, in the order of its tokens."""
+        return {chain.owner: tuple(chain.blocks) for chain in self._blocks.chains()}
+
+    @property
+    def tokens(self) -> int:
+        """Places in use that hold a token; a shared one counts once."""
+        size, filled = self._blocks.tokens_per_block, dict[int, int]()
+        for request in self._scheduler.running:
+            for index, block in enumerate(request.chain.blocks):
+                held = min(size, max(0, request.past - index * size))
+                filled[block] = max(held, filled.get(block, 0))
+        return sum(filled.values())
+
+    @property
+    def fragmentation(self) -> float:
+        """The share of the places in used blocks that hold no token: what block size costs. 0 when nothing runs."""
+        places = self.used * self._blocks.tokens_per_block
+        return 1 - self.tokens / places if places else 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all requests so far, each counted when it got its slot."""
+        return self._scheduler.prompt_tokens
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many of them were found in the cache."""
+        return self._scheduler.reused_tokens
+
+    @property
+    def short_prompts(self) -> int:
+        """Requests that could not reuse anything: only whole blocks are shared, and theirs was never full."""
+        return self._scheduler.short_prompts
+
+    def clear(self) -> int:
+        """Drop what is cached and not in use; gives the number of blocks."""
+        dropped = self._blocks.cached
+        self._blocks.forget()
+        return dropped

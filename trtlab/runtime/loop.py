@@ -1,0 +1,225 @@
+"""The engine room of a session: scheduler, blocks, executor and sampler, step by step. Knows tokens, not text."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trtlab.config import BuildConfig, SessionConfig
+from trtlab.errors import RequestError
+from trtlab.ops.paged import BlockTables
+from trtlab.runtime.blocks import BlockManager
+from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
+from trtlab.runtime.executor import Chunk, Executor, StepInputs
+from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.request import RequestState
+from trtlab.runtime.sampler import sample
+from trtlab.runtime.scheduler import Plan, Scheduler
+
+Listener = Callable[[], None]  # called after each token of a request; it may set the finish reason
+Turn = tuple[RequestState, Chunk]
+
+
+class Loop:
+    """Runs requests to their ends. Every method may be called from any thread; one step runs at a time."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        build: BuildConfig,
+        config: SessionConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        pool = executor.pool
+        self.executor = executor
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.events = EventLog(config.events_kept)
+        self.closed = False
+        self._max_num_tokens = build.max_num_tokens
+        self._tables = BlockTables(
+            build.max_batch_size, -(-build.seq_len // pool.tokens_per_block), pool.tokens_per_block
+        )
+        self._blocks = BlockManager(
+            pool.num_blocks, pool.tokens_per_block, enable_reuse=config.enable_block_reuse and pool.paged
+        )
+        self.scheduler = Scheduler(
+            self._blocks,
+            self._tables,
+            max_batch_size=build.max_batch_size,
+            max_num_tokens=build.max_num_tokens,
+            no_evict=config.capacity_scheduler_policy == "GUARANTEED_NO_EVICT",
+            in_flight=config.batching_type == "INFLIGHT",
+            chunked=config.enable_chunked_context,
+        )
+        self.kv_cache = KvCache(pool, self._blocks, self.scheduler)
+        self._steps = 0
+        self._listeners: dict[RequestState, Listener | None] = {}
+        self._finished: list[Finish] = []  # since the last event
+        self._deadlines: list[tuple[float, int, RequestState]] = []
+
+    def submit(self, request: RequestState, listener: Listener | None = None) -> None:
+        """Queue a request; RequestError when it could never run."""
+        with self.lock:
+            self._require_open()
+            self.scheduler.refuse_if_never(request)
+            self._register(request, listener)
+            self.scheduler.add(request)
+
+    def fork(self, parent: RequestState, child: RequestState, listener: Listener | None = None) -> None:
+        """Queue a request that goes on where ``parent`` stands; it shares the parent's blocks where it can."""
+        with self.lock:
+            self._require_open()
+            self.scheduler.refuse_if_never(child)
+            self._register(child, listener)
+            if not (self.executor.pool.paged and self.scheduler.fork(parent, child)):
+                self.scheduler.add(child)
+
+    def _register(self, request: RequestState, listener: Listener | None) -> None:
+        request.arrival = self._steps
+        self._listeners[request] = listener
+        if request.deadline_s < math.inf:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.number, request))
+
+    def cancel(self, request: RequestState) -> bool:
+        """End a request wherever it stands; False when it had ended before."""
+        with self.lock:
+            if request not in self._listeners:
+                return False
+            self._end(request, "cancelled")
+            return True
+
+    def step(self) -> StepEvent | None:
+        """One step for all that run; None when there is nothing to do. An error ends the request whose it is."""
+        with self.lock:
+            self._require_open()
+            start = self.clock()
+            while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
+                *_, late = heapq.heappop(self._deadlines)
+                if not late.done:
+                    self._end(late, "timed_out")
+            plan = self.scheduler.next()
+            assert plan.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
+            if not plan.chunks:
+                return None
+            event = self._event(plan, self._run(plan), start)
+            self.events.append(event)
+            self._steps += 1
+            return event
+
+    def _event(self, plan: Plan, work: tuple[Work, ...], start: float) -> StepEvent:
+        blocks, self._finished, finished = self._blocks, [], tuple(self._finished)
+        return StepEvent(
+            step=self._steps,
+            start_s=start,
+            end_s=self.clock(),
+            work=work,
+            admitted=tuple(plan.admitted),
+            preempted=tuple(request.number for request in plan.preempted),
+            finished=finished,
+            waiting=tuple(request.number for request in self.scheduler.waiting),
+            blocks=blocks.changes(),
+            used=blocks.used,
+            cached=blocks.cached,
+            free=blocks.available - blocks.cached,
+        )
+
+    def _run(self, plan: Plan) -> tuple[Work, ...]:
+        turns = list(plan.chunks.items())
+        try:
+            if plan.copies:
+                self.executor.copy_blocks(plan.copies)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody's blocks are sure to be right now
+            for request, _ in turns:
+                self._fail(request, error)
+            return ()
+        try:
+            return self._compute(turns)
+        except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to a request
+            if len(turns) == 1:
+                self._fail(turns[0][0], error)
+                return ()
+        work: tuple[Work, ...] = ()
+        for turn in turns:  # nothing was taken over yet: one by one shows whose fault it is
+            try:
+                work += self._compute([turn])
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(turn[0], error)
+        return work
+
+    def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
+        logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
+        ready = [row for row, (r, chunk) in enumerate(turns) if chunk.past + len(chunk.token_ids) == r.total]
+        chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
+        for request, chunk in turns:  # only now: up to here a failed step left no trace
+            self.scheduler.computed(request, len(chunk.token_ids))
+        for row, (token, logprob) in zip(ready, chosen, strict=True):
+            self._accept(turns[row][0], token, logprob)
+        last = set(ready)
+        return tuple(Work(r.number, c.past, len(c.token_ids), row in last) for row, (r, c) in enumerate(turns))
+
+    def _accept(self, request: RequestState, token: int, logprob: float | None) -> None:
+        request.accept(token, logprob)
+        listener = self._listeners[request]
+        try:
+            if listener is not None:
+                listener()
+        except Exception as error:  # noqa: BLE001 - text that fails ends its own request
+            self._fail(request, error)
+            return
+        if request.finish_reason is not None:
+            self._end(request, request.finish_reason)
+
+    def _fail(self, request: RequestState, error: Exception) -> None:
+        request.error = RequestError(
+            f"request {request.number} failed in step {self._steps}: {type(error).__name__}: {error}",
+            remedy="the other requests go on; the cause is attached",
+        )
+        request.error.__cause__ = error
+        self._end(request, "error")
+
+    def _end(self, request: RequestState, reason: str) -> None:
+        request.finish_reason = reason
+        del self._listeners[request]
+        self.scheduler.release(request)
+        self._finished.append(Finish(request.number, reason))
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits that follow each token: [tokens, vocab], float32, on the CPU; the tokens join no cache."""
+        with self.lock, self.scheduler.borrowed_slot(len(token_ids)) as slot:
+            self._require_open()
+            limit = self._max_num_tokens
+            steps = [Chunk(slot, start, token_ids[start : start + limit]) for start in range(0, len(token_ids), limit)]
+            parts = [self.executor.run(StepInputs([chunk], every_token=True, tables=self._tables)) for chunk in steps]
+            return torch.cat([part.cpu() for part in parts])
+
+    def check_integrity(self) -> None:
+        """AssertionError when requests, slots and blocks disagree."""
+        self.scheduler.check_integrity()
+        known = {*self.scheduler.running, *self.scheduler.waiting}
+        assert known == set(self._listeners), "a request is lost"
+        assert not any(request.done for request in known), "who is done has left"
+
+    def close(self) -> None:
+        """Cancel what is under way and free the executor; a second close is harmless."""
+        with self.lock:
+            if self.closed:
+                return
+            for request in tuple(self._listeners):
+                request.error = RequestError(
+                    f"the session was closed while request {request.number} was under way",
+                    remedy="let it finish first: request.result(), or session.run()",
+                )
+                self._end(request, "cancelled")
+            self.closed = True
+            self.executor.close()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RequestError("this session is closed", remedy="open another with engine.session()")
