@@ -37,7 +37,7 @@ LAYERS = """
     session
     backends
     evaluate bench serve
-    tiny display.cards display.estimate display.plan display.quantized
+    tiny display.cards display.estimate display.plan display.quantized display.runtime
     __init__
     demo
     cli __main__

@@ -14,13 +14,17 @@ from trtlab.display.card import Card, Table, bar, card, count, size
 from trtlab.display.estimate import estimate_card, op_table_card, v100_card
 from trtlab.display.plan import comparison_card, layer_table_card, network_card, plan_facts
 from trtlab.display.quantized import quantized_card
+from trtlab.display.runtime import event_log_card, kv_cache_card, pool_card, request_card, step_event_card
 from trtlab.engine import Engine
 from trtlab.estimate import Estimate
 from trtlab.lazy import LazyTensor
 from trtlab.machine import Machine
 from trtlab.ops.table import OpTable
 from trtlab.published import V100Table
-from trtlab.request import Completion
+from trtlab.request import Completion, Request
+from trtlab.runtime.events import EventLog, StepEvent
+from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.pool import PoolSize
 from trtlab.session import Session
 from trtlab.tensorrt.compare import Comparison
 from trtlab.tensorrt.interpreter import LayerTable, Network
@@ -32,6 +36,11 @@ card.register(LayerTable)(layer_table_card)
 card.register(Network)(network_card)
 card.register(Comparison)(comparison_card)
 card.register(QuantizedCheckpoint)(quantized_card)
+card.register(PoolSize)(pool_card)
+card.register(KvCache)(kv_cache_card)
+card.register(EventLog)(event_log_card)
+card.register(StepEvent)(step_event_card)
+card.register(Request)(request_card)
 
 
 @card.register
@@ -83,6 +92,7 @@ def session_card(session: Session) -> Card:
         (
             ("backend", session.backend_reason),
             ("bounds", _bounds(build)),
+            ("KV pool", _pool(session.kv_cache.pool)),
             ("requests", f"{session.running} running, {session.waiting} waiting"),
             ("tokenizer", "in the engine's folder" if session.engine.tokenizer_dir else "none: give token ids"),
         ),
@@ -90,10 +100,19 @@ def session_card(session: Session) -> Card:
     )
 
 
+def _pool(pool: PoolSize) -> str:
+    return f"{pool.num_blocks:,} blocks of {pool.tokens_per_block} tokens, {size(pool.nbytes)}, by {pool.winner}"
+
+
 @card.register
 def completion_card(completion: Completion) -> Card:
     """An answer: its text, and why it ended."""
-    ended = {"stop": "at its end", "length": "at max_new_tokens"}[completion.finish_reason]
+    ended = {
+        "stop": "at its end",
+        "length": "at max_new_tokens",
+        "cancelled": "when it was cancelled",
+        "timed_out": "when its time was up",
+    }[completion.finish_reason]
     if completion.stop_reason is not None:
         ended = f"before the stop word {completion.stop_reason!r}"
     return Card(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +23,49 @@ class BlockTables:
     def __init__(self, slots: int, blocks: int, tokens_per_block: int) -> None:
         self.tokens_per_block = tokens_per_block
         self.rows = torch.zeros(slots, blocks, dtype=torch.int32)
+        self._lists = [[0] * blocks for _ in range(slots)]  # the same, for single looks
 
     @classmethod
     def apart(cls, slots: int, capacity: int, tokens_per_block: int | None = None) -> BlockTables:
         """Slots of ``capacity`` tokens one after another, in neighbouring blocks; by default one block each."""
         size = tokens_per_block or capacity
         tables = cls(slots, -(-capacity // size), size)
-        tables.rows = torch.arange(tables.rows.numel(), dtype=torch.int32).view(slots, -1)
+        count = tables.rows.shape[1]
+        for slot in range(slots):
+            tables.write(slot, 0, range(slot * count, (slot + 1) * count))
         return tables
 
     def write(self, slot: int, index: int, blocks: Sequence[int]) -> None:
         """The blocks of a slot from the ``index``-th on."""
         if blocks:
+            self._lists[slot][index : index + len(blocks)] = blocks
             self.rows[slot, index : index + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def row(self, slot: int, count: int) -> list[int]:
         """The first ``count`` blocks of a slot."""
-        row: list[int] = self.rows[slot, :count].tolist()
-        return row
+        return self._lists[slot][:count]
+
+    def places(self, slot: int, start: int, stop: int) -> list[int]:
+        """Where a slot's tokens from ``start`` to ``stop`` lie in the pool: block times block size plus offset."""
+        row, size = self._lists[slot], self.tokens_per_block
+        return [row[position // size] * size + position % size for position in range(start, stop)]
+
+    def of(self, slots: Sequence[int], count: int) -> Tensor:
+        """The first ``count`` blocks of some slots, ``[slots, count]``."""
+        if slots[-1] - slots[0] == len(slots) - 1 and all(b - a == 1 for a, b in pairwise(slots)):
+            return self.rows[slots[0] : slots[-1] + 1, :count]
+        return self.rows[list(slots), :count]
+
+    def run(self, slots: Sequence[int], count: int) -> slice | None:
+        """The first ``count`` blocks of the slots one after the other, when they are neighbours in the pool."""
+        first = self._lists[slots[0]][0]
+        last = first + len(slots) * count - 1
+        if self._lists[slots[-1]][count - 1] != last:
+            return None
+        for start, slot in zip(range(first, last + 1, count), slots, strict=True):
+            if self._lists[slot][:count] != list(range(start, start + count)):
+                return None
+        return slice(first, last + 1)
 
 
 class PagedCache:
@@ -81,7 +107,7 @@ class PagedCache:
     def read(self, layer: int, blocks: Tensor | slice, sequences: int, length: int) -> tuple[Tensor, Tensor]:
         """K and V up to ``length`` tokens, ``[sequences, kv_heads, length, head_size]`` each.
 
-        ``blocks`` are those of one sequence after the other, as numbers, or as a run of neighbours, which is not copied.
+        ``blocks`` are those of one sequence after the other, as numbers, or as a run of neighbours, without a copy.
         """
         keys, values = (_gather(pool, blocks, sequences)[:, :, :length] for pool in self.layers[layer])
         if self.scales:
@@ -102,8 +128,7 @@ def _gather(pool: Tensor, blocks: Tensor | slice, sequences: int) -> Tensor:
     return found.view(pool.shape[0], sequences, -1, pool.shape[-1]).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """One request's share of a packed batch: ``length`` new tokens after ``past`` cached ones."""
 
     slot: int
@@ -128,27 +153,22 @@ class PackedBatch:
     ) -> None:
         singles = sum(s.length == 1 for s in sequences)
         assert all(s.length == 1 for s in sequences[:singles]), "single tokens come first"
-        size = tables.tokens_per_block
-        if singles == len(sequences):
-            positions = torch.tensor([s.past for s in sequences])
-            slots = torch.tensor([s.slot for s in sequences])
-            self.last: Tensor | None = (
-                None  # [sequences]: the row of each request's last token, unless every row is one
-            )
-        else:
-            positions = torch.tensor([p for s in sequences for p in range(s.past, s.past + s.length)])
-            slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)])
-            self.last = torch.tensor([s.length for s in sequences]).cumsum(0).sub_(1).to(device)
-        blocks = tables.rows[slots, positions // size]
-        self.places = (blocks * size + positions % size).to(device)  # [tokens]
-        self.positions = positions.to(device)  # [tokens]
+        positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
+        places = [p for s in sequences for p in tables.places(s.slot, s.past, s.past + s.length)]
+        self.positions, self.places = torch.tensor([positions, places]).to(device).unbind(0)  # [tokens] each
         self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
         self.sin = rotary.sin.index_select(0, self.positions)[:, None]
-        make = _Gathered if kernel is None else _InPlace
-        parts = [sequences[:singles], *([s] for s in sequences[singles:])]
-        if kernel is not None:
-            parts = [sequences[:singles], sequences[singles:]]
-        self._parts = [make(part, tables, device, kernel) for part in parts if part]
+        self.last: Tensor | None = None  # [sequences]: the row of each request's last token, if not every row is one
+        if singles < len(sequences):
+            self.last = torch.tensor([s.length for s in sequences]).cumsum(0).sub_(1).to(device)
+        self._parts: list[_Gathered | _InPlace] = []
+        longer = sequences[singles:]
+        for part in (sequences[:singles], *([[s] for s in longer] if kernel is None else [longer])):
+            if part:
+                start = sum(done.tokens for done in self._parts)
+                own = self.positions[start : start + sum(s.length for s in part)]
+                made = _Gathered(part, tables, own) if kernel is None else _InPlace(part, tables, own, kernel)
+                self._parts.append(made)
 
     def attend(self, cache: PagedCache, layer: int, q: Tensor) -> Tensor:
         """``[tokens, heads, head_size]`` to ``[tokens, heads * head_size]``; the new K and V are in the cache."""
@@ -164,28 +184,20 @@ class PackedBatch:
 class _Gathered:
     """Single tokens of several requests, or several tokens of one: torch's attention over K and V put side by side."""
 
-    def __init__(
-        self, sequences: Sequence[NewTokens], tables: BlockTables, device: torch.device, _: Kernel | None
-    ) -> None:
-        self.tokens = sum(s.length for s in sequences)
+    def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor) -> None:
+        self.tokens = len(positions)
         self._single = sequences[0].length == 1
-        self._past = sequences[0].past
+        self._sequences = len(sequences)
         ends = [s.past + s.length for s in sequences]
         self._reach = max(ends)
-        count = -(-self._reach // tables.tokens_per_block)
-        self._sequences = len(sequences)
-        numbers = tables.rows[[s.slot for s in sequences], :count].flatten()
-        first = int(numbers[0])
-        self._blocks: Tensor | slice = slice(first, first + numbers.numel())
-        if numbers.numel() > 1 and not bool((numbers.diff() == 1).all()):
-            self._blocks = numbers.to(device)
+        slots, count = [s.slot for s in sequences], -(-self._reach // tables.tokens_per_block)
+        run = tables.run(slots, count)
+        self._blocks: Tensor | slice = run or tables.of(slots, count).flatten().to(positions.device)
         self._mask: Tensor | None = None
-        if self._single and min(ends) != self._reach:
-            lengths = torch.tensor(ends)[:, None]
-            self._mask = (torch.arange(self._reach) < lengths)[:, None, None].to(device)  # [sequences, 1, 1, reach]
-        elif not self._single and self._past:
-            rows = torch.arange(self._past, self._reach)[:, None]
-            self._mask = (torch.arange(self._reach) <= rows).to(device)  # [tokens, reach]
+        if min(ends) != self._reach or (not self._single and sequences[0].past):
+            self._mask = torch.arange(self._reach, device=positions.device) <= positions[:, None]  # [tokens, reach]
+            if self._single:
+                self._mask = self._mask[:, None, None]  # [sequences, 1, 1, reach]
 
     def attend(self, cache: PagedCache, layer: int, q: Tensor) -> Tensor:
         keys, values = cache.read(layer, self._blocks, self._sequences, self._reach)
@@ -208,18 +220,17 @@ class _Gathered:
 class _InPlace:
     """All single tokens, or all longer pieces, by a kernel that walks the block tables."""
 
-    def __init__(
-        self, sequences: Sequence[NewTokens], tables: BlockTables, device: torch.device, kernel: Kernel | None
-    ) -> None:
-        assert kernel is not None, "only with a kernel"
+    def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor, kernel: Kernel) -> None:
         self._kernel = kernel
-        lengths = [s.length for s in sequences]
-        self.tokens, self._most = sum(lengths), max(lengths)
+        self.tokens, device = len(positions), positions.device
+        self._most = max(s.length for s in sequences)
         self._longest = max(s.past + s.length for s in sequences)
         count = -(-self._longest // tables.tokens_per_block)
-        self._tables = tables.rows[[s.slot for s in sequences], :count].to(device)
-        self._pasts = torch.tensor([s.past for s in sequences], dtype=torch.int32).to(device)
-        self._starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        self._tables = tables.of([s.slot for s in sequences], count).to(device)
+        lengths = [s.length for s in sequences]
+        pasts = [s.past for s in sequences]
+        self._pasts = torch.tensor(pasts, dtype=torch.int32).to(device)
+        self._starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
     def attend(self, cache: PagedCache, layer: int, q: Tensor) -> Tensor:
         keys, values = cache.layers[layer]

@@ -128,17 +128,20 @@ class BlockManager:
 
         None when the pool has not enough blocks; then nothing has changed.
         """
-        if self.demand(chain, past, tokens) > self.available:
+        blocks = chain.blocks
+        index = past // self.tokens_per_block  # only the block that is being filled can be shared and written
+        shared = index < len(blocks) and len(self._owners[blocks[index]]) > 1
+        more = max(0, self.required(tokens) - len(blocks))
+        if more + shared > self.available:
             return None
         copies = []
-        index = past // self.tokens_per_block  # only the block that is being filled can be shared and written
-        if index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) > 1:
-            source = chain.blocks[index]
+        if shared:
+            source = blocks[index]
             self._drop(source, chain)
-            chain.blocks[index] = self._take(chain)
-            copies.append((source, chain.blocks[index]))
-        while len(chain.blocks) * self.tokens_per_block < tokens:
-            chain.blocks.append(self._take(chain))
+            blocks[index] = self._take(chain)
+            copies.append((source, blocks[index]))
+        for _ in range(more):
+            blocks.append(self._take(chain))
         return copies
 
     def commit(self, chain: Chain, past: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from trtlab.display.card import Shown
 
@@ -30,8 +30,7 @@ class Block:
         return "cached" if self.cached else "free"
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One request's share of a step: ``tokens`` computed after ``past`` cached ones; ``generated`` a token or not."""
 
     request: int
@@ -57,8 +56,8 @@ class Finish:
     reason: str
 
 
-@dataclass(frozen=True)
-class StepEvent:
+@dataclass(frozen=True, repr=False)
+class StepEvent(Shown):
     """One step. Times are seconds of the session's clock; ``used``, ``cached`` and ``free`` count blocks after it.
 
     ``blocks`` holds those that changed since the event before, as they were after this step.

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_grou
 from trtlab.runtime.pool import PoolSize, pool_size
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens of one request: they follow ``past`` tokens that its slot holds already."""
 
     slot: int

@@ -47,6 +47,10 @@ class KvCache(Shown):
         """Cached blocks that were overwritten so far because room was needed."""
         return self._blocks.evicted
 
+    def block(self, number: int) -> Block:
+        """One block as it is now."""
+        return self._blocks.block(number)
+
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Every block of the pool, by number."""
@@ -56,6 +60,11 @@ class KvCache(Shown):
     def chains(self) -> dict[int, tuple[int, ...]]:
         """The blocks of each running request, in the order of its tokens."""
         return {chain.owner: tuple(chain.blocks) for chain in self._blocks.chains()}
+
+    @property
+    def held(self) -> dict[int, int]:
+        """Tokens whose K and V are cached, of each running request."""
+        return {request.number: request.past for request in self._scheduler.running}
 
     @property
     def tokens(self) -> int:

@@ -63,6 +63,8 @@ class Loop:
         self._listeners: dict[RequestState, Listener | None] = {}
         self._finished: list[Finish] = []  # since the last event
         self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._stepping = False
+        self._withdrawn: list[RequestState] = []  # cancelled from within a step
 
     def submit(self, request: RequestState, listener: Listener | None = None) -> None:
         """Queue a request; RequestError when it could never run."""
@@ -76,6 +78,8 @@ class Loop:
         """Queue a request that goes on where ``parent`` stands; it shares the parent's blocks where it can."""
         with self.lock:
             self._require_open()
+            if parent not in self._listeners:
+                raise RequestError(f"request {parent.number} is not under way in this session", remedy="submit it here")
             self.scheduler.refuse_if_never(child)
             self._register(child, listener)
             if not (self.executor.pool.paged and self.scheduler.fork(parent, child)):
@@ -92,26 +96,46 @@ class Loop:
         with self.lock:
             if request not in self._listeners:
                 return False
-            self._end(request, "cancelled")
+            if self._stepping:  # from within: a listener, or a dropped stream that the garbage collector closes
+                self._withdrawn.append(request)
+            else:
+                self._end(request, "cancelled")
             return True
 
     def step(self) -> StepEvent | None:
         """One step for all that run; None when there is nothing to do. An error ends the request whose it is."""
         with self.lock:
             self._require_open()
-            start = self.clock()
-            while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
-                *_, late = heapq.heappop(self._deadlines)
-                if not late.done:
-                    self._end(late, "timed_out")
-            plan = self.scheduler.next()
-            assert plan.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
+            self._stepping, start = True, self.clock()
+            try:
+                plan, work = self._planned_and_run(start)
+            finally:
+                self._stepping = False
+                while self._withdrawn:
+                    self.cancel(self._withdrawn.pop())
             if not plan.chunks:
                 return None
-            event = self._event(plan, self._run(plan), start)
+            event = self._event(plan, work, start)
             self.events.append(event)
             self._steps += 1
             return event
+
+    def _planned_and_run(self, start: float) -> tuple[Plan, tuple[Work, ...]]:
+        while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
+            *_, late = heapq.heappop(self._deadlines)
+            if not late.done:
+                self._end(late, "timed_out")
+        plan = self.scheduler.next()
+        assert plan.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
+        try:
+            return plan, self._run(plan) if plan.chunks else ()
+        except BaseException:  # an interrupt may come anywhere: whoever took part is computed anew from its tokens
+            for request in plan.chunks:
+                if request.finish_reason is not None and request in self._listeners:
+                    self._end(request, request.finish_reason)
+                elif request in self._listeners:
+                    self.scheduler.restart(request)
+            raise
 
     def _event(self, plan: Plan, work: tuple[Work, ...], start: float) -> StepEvent:
         blocks, self._finished, finished = self._blocks, [], tuple(self._finished)

@@ -13,25 +13,36 @@ def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, floa
     """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
     if all(r.params.greedy and not r.params.logprobs and r.params.repetition_penalty == 1 for r in requests):
         return [(token, None) for token in logits.argmax(-1).tolist()]
-    return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
+    weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]  # a bad row shows here,
+    tokens = [_choose(row, request) for row, request in zip(weights, requests, strict=True)]  # before anyone draws
+    return [
+        (token, float(row.log_softmax(-1)[token]) if request.params.logprobs else None)
+        for token, row, request in zip(tokens, logits, requests, strict=True)
+    ]
 
 
-def _sample_row(row: Tensor, request: RequestState) -> tuple[int, float | None]:
+def _weights(row: Tensor, request: RequestState) -> Tensor:
+    """What the choice is made from, ``[vocab]``: scores of a greedy request, else probabilities."""
     params = request.params
     scores = penalize(row, [*request.prompt_ids, *request.output_ids], params.repetition_penalty)
-    token = int(scores.argmax()) if params.greedy else _draw(scores, request)
-    return token, float(row.log_softmax(-1)[token]) if params.logprobs else None
+    if params.greedy:
+        return scores
+    probabilities = filtered_probabilities(scores, params).cpu()
+    if probabilities.isnan().any():
+        raise ValueError("the logits hold no probabilities: one is infinite or not a number")
+    return probabilities
 
 
-def _draw(scores: Tensor, request: RequestState) -> int:
-    probabilities = filtered_probabilities(scores, request.params)
+def _choose(weights: Tensor, request: RequestState) -> int:
+    if request.params.greedy:
+        return int(weights.argmax())
     if request.generator is None:
         request.generator = torch.Generator()
         if request.params.seed is not None:
             request.generator.manual_seed(request.params.seed)
         else:
             request.generator.seed()
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=request.generator))
+    return int(torch.multinomial(weights, 1, generator=request.generator))
 
 
 def penalize(row: Tensor, seen: list[int], penalty: float) -> Tensor:

@@ -98,7 +98,8 @@ class Scheduler:
             for request in tuple(self.running):
                 if request.generates == generating and request.slot is not None and budget:
                     budget -= self._plan_chunk(plan, request, budget)
-        if not plan.preempted and (self._in_flight or not self.running):
+        served = not plan.preempted and len(plan.chunks) == len(self.running)  # else newcomers would take the budget
+        if served and (self._in_flight or not self.running):
             while self.waiting and self._free and budget:
                 request = self.waiting[0]
                 prefix = self.blocks.match(request.chain)
@@ -138,11 +139,11 @@ class Scheduler:
     def _chunk_size(self, pending: int, budget: int, request: RequestState) -> int:
         """How many of the pending tokens run now: all, or as many whole blocks as the budget takes.
 
-        Without chunked context a prompt runs whole; one that was preempted has grown, and may come in parts even so.
+        Without chunked context a prompt runs whole; one that was preempted or forked has grown, and may come in parts.
         """
         if pending <= budget:
             return pending
-        if not self._chunked and not request.preemptions:
+        if not self._chunked and request.total == len(request.prompt_ids):
             return 0
         return budget // self._unit * self._unit
 
@@ -172,12 +173,16 @@ class Scheduler:
         chunk = plan.chunks.pop(victim, None)
         lost = set(victim.chain.blocks)
         plan.copies = [(source, target) for source, target in plan.copies if target not in lost]
-        self.release(victim)
-        victim.past = 0
+        self.restart(victim)
         victim.preemptions += 1
-        self.add(victim)
         plan.preempted.append(victim)
         return len(chunk.token_ids) if chunk else 0
+
+    def restart(self, request: RequestState) -> None:
+        """Take a running request's slot and blocks; it waits again, to be computed anew from its tokens."""
+        self.release(request)
+        request.past = 0
+        self.add(request)
 
     def computed(self, request: RequestState, tokens: int) -> None:
         """So many more tokens of the request are in the cache."""
