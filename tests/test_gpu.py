@@ -5,6 +5,7 @@ import torch
 
 import trtlab
 from trtlab import tiny
+from trtlab.tiny.corpus import documents
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,3 +55,58 @@ def test_a_mixed_batch_on_cuda_equals_one_by_one(prompts):
         together = session.generate(prompts, params)
         alone = [session.generate(ids, params) for ids in prompts]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+
+
+def test_reused_forked_and_interrupted_requests_on_cuda_give_the_fresh_tokens(prompts):
+    params = trtlab.SamplingParams(max_new_tokens=40, ignore_eos=True)
+    with engine("float32", tokens_per_block=16).session(device="cuda") as session:
+        fresh = [session.generate(ids, params).token_ids for ids in prompts]
+        assert [session.generate(ids, params).token_ids for ids in prompts] == fresh
+        assert session.kv_cache.reused_tokens > 0
+        parent = session.submit(prompts[-1], params)
+        for _ in range(7):
+            session.step()
+        child = session.fork(parent)
+        assert session.kv_cache.shared > 0
+        assert child.result().token_ids == parent.result().token_ids == fresh[-1]
+    tight = trtlab.SessionConfig(max_tokens_in_paged_kv_cache=192, capacity_scheduler_policy="MAX_UTILIZATION")
+    with engine("float32", tokens_per_block=16).session(tight, device="cuda") as session:
+        assert session.kv_cache.pool.winner == "max_tokens_in_paged_kv_cache"
+        assert [answer.token_ids for answer in session.generate(prompts, params)] == fresh
+        assert any(event.preempted for event in session.events)
+
+
+def test_by_default_the_pool_takes_its_fraction_of_what_is_free():
+    config = trtlab.SessionConfig(kv_cache_free_gpu_memory_fraction=0.05)
+    with engine("bfloat16").session(config, device="cuda") as session:
+        pool = session.kv_cache.pool
+        assert pool.winner == "kv_cache_free_gpu_memory_fraction"
+        assert 0.049 * pool.free_bytes < pool.nbytes <= 0.05 * pool.free_bytes
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        {"kv_cache_quant_algo": "INT8", "kv_cache_scales": "split"},
+        {"kv_cache_quant_algo": "INT8", "kv_cache_scales": "per_head"},
+        {"kv_cache_quant_algo": "INT8", "kv_cache_scales": "merged"},
+        {"kv_cache_quant_algo": "FP8"},
+        {"quant_algo": "W8A16"},
+        {"quant_algo": "W4A16_AWQ"},
+        {"quant_algo": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"},
+        {"quant_algo": "FP8"},
+    ],
+    ids=lambda quant: "-".join(quant.values()),
+)
+def test_a_quantized_model_on_cuda_has_the_logits_of_the_cpu(quant, prompts):
+    texts = [document.text for document, _ in zip(documents(seed=0), range(4), strict=False)]
+    checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
+    quantized = checkpoint.quantize(trtlab.QuantConfig(**quant), calibration=texts)
+    bounds = trtlab.BuildConfig(max_seq_len=512, max_input_len=256, dtype="float32")
+    with quantized.build(bounds, plan=False) as built:
+        small = trtlab.SessionConfig(max_tokens_in_paged_kv_cache=4096)
+        with built.session(small, device="cuda") as there, built.session(device="cpu") as here:
+            for ids in prompts:
+                got, expected = there.logits(ids), here.logits(ids)
+                # a value on the edge of two integers may fall to either side
+                assert (got - expected).norm() / expected.norm() < 0.02

@@ -152,6 +152,8 @@ class TorchExecutor:
     def close(self) -> None:
         """See Executor."""
         self._weights, self._caches = [], []
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -169,8 +171,15 @@ def _pool(
         2 * len(rank.layers) * rank.kv_heads * config.head_size * build.tokens_per_block * itemsize  # K and V
         for rank, itemsize in zip(weights, stored, strict=True)
     )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return pool_size(build, session, block_bytes, free_bytes=free)
+    return pool_size(build, session, block_bytes, free_bytes=_free_bytes(device))
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What is left on a GPU, with what torch holds unused; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _cache(
