@@ -15,7 +15,7 @@ from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.fast import with_fast_kernels, with_large_laid_out
+from trtlab.ops.fast import laid_out, with_fast_kernels
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
@@ -94,7 +94,7 @@ class TorchExecutor:
                 for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
             }
             weights = rank_weights(config, mapping, rank, on_device)
-            weights = with_fast_kernels(weights) if fast else with_large_laid_out(weights)
+            weights = with_fast_kernels(weights) if fast else laid_out(weights)
             self._weights.append(weights)
         self.pool = _pool(config, build, session, self._weights, dtype, device)
         self._caches = [_cache(config, self.pool, weights, dtype, device) for weights in self._weights]

@@ -1,0 +1,162 @@
+"""Decoding with paged attention against torch's SDPA on contiguous K and V, and against copying, in one run on CUDA.
+
+python benchmarks/paged_attention.py [--tokens 1024 8192 32768 131072] [--batch 1 16] [--block 32] [--sweep]
+
+Llama 3 8B's attention (32 heads on 8 of K and V, head size 128, bfloat16), one new token a sequence, blocks shuffled.
+Calls go round several layers' pools, 512 MB of K and V at least, so that the L2 cache does not flatter. "graph" is a
+replayed CUDA graph of the calls, "call" the same from Python with its launches; both are medians a call. GB/s counts
+each byte of K and V once, "copy" is bytes read plus bytes written by a device-to-device copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from trtlab.ops.paged_triton import Plan, paged_attention, plan_of, split_count
+
+HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
+BEYOND_CACHE = 512 * 10**6  # bytes
+Call = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The same numbers twice for each of some layers: ``[batch, kv_heads, tokens, head_size]``, and in pools."""
+
+    tokens: int
+    batch: int
+    q: Tensor  # [batch, heads, head_size]
+    contiguous: list[tuple[Tensor, Tensor]]
+    pools: list[tuple[Tensor, Tensor]]
+    tables: list[Tensor]
+    pasts: Tensor
+    starts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V that one call must read."""
+        return 2 * self.contiguous[0][0].nbytes  # K and V
+
+    def paged(self, layer: int, plan: Plan | None = None) -> Tensor:
+        """Our kernel on one layer, ``[batch, heads * head_size]``."""
+        keys, values = self.pools[layer]
+        return paged_attention(
+            *(self.q, keys, values, self.tables[layer], self.pasts, self.starts), longest=self.tokens, most=1, plan=plan
+        )
+
+    def sdpa(self, layer: int) -> Tensor:
+        """Torch's own on the same numbers."""
+        mixed = scaled_dot_product_attention(self.q.unsqueeze(2), *self.contiguous[layer], enable_gqa=True)
+        return mixed.flatten(1)
+
+
+def setting(tokens: int, batch: int, block: int) -> Setting:
+    """Random K and V, enough layers of them, and their blocks in shuffled order."""
+    shape = (batch, KV_HEADS, tokens, HEAD_SIZE)
+    layers = -(-BEYOND_CACHE // (2 * batch * KV_HEADS * tokens * HEAD_SIZE * 2))  # K and V, bytes of bfloat16
+    contiguous = [(normal(*shape), normal(*shape)) for _ in range(layers)]
+    orders = [torch.randperm(batch * tokens // block, device="cuda") for _ in range(layers)]
+    pools = [(paged(k, block, order), paged(v, block, order)) for (k, v), order in zip(contiguous, orders, strict=True)]
+    tables = [order.int().view(batch, tokens // block) for order in orders]
+    pasts = torch.full((batch,), tokens - 1, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    return Setting(tokens, batch, normal(batch, HEADS, HEAD_SIZE), contiguous, pools, tables, pasts, starts)
+
+
+def normal(*shape: int) -> Tensor:
+    """Normal numbers in bfloat16 on the device."""
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def paged(contiguous: Tensor, block: int, order: Tensor) -> Tensor:
+    """``[batch, kv_heads, tokens, head_size]`` to a pool whose block ``order[i]`` holds the i-th stretch."""
+    stretches = contiguous.transpose(0, 1).reshape(KV_HEADS, -1, block, HEAD_SIZE)
+    pool = torch.empty_like(stretches)
+    pool[:, order] = stretches
+    return pool
+
+
+def seconds(run: Callable[[], object], calls: int, repeats: int = 7) -> float:
+    """The median time of one of ``calls`` that ``run`` makes, by CUDA events after two warm-ups."""
+    times = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3 / calls)
+    return statistics.median(times[2:])
+
+
+def both_ways(call: Call, layers: int) -> tuple[float, float]:
+    """Seconds a call in a replayed graph, and called from Python, over every layer in turn, eight calls at least."""
+    order = [i % layers for i in range(max(8, layers))]
+    call(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in order:
+            call(layer)
+    return seconds(graph.replay, len(order)), seconds(lambda: [call(layer) for layer in order], len(order))
+
+
+def copy_rate(nbytes: int = 2**32) -> float:
+    """Bytes read plus bytes written, a second, by a large copy on the device."""
+    source, target = (torch.ones(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * nbytes / seconds(lambda: target.copy_(source), 1)
+
+
+def sweep(it: Setting) -> None:
+    """Print the times of other plans for this setting, the fastest first."""
+    keys, found = it.pools[0][0], []
+    chosen = plan_of(it.q, keys, it.batch, it.tokens, 1)
+    for rows, tile, warps, stages, resident in product((4, 16), (32, 64, 128), (4, 8), (3, 4), (1, 2, 3, 4)):
+        if 2 * tile * HEAD_SIZE * keys.element_size() * (stages - 1) * resident > 200_000:
+            continue
+        slots = resident * torch.cuda.get_device_properties(0).multi_processor_count
+        splits = split_count(it.batch * KV_HEADS, it.tokens // tile, slots)
+        plan = replace(chosen, rows=rows, tile=tile, splits=splits, warps=warps, stages=stages)
+        found.append((both_ways(partial(it.paged, plan=plan), len(it.pools))[0], plan))
+    print(f"{it.tokens} tokens, batch {it.batch}; the choice is {chosen}")
+    for time, plan in sorted(found, key=lambda pair: pair[0])[:8]:
+        print(f"  {time * 1e6:9.1f} us  {it.nbytes / time / 1e9:6.0f} GB/s  {plan}")
+
+
+def main() -> None:
+    """Print one line for each length and batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--block", type=int, default=32, help="tokens a block")
+    parser.add_argument("--sweep", action="store_true", help="time other plans too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    copy = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.block} tokens a block")
+    print(f"copy: {copy / 1e9:.0f} GB/s read and written")
+    print("| tokens | batch | us paged, graph | call | us SDPA, graph | call | GB/s | of copy | max difference |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for batch, tokens in product(options.batch, options.tokens):
+        it = setting(tokens, batch, options.block)
+        far = max((it.paged(i).float() - it.sdpa(i).float()).abs().max().item() for i in range(min(4, len(it.pools))))
+        ours, theirs = both_ways(it.paged, len(it.pools)), both_ways(it.sdpa, len(it.pools))
+        rate = it.nbytes / ours[0]
+        times = " | ".join(f"{time * 1e6:.1f}" for time in (*ours, *theirs))
+        print(f"| {tokens} | {batch} | {times} | {rate / 1e9:.0f} | {rate / copy:.0%} | {far:.1g} |", flush=True)
+        if options.sweep:
+            sweep(it)
+        del it
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
