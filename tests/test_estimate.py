@@ -16,8 +16,8 @@ from trtlab.errors import ConfigError, EngineError
 from trtlab.estimate import estimate, op_table
 from trtlab.model.formats import WEIGHT_FORMATS
 from trtlab.model.weights import tensor_specs
-from trtlab.ops.table import Span
 from trtlab.ops.paged import PagedCache
+from trtlab.ops.table import Span
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.published import BANDWIDTH, GIB, SHAPES
 

@@ -60,8 +60,9 @@ HOMES = {
     "anywidget": (),
     "plotly": (),
     "IPython": (),
+    "triton": ("ops.paged_triton",),
 }
-LAZY = {"transformers", "modelopt", "tokenizers", *HOMES}
+LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {"triton"}  # kernels are made as their file is imported
 
 
 def module_name(path: Path) -> str:

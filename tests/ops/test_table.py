@@ -22,8 +22,8 @@ from trtlab.lazy import held
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights, tensor_specs
-from trtlab.ops.table import Span, TableOps
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.table import Span, TableOps
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.parallel.shard import EmbeddingLayout, shard

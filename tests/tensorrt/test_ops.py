@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Norm
-from trtlab.ops.protocol import Ops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
+from trtlab.ops.protocol import Ops
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.runtime.executor import Chunk
