@@ -17,7 +17,7 @@ import torch
 
 from trtlab.config import SamplingParams
 from trtlab.display.card import Shown
-from trtlab.errors import ConfigError
+from trtlab.errors import ConfigError, RequestError
 from trtlab.progress import progress
 from trtlab.session import Session
 
@@ -135,11 +135,14 @@ def _measure(
     times = []
     try:
         for run in range(warm_up + num_runs):
+            session.kv_cache.clear()  # every run computes its prompts
             seconds = timed(lambda: session.generate(prompts, params))
             bar.update(1)
             if run >= warm_up:
                 times.append(seconds)
-    except torch.cuda.OutOfMemoryError:
+    except RequestError as error:
+        if not isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+            raise
         times = []
     ordered = sorted(times)
     mean = sum(times) / len(times) if times else math.nan
@@ -211,7 +214,11 @@ def against_transformers(
             ids, attention_mask=mask, max_new_tokens=outputs, do_sample=False, eos_token_id=None, pad_token_id=0
         )
 
-    rounds = [(timed(lambda: session.generate(prompts, params)), timed(theirs)) for _ in range(num_runs + 1)]
+    def ours() -> None:
+        session.kv_cache.clear()  # every run computes its prompts
+        session.generate(prompts, params)
+
+    rounds = [(timed(ours), timed(theirs)) for _ in range(num_runs + 1)]
     return Duel(
         f"batch {batch_size}, {inputs} tokens in, {outputs} out, greedy",
         batch_size * outputs,
