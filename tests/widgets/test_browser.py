@@ -24,6 +24,36 @@ from trtlab.widgets import ScaleExplorer
 quant = QuantConfig("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8")
 explorer = ScaleExplorer(Checkpoint.from_hugging_face(llama_dir()).quantize(quant, calibration=list(EXAMPLES)))
 explorer"""
+BLOCKS = """\
+from trtlab import BuildConfig, Checkpoint, SamplingParams, SessionConfig
+from trtlab.tiny import EXAMPLES, llama_dir
+from trtlab.widgets import KVBlocks
+bounds = BuildConfig(max_batch_size=4, max_input_len=64, max_seq_len=128, tokens_per_block=8)
+engine = Checkpoint.from_hugging_face(llama_dir()).build(bounds, plan=False)
+session = engine.session(SessionConfig(max_tokens_in_paged_kv_cache=384), backend="torch")
+blocks, started = KVBlocks(session), False
+blocks"""
+# Run again, it starts requests and leaves them to the event loop; it always tells what is chosen.
+READ_BLOCKS = """\
+import asyncio
+if started and not session.events:
+    async def answer(prompt):
+        async for _ in session.submit(prompt, SamplingParams(max_new_tokens=24, ignore_eos=True)):
+            await asyncio.sleep(0.02)
+    tasks = [asyncio.create_task(answer(prompt)) for prompt in EXAMPLES[:6]]
+chosen = blocks.selection
+started = True
+print("chosen:", chosen.step, chosen.block.number, chosen.block.owners, chosen.filled, repr(chosen.text))"""
+# Every title that the picture gets from now on.
+RECORD = """() => {
+    window.titles = [];
+    const look = () => {
+        const now = document.querySelector('.js-plotly-plot .gtitle')?.textContent;
+        if (now && now !== window.titles.at(-1)) window.titles.push(now);
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
 READ_SCALES = "print(explorer.recipe, explorer.shown.value)"
 READ = 'print("chosen:", layers.selected, len(layers.selection), layers.step.value, layers.amount.value)'
 # One step of the slider that has the focus, and the time until the picture has other numbers.
@@ -78,6 +108,12 @@ def click_bar(page, name):
     )
 
 
+def click_block(page, number):
+    place = page.locator(".barlayer .trace").first.locator(".point path").nth(number).bounding_box()
+    page.mouse.click(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+    page.wait_for_function(f"document.querySelector('.widget-html-content').textContent.includes('block {number}')")
+
+
 def test_a_click_on_a_bar_is_read_from_python(open_notebook, tmp_path):
     page = open_notebook(write(tmp_path / "engine_layers.ipynb", ENGINE, READ), run=True)
     page.wait_for_selector(".js-plotly-plot .gtitle")
@@ -126,6 +162,34 @@ def test_the_alpha_slider_changes_picture_and_recipe(open_notebook, tmp_path):
     assert "kv_cache_scales='merged'" in recipe
     assert "exclude_modules=('transformer.layers.3.mlp.proj',)" in recipe
     page.screenshot(path=tmp_path / "after.png")
+
+
+def test_blocks_fill_while_tokens_come_and_every_step_can_be_read(open_notebook, tmp_path):
+    page = open_notebook(write(tmp_path / "kv_blocks.ipynb", BLOCKS, READ_BLOCKS), run=True, height=1200)
+    page.wait_for_selector(".js-plotly-plot .gtitle")
+    page.evaluate(RECORD)
+    page.wait_for_function("""() => {
+        const plot = document.querySelector('.js-plotly-plot');
+        return plot.querySelector('.main-svg').getBoundingClientRect().width === plot.clientWidth;
+    }""")
+    assert "chosen: None 0 () 0" in read_selection(page)
+    page.wait_for_function("titles.length > 1 && titles.at(-1).startsWith('Now: 0 of 48')")
+    titles = page.evaluate("titles")
+    print(len(titles), "pictures of 48 steps")  # other work on the machine counts too
+    assert any(title.startswith("Now: ") and " 0 of " not in title for title in titles), "the picture is live"
+
+    page.locator(".widget-slider .noUi-handle").first.focus()
+    page.wait_for_function("document.querySelector('.widget-html-content').textContent.includes('0 running')")
+    while not title(page).startswith("After step 30"):
+        before = title(page)
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function("title => document.querySelector('.gtitle').textContent !== title", arg=before)
+    labels = page.locator(".textpoint text").all_text_contents()
+    assert {label for label in labels if label.strip()} == {"5", "6"}
+    click_block(page, labels.index("6"))
+    assert "After step 30" in title(page)
+    page.screenshot(path=tmp_path / "after.png")
+    assert f"chosen: 30 {labels.index('6')} (6,) 8 'One " in read_selection(page)
 
 
 def test_a_reloaded_page_keeps_the_picture(open_notebook, tmp_path):

@@ -1,0 +1,274 @@
+"""The pool of KV blocks as a map, live and step by step: move the slider, click on a block, read both from Python."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import plotly.graph_objects as go
+from ipywidgets import HTML, HBox, IntSlider, Label, Play, ToggleButton, VBox, link
+
+from trtlab.display.card import Card, Table, bar
+from trtlab.display.render import html
+from trtlab.errors import ConfigError
+from trtlab.runtime.events import Block, StepEvent
+from trtlab.session import Session
+
+from .kv_figure import KvView, block_words, change, ids_text, kv_figure, label, moving, title
+from .kv_moment import DRAWN, History, cells, history, moment_after, moment_now
+from .kv_panels import BARS, TRACES
+from .live import Dashboard, remember
+from .width import Width
+
+REFRESH_S = 0.1  # between two pictures at least
+REST = 9  # times as long as a picture took, until the next one: at most a tenth of the time goes to pictures
+PLAY_MS = 400  # a step
+LISTED, STILL = 8, 16  # lines, and blocks a line, of the still view
+CACHED, FREE = "▨", "·"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the reader chose: a block as it was after ``step`` (None: as it is now), its filled places, its text."""
+
+    step: int | None
+    block: Block
+    filled: int
+    text: str
+
+
+class KVBlocks(Dashboard):
+    """Shows a session's KV blocks: whose they are, what is shared, what is kept for reuse, now or after any step.
+
+    The slider ``step`` goes through the steps that ``session.events`` keeps; at its right end, where it begins, it
+    stands for now, and with ``live`` on the picture follows while the session runs, in cells or in tasks, at most ten
+    times a second. A click on a block chooses it, a click on a bar its step; ``show`` chooses from Python, and
+    ``selection`` is what is chosen. Of a pool with more than 512 blocks those are drawn that were ever used.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._lock = threading.RLock()
+        self._chosen = 0
+        self._ever_used: set[int] = set()
+        self._seen = -1  # the last step that _ever_used knows
+        self._settling = False  # the slider moves because the session went on
+        self._texts = lru_cache(maxsize=8192)(self._text)
+        self.step = IntSlider(0, 0, 0, readout=False, layout={"width": "420px"})
+        self.live = ToggleButton(True, description="live", tooltip="follow while the session runs")
+        self.live.layout.width = "80px"
+        self._play = Play(0, 0, 0, interval=PLAY_MS, show_repeat=False)
+        self._when = Label(layout={"width": "170px"})
+        self._steps = history(())
+        self._view = self._looked()
+        self._moving = moving(self._view)
+        self.figure = go.FigureWidget(kv_figure(self._view))
+        self._details = HTML()
+        self._details.add_class("jp-RenderedHTMLCommon")
+        controls = HBox([Label("step", layout={"width": "40px"}), self._play, self.step, self._when, self.live])
+        self._width = Width()
+        self.view = VBox([controls, self._width, self.figure, self._details])
+        self._observe()
+        self.refresh()
+
+    @property
+    def selection(self) -> Selection:
+        """The chosen block, after the chosen step."""
+        self.refresh()
+        moment = self._view.moment
+        block = moment.block(self._chosen)
+        return Selection(moment.step, block, moment.filled.get(block.number, 0), self._texts(block.token_ids))
+
+    def show(self, *, step: int | None = None, block: int | None = None) -> None:
+        """Choose a step (-1 is now), a block, or both; ConfigError for what there is not."""
+        with self._lock:
+            self.refresh()
+            first, now = self.step.min, self.step.max
+            if step is not None and step != -1 and not first <= step < now:
+                kept = f"{first} to {now - 1}" if now > first else "none yet"
+                raise ConfigError("there is no such step", got=step, expected=f"{kept}, or -1 for now")
+            if block is not None and not 0 <= block < self._view.num_blocks:
+                raise ConfigError("there is no such block", got=block, expected=f"0 to {self._view.num_blocks - 1}")
+            if step is not None:
+                self.step.value = now if step == -1 else step
+            if block is not None:
+                self._chosen = block
+            self._show()
+
+    def refresh(self) -> None:
+        """Show what the session did since; ``live`` does it by itself."""
+        with self._lock:
+            events = list(self.session.events)
+            if events:
+                self._move_slider(events[0].step, events[-1].step + 1)
+            if self._view.num_blocks > DRAWN:  # else all are drawn
+                fresh = events[max(0, self._seen + 1 - events[0].step) :] if events else []
+                self._ever_used.update(block.number for event in fresh for block in event.blocks)
+                self._seen = events[-1].step if events else -1
+            self._steps = history(events)
+            self._show()
+
+    def _move_slider(self, first: int, now: int) -> None:
+        at_end, self._settling = self.step.value >= self.step.max, True
+        for control in (self.step, self._play):
+            control.max, control.min = now, first
+        if at_end:
+            self.step.value = now
+        self._settling = False
+
+    def card(self) -> Card:
+        """See Dashboard: the map in letters, and the steps."""
+        self.refresh()
+        heads = ("block", *(f"+{column}" for column in range(STILL)))
+        lines = [self._view.cells[start : start + STILL] for start in range(0, len(self._view.cells), STILL)]
+        rows = [
+            (f"{line[0][0]:,}", *(_sign(self._view, cell) for cell in line), *[""] * (STILL - len(line)))
+            for line in lines[:LISTED]
+        ]
+        more = f"; {len(lines) - LISTED} more lines" if len(lines) > LISTED else ""
+        words = f"the number of its request, {CACHED} cached for reuse, {FREE} free{more}"
+        tables = (Table(heads, tuple(rows), words), _steps_table(self._view.history))
+        return Card(f"KVBlocks · {title(self._view)}", tables=tables if self._view.history.used else tables[:1])
+
+    def __repr__(self) -> str:
+        self.refresh()
+        return f"KVBlocks({title(self._view)}; block {self._chosen}: {self._words()})"
+
+    def _observe(self) -> None:
+        link((self._play, "value"), (self.step, "value"))
+        self.step.observe(self._show, "value")
+        self.live.observe(self._follow, "value")
+        self._width.observe(self._fit, "width")
+        self.figure.data[0].on_click(self._click_block)
+        for name, trace in zip(TRACES, self.figure.data, strict=True):
+            if name in BARS:
+                trace.on_click(self._click_step)
+        self._follow()
+
+    def _fit(self, _: object) -> None:
+        with self._lock:
+            self.figure.layout.width = self._width.width
+            remember(self.figure)
+
+    def _click_block(self, _: object, points: Any, __: object) -> None:
+        if points.point_inds:
+            with self._lock:
+                self._chosen = self._view.cells[points.point_inds[0]][0]
+                self._show()
+
+    def _click_step(self, _: object, points: Any, __: object) -> None:
+        if points.point_inds:
+            self.step.value = min(self._view.history.last(points.point_inds[0]), self.step.max - 1)
+
+    def _follow(self, _: object = None) -> None:
+        self._watcher = threading.Thread(target=self._watch, name="trtlab-kv-blocks", daemon=True)
+        if self.live.value:
+            self._watcher.start()
+
+    def _watch(self) -> None:
+        """Look for news until the session ends or ``live`` is switched off; a step never waits for it."""
+        shown, rest = self._signs(), REFRESH_S
+        while self._watcher is threading.current_thread():
+            closed = self.session.closed
+            if (now := self._signs()) != shown:
+                start = time.perf_counter()
+                self.refresh()
+                shown, rest = now, max(REFRESH_S, REST * (time.perf_counter() - start))
+            if closed:
+                return
+            time.sleep(rest)
+
+    def _signs(self) -> tuple[int, ...]:
+        """Numbers that change when there is something new to see."""
+        events, cache = self.session.events, self.session.kv_cache
+        return (events[-1].step if len(events) else -1, cache.used, cache.cached, self.session.running)
+
+    def _show(self, _: object = None) -> None:
+        with self._lock:
+            if self._settling:
+                return
+            self._view = self._looked()
+            now = moving(self._view)
+            change(self.figure, now, self._moving)
+            remember(self.figure)
+            self._moving = now
+            step = self._view.moment.step
+            self._when.value = f"after step {step:,}" if step is not None else "now"
+            self._details.value = html(self._details_card())
+
+    def _looked(self) -> KvView:
+        cache, events, at = self.session.kv_cache, self.session.events, self.step.value
+        total, size = cache.pool.num_blocks, cache.pool.tokens_per_block
+        if at >= self.step.max:
+            moment = moment_now(cache, range(total) if total <= DRAWN else sorted(self._ever_used))
+        else:
+            moment = moment_after(events, at - events[0].step, size)
+        drawn = cells(total, {*self._ever_used, *moment.blocks, self._chosen})
+        return KvView(total, size, drawn, moment, self._steps, self._chosen, self._texts)
+
+    def _text(self, token_ids: tuple[int, ...]) -> str:
+        if not token_ids or self.session.engine.tokenizer_dir is None:
+            return ids_text(token_ids)
+        return self.session.decode(token_ids)
+
+    def _words(self) -> str:
+        moment = self._view.moment
+        block = moment.block(self._chosen)
+        return block_words(block, moment.filled.get(block.number, 0), self._view.tokens_per_block)
+
+    def _details_card(self) -> Card:
+        block = self._view.moment.block(self._chosen)
+        facts = [(f"block {block.number}", self._words())]
+        if block.token_ids:
+            facts += [("its tokens", repr(self._texts(block.token_ids)))]
+        step = self._view.moment.step
+        if step is None:
+            facts += [("requests", f"{self.session.running} running, {self.session.waiting} waiting")]
+            return Card("Now", tuple(facts))
+        event = self.session.events[step - self.session.events[0].step]
+        return Card(f"Step {step:,}", (*facts, *_step_facts(event)))
+
+
+def _step_facts(event: StepEvent) -> list[tuple[str, str]]:
+    """What a step did, for whom."""
+    work = [
+        f"request {work.request}: {work.tokens} after {work.past}" + ("" if work.generated else ", its prompt goes on")
+        for work in event.work[:LISTED]
+    ]
+    work += [f"and {len(event.work) - LISTED} more requests"] if len(event.work) > LISTED else []
+    facts = [
+        ("tokens computed", f"{event.tokens}: {'; '.join(work)}"),
+        ("admitted", ", ".join(f"{a.request} ({a.reused_tokens} tokens reused)" for a in event.admitted)),
+        ("preempted", ", ".join(map(str, event.preempted))),
+        ("finished", ", ".join(f"{finish.request} ({finish.reason})" for finish in event.finished)),
+        ("waiting", ", ".join(map(str, event.waiting))),
+    ]
+    return [(name, words) for name, words in facts if words]
+
+
+def _sign(view: KvView, cell: range) -> str:
+    """A cell of the still map: the request, how full an open block is, or what else it is."""
+    if len(cell) > 1:
+        taken = [view.moment.blocks[number] for number in cell if number in view.moment.blocks]
+        return f"{sum(bool(block.owners) for block in taken)}/{len(cell)}" if taken else FREE
+    block = view.moment.block(cell[0])
+    if not block.owners:
+        return CACHED if block.cached else FREE
+    filled = view.moment.filled.get(block.number, 0)
+    return label(block) + (f" ({filled}/{view.tokens_per_block})" if filled < view.tokens_per_block else "")
+
+
+def _steps_table(steps: History) -> Table:
+    """At most LISTED bars of the history, the last one among them."""
+    last = len(steps.used) - 1
+    chosen = sorted({round(last * place / (LISTED - 1)) for place in range(LISTED)}) if last >= 0 else []
+    most = max(max(steps.used, default=0), 1)
+    rows = tuple(
+        (f"{steps.last(i):,}", f"{steps.used[i]:,}", bar(steps.used[i] / most), f"{steps.cached[i]:,}",
+         f"{steps.computed[i]:,}", f"{steps.reused[i]:,}")
+        for i in chosen
+    )  # fmt: skip
+    return Table((" after step", " in use", "", " cached", " tokens computed", " reused"), rows)
