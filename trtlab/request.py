@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Executor as Thread
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from trtlab.display.card import Shown
 from trtlab.errors import RequestError
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request import RequestState
 from trtlab.runtime.streaming import TextStream
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,13 +87,11 @@ class Request(Shown):
     def stream(self) -> Iterator[str]:
         """The answer's text from where it was last read, as it comes. Raises what ended the request, if it failed."""
         self._require_text()
-        while True:
-            done = self.done
-            if piece := self._take():
+        last = False
+        while not last:
+            piece, last = self._next_piece()
+            if piece:
                 yield piece
-            if done:
-                break
-            self._advance()
         self._raise_error()
 
     def result(self) -> Completion:
@@ -106,13 +106,11 @@ class Request(Shown):
 
     async def _pieces(self) -> AsyncIterator[str]:
         self._require_text()
-        while True:
-            done = self.done
-            if piece := self._take():
+        last = False
+        while not last:
+            piece, last = await self._aside(self._next_piece)
+            if piece:
                 yield piece
-            if done:
-                break
-            await asyncio.get_running_loop().run_in_executor(self._thread(), self._advance)
         self._raise_error()
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -120,11 +118,26 @@ class Request(Shown):
 
     async def _wait(self) -> Completion:
         while not self.done:
-            await asyncio.get_running_loop().run_in_executor(self._thread(), self._advance)
-        return self._completion()
+            await self._aside(self._advance)
+        return await self._aside(self._completion)
 
     def __await__(self) -> Generator[Any, None, Completion]:
         return self._wait().__await__()
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Run it in the session's thread: whatever takes the lock may wait for a step, and an event loop must not."""
+        if self._loop.closed:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._thread(), work)
+
+    def _next_piece(self) -> tuple[str, bool]:
+        """The text that can be read now, after a step if there is none; and whether it was the last."""
+        with self._loop.lock:
+            piece = self._take()
+            if not piece and not self.done:
+                self._advance()
+                piece = self._take()
+            return piece, self.done
 
     def _advance(self) -> None:
         """Run a step, unless one that ran meanwhile has ended the request."""

@@ -77,7 +77,7 @@ class BlockManager:
     @property
     def shared(self) -> int:
         """Blocks in use by more than one request."""
-        return sum(len(owners) > 1 for owners in self._owners.values())
+        return sum(len(owners) > 1 for owners in tuple(self._owners.values()))  # a reader may be another thread
 
     def required(self, tokens: int) -> int:
         """Blocks that so many tokens take."""
@@ -178,7 +178,7 @@ class BlockManager:
 
     def chains(self) -> tuple[Chain, ...]:
         """All chains, by request."""
-        return tuple(self._chains[owner] for owner in sorted(self._chains))
+        return tuple(chain for _, chain in sorted(self._chains.items()))
 
     def changes(self) -> tuple[Block, ...]:
         """The blocks that changed hands or content since the last call, as they are now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,18 +95,21 @@ class EventLog(Shown, Sequence[StepEvent]):
         self._kept = kept
         self._events: deque[StepEvent] = deque()
         self._before: dict[int, Block] = {}
+        self._lock = threading.Lock()  # steps may run in another thread than the reader's
 
     def append(self, event: StepEvent) -> None:
         """One more step."""
-        self._events.append(event)
-        while len(self._events) > self._kept:
-            _apply(self._before, self._events.popleft())
+        with self._lock:
+            self._events.append(event)
+            while len(self._events) > self._kept:
+                _apply(self._before, self._events.popleft())
 
     def blocks_after(self, index: int) -> dict[int, Block]:
         """All blocks that are not free, by number, as they were after the event at ``index``."""
-        state = dict(self._before)
-        for number in range(range(len(self))[index] + 1):
-            _apply(state, self._events[number])
+        with self._lock:
+            state, events = dict(self._before), tuple(self._events)
+        for event in events[: range(len(events))[index] + 1]:
+            _apply(state, event)
         return state
 
     @overload
@@ -119,7 +123,7 @@ class EventLog(Shown, Sequence[StepEvent]):
         return len(self._events)
 
     def __iter__(self) -> Iterator[StepEvent]:
-        return iter(self._events)
+        return iter(tuple(self._events))
 
 
 def _apply(state: dict[int, Block], event: StepEvent) -> None:
