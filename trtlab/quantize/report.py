@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.display.card import Card, Shown, Table, bar, card, size
@@ -84,8 +83,7 @@ def report_linears(layer: Layer, result: QuantizedLayer) -> list[Row]:
 def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
     weight = typed_linear(layer, result, linear)
     expected, got = _outputs(layer, result, linear, weight)
-    noise = float((expected - got).square().sum())
-    signal = float(expected.square().sum())
+    signal, noise, power, both = _products(expected, got)
     own = [tensor for name, tensor in result.tensors.items() if name.startswith(f"{linear}.")]
     s = result.smoothing.get(linear)
     seen = None if layer.statistics is None else layer.statistics.input_of(linear).amax
@@ -96,7 +94,7 @@ def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
         scale_median=float(scale.median()),
         scale_max=float(scale.max()),
         snr_db=10 * math.log10(signal / noise) if signal and noise else math.inf,
-        cosine=float(F.cosine_similarity(expected.flatten(), got.flatten(), dim=0)),
+        cosine=both / math.sqrt(signal * power) if signal and power else 0.0,
         saturation=_saturation(weight),
         outliers_before=None if seen is None else outlier_ratio(seen),
         outliers_after=None if seen is None else outlier_ratio(seen if s is None else seen / s),
@@ -104,6 +102,12 @@ def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
         bytes_before=layer.weight(linear).numel() * layer.config.torch_dtype.itemsize,
         bytes_after=sum(tensor.nbytes for tensor in own),
     )
+
+
+def _products(expected: Tensor, got: Tensor) -> tuple[float, float, float, float]:
+    """Sums of squares of what was expected, of the error and of what came out; and of expected times got."""
+    error, a, b = (expected - got).flatten(), expected.flatten(), got.flatten()
+    return float(a @ a), float(error @ error), float(b @ b), float(a @ b)
 
 
 def outlier_ratio(channels: Tensor) -> float:
@@ -146,9 +150,7 @@ def _scale(weight: Quantized) -> Tensor:
 
 def _saturation(weight: Quantized) -> float:
     numbers, end = stored_numbers(weight)
-    if isinstance(weight, Float8Linear):
-        return float((numbers.abs() == end).float().mean())
-    return float(((numbers >= end) | (numbers <= -end)).float().mean())
+    return float(numbers.float().abs().ge_(end).mean())
 
 
 def stored_numbers(weight: Quantized) -> tuple[Tensor, float]:
