@@ -99,7 +99,9 @@ def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: in
     print(f"decoding at batch 1, {torch.get_num_threads()} threads: float32 {new_tokens / slow:.1f} tokens/s")
     for algorithm, pairs in rounds.items():
         ratio = median(float32 / fast for float32, fast in pairs)
-        print(f"{algorithm:12} {new_tokens / median(fast for _, fast in pairs):6.1f} tokens/s, {ratio:.2f} times float32")
+        print(
+            f"{algorithm:12} {new_tokens / median(fast for _, fast in pairs):6.1f} tokens/s, {ratio:.2f} times float32"
+        )
 
 
 def main() -> None:
@@ -109,7 +111,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("calibration", "decode"))
-    parser.add_argument("--measured", nargs=4, metavar=("FOLDER", "SIDE", "ALGORITHM", "TARGET"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measured", nargs=4, metavar=("FOLDER", "SIDE", "ALGORITHM", "TARGET"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.measured:
         folder, side, algorithm, target = options.measured

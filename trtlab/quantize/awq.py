@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from trtlab.quantize.fp8 import float8_scale
-from trtlab.quantize.layer import InputStatistics, Layer, QuantizedLayer
-from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, dequantize, pack_int4, positive, to_int
+from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, Layer, QuantizedLayer
+from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.smoothquant import SITES
 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
 CACHED = 2**18  # elements of a weight whose errors are found together: 1 MiB
-GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together; of those left of them only one triangle is
 
 
 def group_scales(weight: Tensor, group_size: int) -> ToOriginal:

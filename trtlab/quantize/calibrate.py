@@ -17,13 +17,12 @@ from trtlab.model.specs import layer_name
 from trtlab.model.weights import Linear, ModelWeights, layer_weights
 from trtlab.ops.torch import NewTokens, PackedBatch, SlotCache, TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.quantize.layer import InputStatistics, LayerStatistics
+from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, LayerStatistics
 from trtlab.quantize.primitives import all_finite, amax
 from trtlab.quantize.recipes import INPUT_OF
 from trtlab.quantize.texts import TextBatch
 
 CPU = torch.device("cpu")
-GRAM_BLOCK = 384  # columns of a symmetric matrix that are computed together
 
 
 class ObservingOps(TorchOps):

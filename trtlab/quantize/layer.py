@@ -13,6 +13,8 @@ from trtlab.model.specs import layer_name
 from trtlab.quantize.primitives import all_finite
 from trtlab.quantize.recipes import INPUT_OF, LINEARS
 
+GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together: it is symmetric, one triangle of blocks will do
+
 
 @dataclass(frozen=True)
 class InputStatistics:
