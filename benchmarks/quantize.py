@@ -1,9 +1,10 @@
-"""Quantization of a random LLaMA of 160 M against ModelOpt, and what its integers gain when it decodes on a CPU.
+"""Quantization of a random LLaMA of 160 M against ModelOpt, peaks as predicted and measured, and decoding on a CPU.
 
-python benchmarks/quantize.py [--texts 16] [--tokens 256] [--runs 3] [--only calibration|decode]
+python benchmarks/quantize.py [--texts 8] [--tokens 256] [--runs 3] [--only calibration|peak|decode]
 
 Calibration goes from one folder to another on both sides, on the same token ids, each in a process of its own (Linux),
-by turns; ModelOpt is ``pip install "trtlab[modelopt]"``. Decoding is greedy at batch 1, its kernels take turns too.
+by turns; ModelOpt is ``pip install "trtlab[modelopt]"``. Decoding is greedy at batch 1 from a prompt of one token, so
+that every step is one of generation; its kernels take turns too.
 """
 
 from __future__ import annotations
@@ -26,26 +27,47 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trtlab
 from trtlab.bench import random_prompts, timed
+from trtlab.display.card import size
+from trtlab.lazy import LazyTensor
+from trtlab.model.weights import tensor_specs
+from trtlab.published import SHAPES
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
+from trtlab.quantize.peak import Peak, predict
+from trtlab.quantize.texts import batches
 
 ALGORITHMS = ("W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "FP8", "W4A16_AWQ")
 NEAREST = {"W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "W8A8_SQ_PER_CHANNEL"}  # what ModelOpt has for it
+MEASURED = ("W8A8_SQ_PER_CHANNEL", "FP8")  # peaks; AWQ's search would take minutes at this width
 DECODED = ("W8A16", "W4A16", "W4A16_AWQ")
+WIDE = trtlab.ModelConfig(
+    architecture="LlamaForCausalLM",
+    dtype="bfloat16",
+    vocab_size=32000,
+    hidden_size=2048,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_size=128,
+    intermediate_size=5504,
+    max_position_embeddings=2048,
+)  # 640 MB, of which a block in float32 is 200
 
 
 def calibrate(folder: Path, side: str, algorithm: str, target: str) -> None:
     """The measured process: prints seconds, and the peak above what its imports hold."""
     quant = trtlab.QuantConfig(quant_algo=algorithm)
-    rows = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    rows = json.loads(folder.with_name("calibration.json").read_text(encoding="utf-8"))
     if side == "modelopt":
         check_modelopt(quant)  # imports it
     before = memory("VmRSS")
     start = time.perf_counter()
-    checkpoint = trtlab.Checkpoint.from_hugging_face(folder)
-    if side == "modelopt":
+    if side == "wide":
+        trtlab.Checkpoint.load(folder).quantize(quant, calibration=rows, output_dir=target)
+    elif side == "modelopt":
+        checkpoint = trtlab.Checkpoint.from_hugging_face(folder)
         export_with_modelopt(folder, checkpoint.config, quant, rows, Path(target))
     else:
-        checkpoint.quantize(quant, calibration=rows, output_dir=target)
+        trtlab.Checkpoint.from_hugging_face(folder).quantize(quant, calibration=rows, output_dir=target)
     print()
     print(json.dumps([time.perf_counter() - start, memory("VmHWM") - before]))
 
@@ -76,10 +98,38 @@ def _figures(measurements: Sequence[tuple[float, float]]) -> str:
     return f"{seconds:6.1f} s {peak / 2**20:6.0f} MiB"
 
 
+def predicted(config: trtlab.ModelConfig, algorithm: str, rows: Sequence[Sequence[int]]) -> Peak:
+    """What a quantization to a folder says before it starts; no weight is read."""
+    tensors = {
+        name: LazyTensor(spec.shape, config.torch_dtype, lambda: torch.empty(0))
+        for name, spec in tensor_specs(config).items()
+    }
+    quant = trtlab.QuantConfig(quant_algo=algorithm)
+    return predict(config.replace(quantization=quant), tensors, batches(rows), in_memory=False)
+
+
+def compare_peaks(folder: Path, rows: list[list[int]]) -> None:
+    """Print predicted and measured peaks of a model of some hundred MB, and the prediction for 70 B parameters."""
+    weights = {n: (torch.randn(s.shape) * 0.02).to(torch.bfloat16) for n, s in tensor_specs(WIDE).items()}
+    trtlab.Checkpoint.from_weights(WIDE, weights).save(folder / "wide")
+    del weights
+    for algorithm in MEASURED:
+        told = predicted(WIDE, algorithm, rows).total
+        _, peak = measured(folder / "wide", "wide", algorithm)
+        print(f"{algorithm:36} peak predicted {size(told)}, measured {size(peak)}: {peak / told:.2f}", flush=True)
+    large = predicted(SHAPES["LLaMA-2-70B"], "FP8", [[0] * 512] * 512)
+    print(
+        f"LLaMA-2-70B to FP8 on 512 texts of 512 tokens: {large.total / 1e9:.0f} GB predicted, of which hidden states"
+    )
+    print(
+        f"{large.hidden / 1e9:.0f} GB; the whole model in both forms, the usual way, takes {large.usual / 1e9:.0f} GB"
+    )
+
+
 def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: int, new_tokens: int) -> None:
     """Print tokens per second in float32 and with the fast kernels, and the median of the ratios, by turns."""
     bounds = trtlab.BuildConfig(max_batch_size=1, max_input_len=64, max_seq_len=128)
-    prompt = random_prompts(checkpoint.config.vocab_size, 1, 32)[0]
+    prompt = random_prompts(checkpoint.config.vocab_size, 1, 1)[0]
     params = trtlab.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     plain = checkpoint.build(bounds, plan=False).session(backend="torch", device="cpu")
     sessions = {}
@@ -107,10 +157,10 @@ def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: in
 def main() -> None:
     """Write the model and the token ids once, then race."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", choices=("calibration", "decode"))
+    parser.add_argument("--only", choices=("calibration", "peak", "decode"))
     parser.add_argument(
         "--measured", nargs=4, metavar=("FOLDER", "SIDE", "ALGORITHM", "TARGET"), help=argparse.SUPPRESS
     )
@@ -120,17 +170,19 @@ def main() -> None:
         calibrate(Path(folder), side, algorithm, target)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name) / "model"
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**RANDOM_160M)).save_pretrained(folder)
         rows = random_prompts(RANDOM_160M["vocab_size"], options.texts, options.tokens)
-        (folder / "calibration.json").write_text(json.dumps(rows), encoding="utf-8")
-        if options.only != "decode":
+        folder.with_name("calibration.json").write_text(json.dumps(rows), encoding="utf-8")
+        if options.only in (None, "calibration"):
             print(f"quantizing 162 M parameters on {options.texts} texts of {options.tokens} tokens")
             if find_spec("modelopt") is None:
                 sys.exit('the other side is missing: pip install "trtlab[modelopt]"')
             race_calibration(folder, options.runs)
-        if options.only != "calibration":
+        if options.only in (None, "peak"):
+            compare_peaks(Path(name), rows)
+        if options.only in (None, "decode"):
             race_decoding(trtlab.Checkpoint.from_hugging_face(folder), rows, max(5, options.runs), 32)
 
 

@@ -15,7 +15,7 @@ from trtlab.ops.quantized import linear as run_linear
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import FLOAT8_MAX, dequantize
+from trtlab.quantize.primitives import FLOAT8_MAX, INT8, dequantize
 from trtlab.quantize.recipes import NORM_BEFORE
 
 
@@ -234,4 +234,19 @@ def _kv_table(report: QuantizationReport) -> Table:
         )
         for row in report.caches
     )
-    return Table((" layer", " K scale", " V scale", " K bits used", " V bits used"), rows, "KV cache")
+    heads = (" layer", " K scale", " V scale", " K bits used", " V bits used")
+    return Table(heads, rows, _kv_caption(report))
+
+
+def _kv_caption(report: QuantizationReport) -> str:
+    """What the columns of bits mean under the report's scales; of the merged one, why it is the worst."""
+    used = [row.v_bits for row in report.caches if row.v_bits is not None]
+    if not used:
+        return "KV cache"
+    full = effective_bits(1.0, 1.0 / INT8.high)
+    if report.config.kv_cache_scales != "merged":
+        return f"KV cache: of {full:.2f} bits that INT8 has"
+    return (
+        "KV cache: one scale reaches as far as the largest of Q, K and V before rotary, and Q is never cached: "
+        f"V uses {min(used):.2f} to {max(used):.2f} of {full:.2f} bits; kv_cache_scales='split' gives it all of them"
+    )
