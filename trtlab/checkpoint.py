@@ -26,11 +26,13 @@ from trtlab.errors import CheckpointError, ConfigError
 from trtlab.files import TensorFile, replacing, write_safetensors
 from trtlab.lazy import LazyTensor, held
 from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
+from trtlab.parallel.comm import on_rank_zero
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
+from trtlab.quantize.report_file import REPORT, read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
@@ -95,17 +97,12 @@ class Checkpoint(Shown):
         """Open a folder that ``save`` or TensorRT-LLM wrote: all ranks put together lazily, or one rank's own."""
         folder = Path(ckpt_dir)
         stored = read_checkpoint(folder, rank)
-        kind = QuantizedCheckpoint if stored.config.quantization.active else Checkpoint
-        return kind(
-            stored.config,
-            stored.tensors,
-            str(stored.provenance.get("source", f"checkpoint {folder.name}")),
-            find_tokenizer(folder),
-            stored.mapping,
-            stored.layout,
-            rank,
-            folder,
-        )
+        source = str(stored.provenance.get("source", f"checkpoint {folder.name}"))
+        parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
+        quant = stored.config.quantization
+        if not quant.active:
+            return Checkpoint(*parts, rank, folder)
+        return QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, quant))
 
     def save(
         self,
@@ -150,25 +147,40 @@ class Checkpoint(Shown):
         """A quantized checkpoint; this one does not change. ``calibration`` is texts (or token ids) to observe.
 
         With ``output_dir`` each block is written as it is done, so that memory holds one block in both forms; the
-        predicted peak is printed first. Raises QuantizeError for texts that are missing, superfluous or useless and
-        for a model that is quantized already; then nothing is written.
+        predicted peak is printed first; when mpirun started several processes and all call this, rank 0 writes, and
+        the others wait and open the folder. Raises QuantizeError for texts that are missing, superfluous or useless
+        and for a model that is quantized already; then nothing is written.
         """
         self.require_whole("quantized")
-        tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
-        quantization = prepare(self.config, self.tensors, tokenizer, quant_config, calibration)
-        print(quantization.peak(in_memory=output_dir is None))
         if output_dir is None:
+            quantization = self._prepare(quant_config, calibration, in_memory=True)
             tensors: dict[str, LazyTensor] = {}
             report = quantization.run(tensors.__setitem__)
             return QuantizedCheckpoint(
                 quantization.config, tensors, self.source, self.tokenizer_dir, report=report, made_by=quantization
             )
-        folder, config, alone = Path(output_dir), quantization.config, Mapping()
+        folder, made = Path(output_dir), list[QuantizedCheckpoint]()
+
+        def write() -> None:
+            made.append(self._quantize_to(folder, self._prepare(quant_config, calibration, in_memory=False)))
+
+        on_rank_zero(write)
+        return made[0] if made else QuantizedCheckpoint.load(folder)
+
+    def _prepare(self, quant_config: QuantConfig, calibration: Texts | None, *, in_memory: bool) -> Quantization:
+        tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
+        quantization = prepare(self.config, self.tensors, tokenizer, quant_config, calibration)
+        print(quantization.peak(in_memory=in_memory))
+        return quantization
+
+    def _quantize_to(self, folder: Path, quantization: Quantization) -> QuantizedCheckpoint:
+        config, alone = quantization.config, Mapping()
         with self._writing(folder, config, alone, shared_where_possible(config, alone)) as scratch:
             specs = tensor_specs(config)
             shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
             with TensorFile(scratch / rank_file(0), shapes) as file:
                 report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
+            write_report(scratch, report)
         return dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
 
     def build(
@@ -214,8 +226,8 @@ class Checkpoint(Shown):
 class QuantizedCheckpoint(Checkpoint):
     """A checkpoint with quantized linears, a quantized KV cache or both.
 
-    After ``quantize`` there are ``report``, and ``made_by``, which knows the source and the texts and can be asked
-    again; a folder keeps neither.
+    ``report`` is stored beside it, None where another tool wrote the folder. After ``quantize`` there is ``made_by``
+    too, which knows the source and the texts and can be asked again; a folder does not keep it.
     """
 
     report: QuantizationReport | None = None
@@ -228,6 +240,14 @@ class QuantizedCheckpoint(Checkpoint):
         if not isinstance(found, QuantizedCheckpoint):
             raise CheckpointError(f"{found.source} is not quantized", remedy="open it with Checkpoint.load()")
         return found
+
+    @contextlib.contextmanager
+    def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
+        """See Checkpoint; with the report."""
+        with super()._writing(folder, config, mapping, layout) as scratch:
+            if self.report is not None:
+                write_report(scratch, self.report)
+            yield scratch
 
     @classmethod
     def from_modelopt(
@@ -255,7 +275,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 
 def _is_ours(name: str) -> bool:
-    known = name in TOKENIZER_FILES or name == "config.json"
+    known = name in TOKENIZER_FILES or name in ("config.json", REPORT)
     return known or (name.startswith("rank") and name.endswith(".safetensors"))
 
 

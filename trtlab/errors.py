@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 
 class TrtlabError(Exception):
     """A mistake that the caller can mend.
@@ -16,6 +19,10 @@ class TrtlabError(Exception):
         self.expected = expected
         self.remedy = remedy
         super().__init__(what, got, expected, remedy)
+
+    def __reduce__(self) -> tuple[Callable[[str], TrtlabError], tuple[str]]:
+        """Pickle it whole, so that it can travel from one process to another."""
+        return partial(type(self), got=self.got, expected=self.expected, remedy=self.remedy), (self.what,)
 
     def __str__(self) -> str:
         parts = [self.what]

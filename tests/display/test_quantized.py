@@ -26,7 +26,11 @@ def test_the_card_names_algorithms_bytes_and_the_noisiest_linears(quantized):
     assert "<table>" in quantized._repr_html_()
 
 
-def test_a_loaded_checkpoint_says_that_it_has_no_report(quantized, tmp_path):
-    shown = repr(Checkpoint.load(quantized.save(tmp_path / "saved")))
-    assert "a folder does not keep it" in shown
+def test_a_loaded_checkpoint_shows_its_report_and_offers_what_works(quantized, tmp_path):
+    folder = quantized.save(tmp_path / "saved")
+    shown = repr(Checkpoint.load(folder))
+    assert quantized.report.worst(1)[0].name.removeprefix("transformer.") in shown
+    assert "checkpoint.report" in shown
     assert "ScaleExplorer" not in shown
+    (folder / "report.json").unlink()
+    assert "none: quantize() makes it" in repr(Checkpoint.load(folder))

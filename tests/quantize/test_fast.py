@@ -20,7 +20,7 @@ def random_weight(bits: int, rows: int, width: int, groups: int) -> WeightOnly:
 
 
 @pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 4), (4, 2)])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_packed_kernels_agree_with_the_reference_to_bfloat16(bits, groups, tokens):
     weight = random_weight(bits, 48, 256, groups)
     packed = _fast(weight)

@@ -49,6 +49,16 @@ def test_split_scales_use_more_bits_of_v_than_the_merged_one(checkpoint, texts):
     assert bits["per_head"] == pytest.approx([math.log2(255)] * 2)
 
 
+def test_the_report_says_what_a_merged_scale_costs_v(checkpoint, texts):
+    shown = {}
+    for scales in ("merged", "split"):
+        quant = QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales)
+        shown[scales] = repr(checkpoint.quantize(quant, calibration=texts).report)
+    assert "Q is never cached: V uses" in shown["merged"]
+    assert "kv_cache_scales='split'" in shown["merged"]
+    assert "of 7.99 bits that INT8 has" in shown["split"]
+
+
 def test_the_report_shows_itself_as_text_and_table(checkpoint, texts):
     quant = QuantConfig(quant_algo="W4A16_AWQ", group_size=64, kv_cache_quant_algo="INT8")
     report = checkpoint.quantize(quant, calibration=texts).report

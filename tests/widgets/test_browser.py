@@ -151,6 +151,7 @@ def test_the_alpha_slider_changes_picture_and_recipe(open_notebook, tmp_path):
     page.wait_for_function("document.querySelector('.widget-readout').textContent.includes('0.80')")
     page.wait_for_function("d => document.querySelectorAll('.scatterlayer .js-line')[1].getAttribute('d') !== d",
                            arg=before[0])  # fmt: skip
+    page.wait_for_function("document.querySelector('.widget-html-content').textContent.includes('smoothquant_val=0.8')")
     assert title(page) != before[1]
     assert "smoothquant_val=0.8" in read_selection(page)
 

@@ -29,15 +29,19 @@ def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
         ("excluded", ", ".join(quant.exclude_modules)),
         ("weights", f"{size(before)} before, {size(after)} now ({after / before:.0%})"),
         ("KV a token", f"{size(plain.kv_bytes_per_token)} before, {size(config.kv_bytes_per_token)} now"),
-        ("report", "" if report else "none: quantize() makes it, and a folder does not keep it"),
+        ("report", "" if report else "none: quantize() makes it"),
     ]
     return Card(
         f"Quantized checkpoint · {config.architecture} · {config.dtype}{part}",
         tuple((label, value) for label, value in facts if value),
         () if report is None or not report.linears else (_worst(report),),
-        next="checkpoint.report, trtlab.widgets.ScaleExplorer(checkpoint), checkpoint.build()"
-        if report
-        else "checkpoint.build()",
+        next=", ".join(
+            [
+                *(["checkpoint.report"] if report else []),
+                *(["trtlab.widgets.ScaleExplorer(checkpoint)"] if checkpoint.made_by else []),
+                "checkpoint.build()",
+            ]
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """Faster products on a CPU: large weights laid out once for oneDNN, and torch's packed kernels for weight-only ones.
 
-The first changes no number beyond the order of a sum and is always on. The second takes BF16 activations, never turns
-the integers back, and is opted into.
+The first changes no number beyond the order of a sum and is always on. The second takes BF16 activations and is opted
+into; of its integers only INT8 ones are turned back, where many tokens share the work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.model.quantized import WeightOnly, tensor_bytes
@@ -18,6 +19,7 @@ from trtlab.ops.quantized import linear
 
 INT4_GROUPS = (256, 128, 64, 32)  # what torch's kernel takes
 INT4_ROWS = 16  # it wants a multiple of so many outputs
+MANY = 32  # tokens; torch's INT8 kernel is made for few, and from here on turning the integers back costs less
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ def _packed(weight: PackedLinear, x: Tensor) -> Tensor:
         x = x * weight.prequant
     if weight.group_size:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.weight, weight.group_size, weight.scale)
-    else:
+    elif len(x) < MANY:
         y = torch.ops.aten._weight_int8pack_mm(x, weight.weight, weight.scale)
+    else:
+        wide = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        y = F.linear(x.to(wide), weight.weight.to(wide)).to(x.dtype) * weight.scale
     return y if weight.bias is None else y + weight.bias
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from trtlab.quantize.fp8 import float8_scale
-from trtlab.quantize.layer import InputStatistics, Layer, QuantizedLayer
-from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, dequantize, pack_int4, positive, to_int
+from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, Layer, QuantizedLayer
+from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.smoothquant import SITES
 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
+CACHED = 2**18  # elements of a weight whose errors are found together: 1 MiB
 
 
 def group_scales(weight: Tensor, group_size: int) -> ToOriginal:
@@ -46,18 +47,35 @@ def search_alpha(weight: Tensor, seen: InputStatistics, group_size: int) -> floa
     """The alpha of ALPHAS with the smallest mean squared output error.
 
     With the Gram matrix ``G`` of the inputs the error of every token together is ``sum(D G * D)``, where ``D`` is
-    the weight's error: no token is read again for any alpha.
+    the weight's error: no token is read again for any alpha. Some rows at a time, so that they stay in the caches.
     """
     assert seen.gram is not None, "AWQ calibration keeps the Gram matrix"
     w_mean = importance(weight, group_size)
-    losses: dict[float, float] = {}
-    for alpha in ALPHAS:
-        s = awq_scale(seen.mean, w_mean, alpha)
-        scaled = weight * s
-        scale = group_scales(scaled, group_size)
-        error = dequantize(int4_groups(scaled, scale), scale.value) / s - weight
-        losses[alpha] = float(((error @ seen.gram) * error).sum())
+    scales = {alpha: awq_scale(seen.mean, w_mean, alpha) for alpha in ALPHAS}
+    losses = dict.fromkeys(ALPHAS, 0.0)
+    for rows in torch.split(weight, max(1, CACHED // weight.shape[1])):
+        for alpha, s in scales.items():
+            losses[alpha] += _loss(_error(rows, s, group_size), seen.gram)
     return min(losses, key=losses.__getitem__)
+
+
+def _error(weight: Tensor, s: Tensor, group_size: int) -> Tensor:
+    """What rounding leaves of a weight that is multiplied by ``s`` and divided again ``[out, in]``."""
+    scaled = weight * s
+    scale = group_scales(scaled, group_size).value[..., None]  # [out, groups, 1]
+    grouped = by_group(scaled, scale.shape[1])  # a view
+    grouped.div_(scale).round_().clamp_(INT4.low, INT4.high).mul_(scale)
+    return scaled.div_(s).sub_(weight)
+
+
+def _loss(error: Tensor, gram: Tensor) -> float:
+    """``sum(error gram * error)`` of a symmetric ``gram``, whose upper blocks count twice: half the products."""
+    loss = 0.0
+    for start in range(0, error.shape[1], GRAM_BLOCK):
+        block = slice(start, start + GRAM_BLOCK)
+        product = (error[:, :start] @ gram[:start, block]).mul_(2).addmm_(error[:, block], gram[block, block])
+        loss += float(product.mul_(error[:, block]).sum())
+    return loss
 
 
 def quantize_layer(layer: Layer) -> QuantizedLayer:

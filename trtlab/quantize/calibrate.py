@@ -18,8 +18,8 @@ from trtlab.model.weights import Linear, ModelWeights, layer_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.quantize.layer import InputStatistics, LayerStatistics
-from trtlab.quantize.primitives import amax
+from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, LayerStatistics
+from trtlab.quantize.primitives import all_finite, amax
 from trtlab.quantize.recipes import INPUT_OF
 from trtlab.quantize.texts import TextBatch
 
@@ -87,7 +87,9 @@ class Recorder:
         seen.sample.append(x[self.batch.sampled].clone())
         if seen.gram is not None:
             weighted = x * shares.sqrt()[:, None]
-            seen.gram.addmm_(weighted.T, weighted)
+            for start in range(0, x.shape[1], GRAM_BLOCK):  # the upper triangle alone, see statistics()
+                block = slice(start, start + GRAM_BLOCK)
+                seen.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, weighted[:, block])
 
     def cached(self, k: Tensor, v: Tensor) -> None:
         """Keys and values ``[tokens, kv_heads, head_size]``."""
@@ -97,11 +99,21 @@ class Recorder:
     def statistics(self) -> LayerStatistics:
         """All that was seen of the layer."""
         assert self._keys is not None and self._values is not None, "a layer has attention"
+        for seen in self._inputs.values():
+            if seen.gram is not None:
+                _mirror(seen.gram)
         inputs = {
             linear: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
             for linear, seen in self._inputs.items()
         }
         return LayerStatistics(inputs, self._outputs, self._keys, self._values)
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy the blocks above the diagonal below it."""
+    for start in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
+        block = slice(start, start + GRAM_BLOCK)
+        gram[block, :start] = gram[:start, block].T
 
 
 def _larger(before: Tensor | None, now: Tensor) -> Tensor:
@@ -141,7 +153,7 @@ class Calibration:
             x = self.hidden[number]
             x = ops.add(x, attention(ops, heads, parts, 0, x))
             x = ops.add(x, mlp(ops, self._config, parts, x))
-            if not bool(torch.isfinite(x).all()):
+            if not all_finite(x):
                 raise QuantizeError(
                     f"the activations of layer {layer} hold NaN or infinity on the calibration texts",
                     remedy="check the source's weights and config: nothing was written",

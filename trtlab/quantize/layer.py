@@ -10,7 +10,10 @@ from torch import Tensor
 from trtlab.config import ModelConfig
 from trtlab.errors import QuantizeError
 from trtlab.model.specs import layer_name
+from trtlab.quantize.primitives import all_finite
 from trtlab.quantize.recipes import INPUT_OF, LINEARS
+
+GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together: it is symmetric, one triangle of blocks will do
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class QuantizedLayer:
 
 def require_finite(name: str, x: Tensor) -> None:
     """QuantizeError when a tensor holds NaN or infinity, which would poison every scale."""
-    if not bool(torch.isfinite(x).all()):
+    if not all_finite(x):
         bad = int((~torch.isfinite(x)).sum())
         raise QuantizeError(
             f"{name} holds {bad} values that are NaN or infinite",

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.display.card import Card, Shown, Table, bar, card, size
@@ -16,7 +15,7 @@ from trtlab.ops.quantized import linear as run_linear
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import FLOAT8_MAX, dequantize
+from trtlab.quantize.primitives import FLOAT8_MAX, INT8, dequantize
 from trtlab.quantize.recipes import NORM_BEFORE
 
 
@@ -84,8 +83,7 @@ def report_linears(layer: Layer, result: QuantizedLayer) -> list[Row]:
 def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
     weight = typed_linear(layer, result, linear)
     expected, got = _outputs(layer, result, linear, weight)
-    noise = float((expected - got).square().sum())
-    signal = float(expected.square().sum())
+    signal, noise, power, both = _products(expected, got)
     own = [tensor for name, tensor in result.tensors.items() if name.startswith(f"{linear}.")]
     s = result.smoothing.get(linear)
     seen = None if layer.statistics is None else layer.statistics.input_of(linear).amax
@@ -96,7 +94,7 @@ def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
         scale_median=float(scale.median()),
         scale_max=float(scale.max()),
         snr_db=10 * math.log10(signal / noise) if signal and noise else math.inf,
-        cosine=float(F.cosine_similarity(expected.flatten(), got.flatten(), dim=0)),
+        cosine=both / math.sqrt(signal * power) if signal and power else 0.0,
         saturation=_saturation(weight),
         outliers_before=None if seen is None else outlier_ratio(seen),
         outliers_after=None if seen is None else outlier_ratio(seen if s is None else seen / s),
@@ -104,6 +102,12 @@ def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
         bytes_before=layer.weight(linear).numel() * layer.config.torch_dtype.itemsize,
         bytes_after=sum(tensor.nbytes for tensor in own),
     )
+
+
+def _products(expected: Tensor, got: Tensor) -> tuple[float, float, float, float]:
+    """Sums of squares of what was expected, of the error and of what came out; and of expected times got."""
+    error, a, b = (expected - got).flatten(), expected.flatten(), got.flatten()
+    return float(a @ a), float(error @ error), float(b @ b), float(a @ b)
 
 
 def outlier_ratio(channels: Tensor) -> float:
@@ -146,9 +150,7 @@ def _scale(weight: Quantized) -> Tensor:
 
 def _saturation(weight: Quantized) -> float:
     numbers, end = stored_numbers(weight)
-    if isinstance(weight, Float8Linear):
-        return float((numbers.abs() == end).float().mean())
-    return float(((numbers >= end) | (numbers <= -end)).float().mean())
+    return float(numbers.float().abs().ge_(end).mean())
 
 
 def stored_numbers(weight: Quantized) -> tuple[Tensor, float]:
@@ -232,4 +234,19 @@ def _kv_table(report: QuantizationReport) -> Table:
         )
         for row in report.caches
     )
-    return Table((" layer", " K scale", " V scale", " K bits used", " V bits used"), rows, "KV cache")
+    heads = (" layer", " K scale", " V scale", " K bits used", " V bits used")
+    return Table(heads, rows, _kv_caption(report))
+
+
+def _kv_caption(report: QuantizationReport) -> str:
+    """What the columns of bits mean under the report's scales; of the merged one, why it is the worst."""
+    used = [row.v_bits for row in report.caches if row.v_bits is not None]
+    if not used:
+        return "KV cache"
+    full = effective_bits(1.0, 1.0 / INT8.high)
+    if report.config.kv_cache_scales != "merged":
+        return f"KV cache: of {full:.2f} bits that INT8 has"
+    return (
+        "KV cache: one scale reaches as far as the largest of Q, K and V before rotary, and Q is never cached: "
+        f"V uses {min(used):.2f} to {max(used):.2f} of {full:.2f} bits; kv_cache_scales='split' gives it all of them"
+    )

@@ -58,6 +58,7 @@ class Quantization:
                 self._hand_over(layer.index, wanted, result.tensors, sink)
                 rows += report_linears(layer, result)
                 kv_rows += report_kv(layer, result)
+                del layer, result  # before the next block is read
                 bar.update(1)
         for name in wanted:
             if not name.startswith("transformer.layers."):

@@ -103,6 +103,8 @@ def study(quantization: Quantization) -> Study:
             for scales, rows in caches.items():
                 tried = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
                 rows += report_kv(tried, quantize_layer(tried))
+                del tried
+            del layer  # before the next block is read
             bar.update(1)
     return Study(quant, tuple(linears), {scales: tuple(rows) for scales, rows in caches.items()})
 

@@ -1,0 +1,42 @@
+"""What a quantization says of its memory before it starts; benchmarks/quantize.py compares it with what it takes."""
+
+import gc
+import weakref
+
+import torch
+
+from trtlab import QuantConfig
+from trtlab.lazy import LazyTensor
+from trtlab.model.weights import tensor_specs
+from trtlab.published import SHAPES
+from trtlab.quantize.peak import predict
+from trtlab.quantize.run import Quantization
+from trtlab.quantize.texts import batches
+
+
+def test_70_billion_parameters_need_a_fraction_of_the_usual_210_gigabytes():
+    config = SHAPES["LLaMA-2-70B"]
+    tensors = {n: LazyTensor(s.shape, torch.float16, lambda: torch.empty(0)) for n, s in tensor_specs(config).items()}
+    fp8 = config.replace(quantization=QuantConfig("FP8"))
+    peak = predict(fp8, tensors, batches([[0] * 512] * 512), in_memory=False)
+    assert 200e9 < peak.usual < 212e9
+    assert peak.total < 25e9
+
+
+def test_one_block_is_let_go_before_the_next_is_read(checkpoint, texts, monkeypatch):
+    read, earlier = Quantization._read, []
+
+    def watched(self, *arguments):
+        gc.collect()
+        assert not [block for block in earlier if block() is not None]
+        layer = read(self, *arguments)
+        earlier.append(weakref.ref(layer.weights["mlp.fc.weight"]))
+        return layer
+
+    monkeypatch.setattr(Quantization, "_read", watched)
+    copied = {
+        name: LazyTensor(t.shape, t.dtype, lambda t=t: t.read().clone()) for name, t in checkpoint.tensors.items()
+    }
+    lazy = type(checkpoint)(checkpoint.config, copied, "copies")
+    lazy.quantize(QuantConfig("W8A8_SQ_PER_CHANNEL"), calibration=texts)
+    assert len(earlier) == 2

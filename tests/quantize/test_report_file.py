@@ -1,0 +1,66 @@
+"""The report beside a saved checkpoint: the same after a round trip, and not needed."""
+
+import json
+import math
+
+import pytest
+
+from trtlab import Checkpoint, CheckpointError, Mapping, QuantConfig
+from trtlab.quantize.report_file import REPORT, read_report, write_report
+
+from .conftest import EVERY_CONFIG
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint, texts):
+    return checkpoint.quantize(QuantConfig("W8A8_SQ_PER_TENSOR_PLUGIN", "INT8"), calibration=texts)
+
+
+@pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
+def test_every_report_comes_back_as_it_was(checkpoint, texts, tmp_path, algorithm, cache):
+    quant = QuantConfig(algorithm, cache, group_size=64)
+    made = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None, output_dir=tmp_path / "ckpt")
+    loaded = Checkpoint.load(tmp_path / "ckpt")
+    assert (loaded.report.linears, loaded.report.caches) == (made.report.linears, made.report.caches)
+    assert loaded.report.config == loaded.config.quantization
+    assert repr(loaded.report) == repr(made.report)
+
+
+def test_saving_keeps_it_for_every_split(quantized, tmp_path):
+    folder = quantized.save(tmp_path / "ckpt", mapping=Mapping(tp_size=2))
+    assert Checkpoint.load(folder).report == quantized.report
+    assert Checkpoint.load(folder, rank=1).report.worst(5) == quantized.report.worst(5)
+    again = Checkpoint.load(folder).save(tmp_path / "again")
+    assert Checkpoint.load(again).report == quantized.report
+
+
+def test_a_folder_without_it_loads(quantized, tmp_path):
+    folder = quantized.save(tmp_path / "ckpt")
+    (folder / REPORT).unlink()
+    assert Checkpoint.load(folder).report is None
+
+
+def test_an_exact_linear_keeps_its_infinite_ratio(quantized, tmp_path):
+    from dataclasses import replace
+
+    rows = tuple(replace(row, snr_db=math.inf) for row in quantized.report.linears)
+    write_report(tmp_path, replace(quantized.report, linears=rows))
+    assert read_report(tmp_path, quantized.report.config).linears == rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stored: stored.update(surprise=1),
+        lambda stored: stored.pop("caches"),
+        lambda stored: stored["linears"][0].update(surprise=1),
+        lambda stored: stored["linears"][0].pop("cosine"),
+    ],
+)
+def test_a_report_that_is_not_understood_is_refused_with_what_to_do(quantized, tmp_path, change):
+    folder = quantized.save(tmp_path / "ckpt")
+    stored = json.loads((folder / REPORT).read_text())
+    change(stored)
+    (folder / REPORT).write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="delete the file: the weights are whole without it"):
+        Checkpoint.load(folder)

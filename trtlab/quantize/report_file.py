@@ -1,0 +1,43 @@
+"""report.json beside a quantized checkpoint's config.json: what the report holds but for the recipe, which is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from trtlab.errors import CheckpointError
+from trtlab.files import read_json
+from trtlab.quantize.config import QuantConfig
+from trtlab.quantize.report import KvRow, QuantizationReport, Row
+
+REPORT = "report.json"
+REMEDY = "delete the file: the weights are whole without it"
+
+
+def write_report(folder: Path, report: QuantizationReport) -> None:
+    """Write the rows; a signal-to-noise ratio without noise is ``Infinity``, as Python's json has it."""
+    stored = {
+        "linears": [dataclasses.asdict(row) for row in report.linears],
+        "caches": [dataclasses.asdict(row) for row in report.caches],
+    }
+    (folder / REPORT).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def read_report(folder: Path, quant: QuantConfig) -> QuantizationReport | None:
+    """The report of a folder whose config.json says ``quant``, None where there is none.
+
+    Raises CheckpointError for a file with other fields than this version writes.
+    """
+    file = folder / REPORT
+    if not file.exists():
+        return None
+    stored = read_json(file, remedy=REMEDY)
+    try:
+        linears = tuple(Row(**row) for row in stored.pop("linears"))
+        caches = tuple(KvRow(**row) for row in stored.pop("caches"))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not understood: {error}", remedy=REMEDY) from error
+    if stored:
+        raise CheckpointError(f"{file} has unknown keys: {', '.join(sorted(stored))}", remedy=REMEDY)
+    return QuantizationReport(quant, linears, caches)
