@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtlab import SamplingParams
-from trtlab.runtime.request import Request
+from trtlab.runtime.request import RequestState
 from trtlab.runtime.sampler import filtered_probabilities, penalize, sample
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=40).map(torch.tensor)
@@ -60,8 +60,8 @@ def test_the_repetition_penalty_is_that_of_transformers(scores, seen, penalty):
     torch.testing.assert_close(penalize(scores, seen, penalty), expected)
 
 
-def request(**params) -> Request:
-    return Request((1, 2), SamplingParams(**params))
+def request(**params) -> RequestState:
+    return RequestState(1, (1, 2), SamplingParams(**params))
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 1}, {"temperature": 1e-40}])

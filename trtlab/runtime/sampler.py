@@ -13,8 +13,9 @@ def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, floa
     """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
     if all(r.params.greedy and not r.params.logprobs and r.params.repetition_penalty == 1 for r in requests):
         return [(token, None) for token in logits.argmax(-1).tolist()]
-    weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]  # a bad row shows here,
-    tokens = [_choose(row, request) for row, request in zip(weights, requests, strict=True)]  # before anyone draws
+    # A bad row shows in the weights of all, before anyone draws: a retry then draws what it would have drawn.
+    weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]
+    tokens = [_choose(row, request) for row, request in zip(weights, requests, strict=True)]
     return [
         (token, float(row.log_softmax(-1)[token]) if request.params.logprobs else None)
         for token, row, request in zip(tokens, logits, requests, strict=True)
