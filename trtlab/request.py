@@ -159,7 +159,7 @@ class Request(Shown):
     def _settle(self) -> str:
         if self._text is None:
             return ""
-        new = self.state.output_ids[self._read :]
+        new = self.state.token_ids[len(self.state.prompt_ids) + self._read :]
         self._read += len(new)
         piece = self._text.feed(new)
         if self.done:

@@ -84,7 +84,7 @@ def test_rows_of_one_step_each_follow_their_own_parameters():
 
 def test_the_penalty_counts_prompt_and_answer():
     asked = request(repetition_penalty=10.0)
-    asked.output_ids.append(3)
+    asked.token_ids.append(3)
     scores = torch.tensor([[0.5, 4.0, 3.0, 3.5]])
     assert sample(scores, [asked])[0][0] == 0
 

@@ -25,7 +25,7 @@ def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, floa
 def _weights(row: Tensor, request: RequestState) -> Tensor:
     """What the choice is made from, ``[vocab]``: scores of a greedy request, else probabilities."""
     params = request.params
-    scores = penalize(row, [*request.prompt_ids, *request.output_ids], params.repetition_penalty)
+    scores = penalize(row, request.token_ids, params.repetition_penalty)
     if params.greedy:
         return scores
     probabilities = filtered_probabilities(scores, params).cpu()
