@@ -20,7 +20,7 @@ export default {render};
 """
 
 
-class Width(anywidget.AnyWidget):  # type: ignore[misc]
+class Width(anywidget.AnyWidget):
     """Shows nothing; observe ``width``, in pixels, 0 until a page has shown it."""
 
     _esm = ASK

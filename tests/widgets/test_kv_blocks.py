@@ -328,6 +328,12 @@ def test_repr_and_still_view_are_short_and_deterministic(session, blocks):
     assert "0x" not in bundle["text/html"]
 
 
+def test_the_picture_is_as_wide_as_the_page_lets_it(blocks):
+    blocks._width.width = 640  # what the page sends
+    assert blocks.figure.layout.width == 640
+    assert blocks.figure._widget_layout["width"] == 640
+
+
 def test_an_empty_session_has_a_picture(session, blocks):
     assert trace(blocks, "labels").text == (" ",) * 40
     assert Moment(None, {}, {}).block(3) == Block(3)
