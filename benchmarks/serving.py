@@ -131,7 +131,7 @@ class NoModel:
 
 def overhead(config: trtlab.ModelConfig, running: int, steps: int = 400) -> float:
     """Microseconds a generation step takes beside the model: the median over ``steps``."""
-    build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=1024).resolve(
+    build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=2048).resolve(
         config
     )
     executor = NoModel(config, pool_size(build, trtlab.SessionConfig(), 1), build.seq_len, running)

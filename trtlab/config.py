@@ -42,7 +42,7 @@ OBSOLETE_BUILD_FLAGS = {
     "context_fmha": "TensorRT fuses attention where it can",
     "paged_kv_cache": "how K and V are stored belongs to the session, not to the plan",
     "use_paged_context_fmha": "prefill always reads what is cached, so chunked context needs no flag",
-    "use_inflight_batching": "the session's scheduler always batches in flight",
+    "use_inflight_batching": "batching belongs to the session: SessionConfig(batching_type=...)",
     "multi_block_mode": "a choice of the attention kernel at run time",
 }
 

@@ -276,6 +276,8 @@ def test_a_request_is_cancelled_once(bench):
         assert request.finish_reason == "cancelled" and request.error is None
         bed.loop.check_integrity()
     bed.check_empty()
+    last = bed.step()  # nothing runs, and still there is something to tell
+    assert {finish.request for finish in last.finished} == {1, 2} and not last.work and last.used == 0
     assert bed.step() is None
 
 
@@ -423,7 +425,8 @@ def test_the_view_of_the_cache_counts_what_a_plain_loop_counts(bench):
     assert view.used == 0 and view.tokens == 0 and view.fragmentation == 0.0 and view.cached == 8
     again = bed.submit(range(21), 6)
     bed.step()
-    assert again.reused == 20 and view.reused_tokens == 20 and view.short_prompts == 1
+    assert child.reused == 21 and again.reused == 20
+    assert view.reused_tokens == 21 + 20 and view.short_prompts == 1
     assert view.prompt_tokens == 21 + 3 + 22 + 21
     assert len(view.blocks) == 40 and sum(block.state == "cached" for block in view.blocks) == view.cached
     bed.run()

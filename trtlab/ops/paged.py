@@ -151,16 +151,17 @@ class PackedBatch:
         device: torch.device,
         kernel: Kernel | None = None,
     ) -> None:
-        singles = sum(s.length == 1 for s in sequences)
-        assert all(s.length == 1 for s in sequences[:singles]), "single tokens come first"
+        lengths = [s.length for s in sequences]
+        singles = lengths.count(1)
+        assert lengths[:singles] == [1] * singles, "single tokens come first"
         positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
         places = [p for s in sequences for p in tables.places(s.slot, s.past, s.past + s.length)]
-        self.positions, self.places = torch.tensor([positions, places]).to(device).unbind(0)  # [tokens] each
+        self.positions, self.places = torch.tensor(positions + places).to(device).chunk(2)  # [tokens] each
         self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
         self.sin = rotary.sin.index_select(0, self.positions)[:, None]
         self.last: Tensor | None = None  # [sequences]: the row of each request's last token, if not every row is one
         if singles < len(sequences):
-            self.last = torch.tensor([s.length for s in sequences]).cumsum(0).sub_(1).to(device)
+            self.last = torch.tensor(lengths).cumsum(0).sub_(1).to(device)
         self._parts: list[_Gathered | _InPlace] = []
         longer = sequences[singles:]
         for part in (sequences[:singles], *([[s] for s in longer] if kernel is None else [longer])):

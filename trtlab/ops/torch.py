@@ -50,11 +50,9 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: Norm) -> Tensor:
         """See Ops."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), weight.weight, weight.epsilon)
         wide = x.float()
-        scale = (wide * wide).mean(-1, keepdim=True).add_(weight.epsilon).rsqrt_()
-        return weight.weight * (wide * scale).to(x.dtype)
+        scale = wide.square().mean(-1, keepdim=True).add_(weight.epsilon).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(weight.weight)
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See Ops."""

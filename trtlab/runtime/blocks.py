@@ -123,6 +123,11 @@ class BlockManager:
         copied = index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) > 1
         return max(0, self.required(tokens) - len(chain.blocks)) + copied
 
+    def writable(self, chain: Chain, past: int) -> bool:
+        """Whether the next token has its place already, in a block of the chain alone."""
+        index = past // self.tokens_per_block
+        return index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) == 1
+
     def reserve(self, chain: Chain, past: int, tokens: int) -> list[tuple[int, int]] | None:
         """Make places ``past`` to ``tokens`` writable; gives the copies (source, target) that this takes.
 

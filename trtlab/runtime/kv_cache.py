@@ -94,7 +94,7 @@ class KvCache(Shown):
 
     @property
     def short_prompts(self) -> int:
-        """Requests that could not reuse anything: only whole blocks are shared, and theirs was never full."""
+        """Requests of one block or less, which can reuse nothing: only whole blocks are, and never the last token."""
         return self._scheduler.short_prompts
 
     def clear(self) -> int:

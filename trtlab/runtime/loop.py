@@ -113,7 +113,7 @@ class Loop:
                 self._stepping = False
                 while self._withdrawn:
                     self.cancel(self._withdrawn.pop())
-            if not plan.chunks:
+            if not plan.chunks and not self._finished:
                 return None
             event = self._event(plan, work, start)
             self.events.append(event)
@@ -179,14 +179,14 @@ class Loop:
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
         logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
-        ready = [row for row, (r, chunk) in enumerate(turns) if chunk.past + len(chunk.token_ids) == r.total]
+        ready = [row for row, (r, chunk) in enumerate(turns) if chunk.past + len(chunk.token_ids) == len(r.token_ids)]
         chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
         for request, chunk in turns:  # only now: up to here a failed step left no trace
             self.scheduler.computed(request, len(chunk.token_ids))
         for row, (token, logprob) in zip(ready, chosen, strict=True):
             self._accept(turns[row][0], token, logprob)
         last = set(ready)
-        return tuple(Work(r.number, c.past, len(c.token_ids), row in last) for row, (r, c) in enumerate(turns))
+        return tuple([Work(r.number, c.past, len(c.token_ids), row in last) for row, (r, c) in enumerate(turns)])
 
     def _accept(self, request: RequestState, token: int, logprob: float | None) -> None:
         request.accept(token, logprob)

@@ -35,10 +35,13 @@ class RequestState:
     finish_reason: str | None = None
     error: Exception | None = None
     generator: torch.Generator | None = None
+    plain: bool = field(init=False)  # its next token is the best one, and nothing else is asked
     token_ids: list[int] = field(init=False)
     chain: Chain = field(init=False)
 
     def __post_init__(self) -> None:
+        params = self.params
+        self.plain = params.greedy and not params.logprobs and params.repetition_penalty == 1
         self.token_ids = list(self.prompt_ids)
         self.chain = Chain(self.number, self.token_ids)
 

@@ -11,7 +11,7 @@ from trtlab.runtime.request import RequestState
 
 def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, float | None]]:
     """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
-    if all(r.params.greedy and not r.params.logprobs and r.params.repetition_penalty == 1 for r in requests):
+    if all(request.plain for request in requests):
         return [(token, None) for token in logits.argmax(-1).tolist()]
     # A bad row shows in the weights of all, before anyone draws: a retry then draws what it would have drawn.
     weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]

@@ -87,17 +87,17 @@ class Scheduler:
         if not self._has_room(needed):
             return False
         self.blocks.fork(parent.chain, child.chain, parent.past)
-        child.past = parent.past
+        child.past = child.reused = parent.past
         self._seat(child)
         return True
 
     def next(self) -> Plan:
         """The next step: those that generate first, then prompts under way, then new requests; each in order of key."""
         plan, budget = Plan(), self._max_num_tokens
-        for generating in (True, False):
-            for request in tuple(self.running):
-                if request.generates == generating and request.slot is not None and budget:
-                    budget -= self._plan_chunk(plan, request, budget)
+        generating = [request for request in self.running if request.generates]
+        for request in (*generating, *(request for request in self.running if not request.generates)):
+            if request.slot is not None and budget:  # it may have lost its slot to one before it
+                budget -= self._plan_chunk(plan, request, budget)
         served = not plan.preempted and len(plan.chunks) == len(self.running)  # else newcomers would take the budget
         if served and (self._in_flight or not self.running):
             while self.waiting and self._free and budget:
@@ -116,6 +116,9 @@ class Scheduler:
     def _plan_chunk(self, plan: Plan, request: RequestState, budget: int) -> int:
         """Put the request's next tokens into the plan, at the cost of later requests' blocks if need be."""
         past = request.past
+        if request.generates and request.slot is not None and self.blocks.writable(request.chain, past):
+            plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past:])
+            return 1
         tokens = self._chunk_size(request.total - past, budget, request)
         if not tokens:
             return 0
@@ -187,7 +190,8 @@ class Scheduler:
     def computed(self, request: RequestState, tokens: int) -> None:
         """So many more tokens of the request are in the cache."""
         request.past += tokens
-        self.blocks.commit(request.chain, request.past)
+        if request.past // self.blocks.tokens_per_block > request.chain.committed:
+            self.blocks.commit(request.chain, request.past)
 
     def release(self, request: RequestState) -> None:
         """Take a request out, running or waiting, and free its slot and blocks."""
