@@ -168,7 +168,9 @@ class SessionConfig:
     ``enable_block_reuse`` keeps the blocks of finished requests for prompts with the same beginning.
     ``enable_chunked_context`` splits a prompt longer than ``max_num_tokens``. ``capacity_scheduler_policy`` lets a
     request join when its longest end is sure to fit (GUARANTEED_NO_EVICT), or at once, at the risk that one is
-    interrupted and computed again (MAX_UTILIZATION). ``batching_type`` STATIC closes a batch until all of it is done.
+    interrupted and computed again (MAX_UTILIZATION). ``batching_type``
+    STATIC closes a batch until all of it is done and computes the rows of those that have ended for nothing, as
+    ``transformers.generate`` does.
     ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
     several times the speed, with answers that may differ from one kind of processor to another. ``events_kept`` is how
     many of the last steps ``session.events`` holds.

@@ -185,7 +185,7 @@ class Bench:
         assert self.loop.events[-1] is event
         if self.size <= self.budget:
             for work in event.work:
-                assert work.generated or work.tokens % self.size == 0, f"{work} ends within a block"
+                assert work.generated or work.wasted or work.tokens % self.size == 0, f"{work} ends within a block"
         return event
 
     def run(self, most: int = 10_000) -> int:

@@ -23,6 +23,7 @@ class Bed:
         self.blocks = BlockManager(num_blocks, size, enable_reuse=reuse)
         self.scheduler = Scheduler(self.blocks, tables, max_batch_size=batch, max_num_tokens=budget, **kind)
         self.batch, self.budget, self.size = batch, budget, size
+        self.in_flight = kind.get("in_flight", True)
         self.numbers = itertools.count(1)
         self.steps = 0
         self.finished = {}  # request: the step
@@ -43,7 +44,10 @@ class Bed:
         assert plan.chunks or not self.scheduler.waiting
         assert sum(len(chunk.token_ids) for chunk in plan.chunks.values()) <= self.budget
         assert len(plan.chunks) <= self.batch
-        for request, chunk in plan.chunks.items():
+        spent = {request: chunk for request, chunk in plan.chunks.items() if request in self.finished}
+        assert all(len(chunk.token_ids) == 1 for chunk in spent.values()) and not (spent and self.in_flight)
+        work = {request: chunk for request, chunk in plan.chunks.items() if request not in spent}
+        for request, chunk in work.items():
             assert chunk.slot == request.slot and chunk.past == request.past
             end = chunk.past + len(chunk.token_ids)
             assert list(chunk.token_ids) == request.token_ids[chunk.past : end]
@@ -56,7 +60,7 @@ class Bed:
                 self.finished[request] = self.steps
         self.scheduler.check_integrity()
         self.steps += 1
-        return {request: len(chunk.token_ids) for request, chunk in plan.chunks.items()}
+        return {request: len(chunk.token_ids) for request, chunk in work.items()}
 
     def until(self, *requests, most=500):
         for _ in range(most):
@@ -251,6 +255,8 @@ def test_static_batching_takes_nobody_until_all_are_done():
     third = bed.add(3, 2)
     while second not in bed.finished:
         assert third not in bed.step()
+        assert first in bed.finished and set(bed.plan.chunks) == {first, second}  # its row is computed for nothing
+    assert not bed.scheduler.spent and first.slot is None
     assert third in bed.step() and bed.finished[first] < bed.finished[second]
 
 

@@ -150,7 +150,13 @@ ENDS = {
 def step_event_card(event: StepEvent) -> Card:
     """One step: every request's share."""
     rows = tuple(
-        (f"request {w.request}", str(w.past), str(w.tokens), "a token" if w.generated else "") for w in event.work
+        (
+            f"request {w.request}",
+            str(w.past),
+            str(w.tokens),
+            "a token" if w.generated else "nothing" if w.wasted else "",
+        )
+        for w in event.work
     )
     return Card(
         f"Step {event.step} · {event.tokens} tokens of {len(event.work)} requests",

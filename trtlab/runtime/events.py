@@ -32,12 +32,16 @@ class Block:
 
 
 class Work(NamedTuple):
-    """One request's share of a step: ``tokens`` computed after ``past`` cached ones; ``generated`` a token or not."""
+    """One request's share of a step: ``tokens`` computed after ``past`` cached ones; ``generated`` a token or not.
+
+    ``wasted`` marks a row of a closed batch that is computed although its request has ended.
+    """
 
     request: int
     past: int
     tokens: int
     generated: bool
+    wasted: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class KvCache(Shown):
 
     @property
     def held(self) -> dict[int, int]:
-        """Tokens whose K and V are cached, of each running request."""
-        return {request.number: request.past for request in self._scheduler.running}
+        """Tokens whose K and V are cached, of each request with a slot."""
+        return {request.number: request.past for request in (*self._scheduler.running, *self._scheduler.spent)}
 
     @property
     def tokens(self) -> int:

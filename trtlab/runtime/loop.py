@@ -179,14 +179,19 @@ class Loop:
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
         logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
-        ready = [row for row, (r, chunk) in enumerate(turns) if chunk.past + len(chunk.token_ids) == len(r.token_ids)]
+        running = [row for row, (request, _) in enumerate(turns) if not request.done]
+        ready = [row for row in running if turns[row][1].past + len(turns[row][1].token_ids) == turns[row][0].total]
         chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
-        for request, chunk in turns:  # only now: up to here a failed step left no trace
+        for row in running:  # only now: up to here a failed step left no trace
+            request, chunk = turns[row]
             self.scheduler.computed(request, len(chunk.token_ids))
         for row, (token, logprob) in zip(ready, chosen, strict=True):
             self._accept(turns[row][0], token, logprob)
         last = set(ready)
-        return tuple([Work(r.number, c.past, len(c.token_ids), row in last) for row, (r, c) in enumerate(turns)])
+        live = set(running)
+        return tuple(
+            [Work(r.number, c.past, len(c.token_ids), row in last, row not in live) for row, (r, c) in enumerate(turns)]
+        )
 
     def _accept(self, request: RequestState, token: int, logprob: float | None) -> None:
         request.accept(token, logprob)
@@ -201,6 +206,8 @@ class Loop:
             self._end(request, request.finish_reason)
 
     def _fail(self, request: RequestState, error: Exception) -> None:
+        if request.done:  # a spent row of a closed batch: nobody waits for it
+            return
         request.error = RequestError(
             f"request {request.number} failed in step {self._steps}: {type(error).__name__}: {error}",
             remedy="the other requests go on; the cause is attached",

@@ -34,7 +34,8 @@ class Scheduler:
     A step never runs more than ``max_batch_size`` requests or ``max_num_tokens`` tokens. A longer prompt is fed in
     chunks of whole blocks. With ``no_evict`` a request joins only when the pool can hold it and all that run to their
     longest ends; else it joins when its tokens fit now, and when the pool runs out the request that came last gives
-    its blocks back and is computed again later. With ``in_flight`` off a batch is closed until all of it is done.
+    its blocks back and is computed again later. With ``in_flight`` off a batch is closed until all of it is done: who
+    has ended keeps slot and blocks, and its row is computed for nothing, as in ``transformers.generate``.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         self._free = list(range(max_batch_size))  # a heap: low slots first keep the running ones together
         self.waiting: list[RequestState] = []  # by key
         self.running: list[RequestState] = []  # by key
+        self.spent: list[RequestState] = []  # ended, in a closed batch that has not
         self._seated: list[Admission] = []  # since the last plan
         self.prompt_tokens = self.reused_tokens = self.short_prompts = 0  # of all that were seated
 
@@ -98,6 +100,10 @@ class Scheduler:
         for request in (*generating, *(request for request in self.running if not request.generates)):
             if request.slot is not None and budget:  # it may have lost its slot to one before it
                 budget -= self._plan_chunk(plan, request, budget)
+        for request in self.spent[:budget]:  # the last token once more, at its own place
+            assert request.slot is not None, "a spent request keeps its slot"
+            last = request.past - 1
+            plan.chunks[request] = Chunk(request.slot, last, request.token_ids[last : last + 1])
         served = not plan.preempted and len(plan.chunks) == len(self.running)  # else newcomers would take the budget
         if served and (self._in_flight or not self.running):
             while self.waiting and self._free and budget:
@@ -125,6 +131,9 @@ class Scheduler:
         held = len(request.chain.blocks)
         freed = 0
         while (copies := self.blocks.reserve(request.chain, past, past + tokens)) is None:
+            if self.spent:
+                self._vacate(self.spent.pop())
+                continue
             assert not self._no_evict, "an admitted request always finds its blocks"
             victim = self.running[-1]
             freed += self._preempt(plan, victim)
@@ -183,7 +192,9 @@ class Scheduler:
 
     def restart(self, request: RequestState) -> None:
         """Take a running request's slot and blocks; it waits again, to be computed anew from its tokens."""
-        self.release(request)
+        self.running.remove(request)
+        self._vacate(request)
+        self._end_batch()
         request.past = 0
         self.add(request)
 
@@ -194,12 +205,24 @@ class Scheduler:
             self.blocks.commit(request.chain, request.past)
 
     def release(self, request: RequestState) -> None:
-        """Take a request out, running or waiting, and free its slot and blocks."""
+        """Take a request out, running or waiting. Slot and blocks are free; in a closed batch, when all have ended."""
         if request.slot is None:
             self.waiting.remove(request)
             return
         self.running.remove(request)
+        if self._in_flight or not request.past:
+            self._vacate(request)
+        else:
+            self.spent.append(request)
+        self._end_batch()
+
+    def _end_batch(self) -> None:
+        while self.spent and not self.running:
+            self._vacate(self.spent.pop())
+
+    def _vacate(self, request: RequestState) -> None:
         self.blocks.release(request.chain)
+        assert request.slot is not None, "who has blocks has a slot"
         heapq.heappush(self._free, request.slot)
         request.slot = None
 
@@ -229,11 +252,13 @@ class Scheduler:
         self.blocks.check_integrity()
         assert [r.key for r in self.running] == sorted(r.key for r in self.running), "running is in order"
         assert [r.key for r in self.waiting] == sorted(r.key for r in self.waiting), "waiting is in order"
-        slots = [r.slot for r in self.running]
+        seated = [*self.running, *self.spent]
+        slots = [r.slot for r in seated]
         assert None not in slots and not any(r.slot is not None for r in self.waiting), "who runs has a slot"
         assert len(set(slots) | set(self._free)) == len(slots) + len(self._free), (slots, self._free)
-        assert {c.owner for c in self.blocks.chains()} == {r.number for r in self.running}, "who runs has a chain"
-        for request in self.running:
+        assert {c.owner for c in self.blocks.chains()} == {r.number for r in seated}, "who runs has a chain"
+        assert self.running or not self.spent, "a batch that has ended is gone"
+        for request in seated:
             assert request.slot is not None
             assert request.past <= len(request.chain.blocks) * self.blocks.tokens_per_block, request
             assert self._tables.row(request.slot, len(request.chain.blocks)) == request.chain.blocks, request
