@@ -17,9 +17,8 @@ from torch import Tensor
 import trtlab
 from trtlab import tiny
 from trtlab.model.rope import rotary_table
-from trtlab.ops.paged import NewTokens, PackedBatch
 from trtlab.ops.torch import spread
-from trtlab.runtime.executor import StepInputs
+from trtlab.runtime.executor import StepInputs, pack, singles_first
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.pool import PoolSize, pool_size
 from trtlab.runtime.request import RequestState
@@ -116,10 +115,8 @@ class NoModel:
     def run(self, step: StepInputs) -> Tensor:
         """Inputs as for a model, logits of none."""
         assert step.tables is not None
-        order = sorted(range(len(step.chunks)), key=lambda i: len(step.chunks[i].token_ids) > 1)
-        chunks = [step.chunks[i] for i in order]
-        PackedBatch([NewTokens(c.slot, c.past, len(c.token_ids)) for c in chunks], self._rotary, step.tables, CPU)
-        torch.tensor([t for c in chunks for t in c.token_ids])
+        _, chunks = singles_first(step.chunks)
+        pack(chunks, self._rotary, step.tables, CPU)
         return self._logits[: len(chunks)]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -210,7 +210,7 @@ def test_slots_apart_lie_one_after_another():
     assert [whole.row(slot, 1) for slot in range(3)] == [[0], [1], [2]] and whole.tokens_per_block == 10
     parts = BlockTables.apart(2, 10, 4)
     assert [parts.row(slot, 3) for slot in range(2)] == [[0, 1, 2], [3, 4, 5]] and parts.run([0, 1], 3) == slice(0, 6)
-    assert parts.rows.tolist() == [[0, 1, 2], [3, 4, 5]] and parts.places(1, 3, 6) == [15, 16, 17]
+    assert parts.rows.tolist() == [[0, 1, 2], [3, 4, 5]] and [parts.place(1, at) for at in (3, 4, 5)] == [15, 16, 17]
 
 
 @given(

@@ -45,10 +45,10 @@ class BlockTables:
         """The first ``count`` blocks of a slot."""
         return self._lists[slot][:count]
 
-    def places(self, slot: int, start: int, stop: int) -> list[int]:
-        """Where a slot's tokens from ``start`` to ``stop`` lie in the pool: block times block size plus offset."""
-        row, size = self._lists[slot], self.tokens_per_block
-        return [row[position // size] * size + position % size for position in range(start, stop)]
+    def place(self, slot: int, position: int) -> int:
+        """Where a slot's token lies in the pool: block times block size plus offset."""
+        size = self.tokens_per_block
+        return self._lists[slot][position // size] * size + position % size
 
     def of(self, slots: Sequence[int], count: int) -> Tensor:
         """The first ``count`` blocks of some slots, ``[slots, count]``."""
@@ -139,8 +139,8 @@ class NewTokens(NamedTuple):
 class PackedBatch:
     """The tokens of several requests one after another: those with a single new token first, then the longer ones.
 
-    What is the same for all layers is worked out here, once a step. With a ``kernel`` attention reads the blocks where
-    they lie; without, it works on K and V gathered from them.
+    What is the same for all layers is worked out here, once a step; ``token_ids`` come along as a tensor. With a
+    ``kernel`` attention reads the blocks where they lie; without, it works on K and V gathered from them.
     """
 
     def __init__(
@@ -150,13 +150,20 @@ class PackedBatch:
         tables: BlockTables,
         device: torch.device,
         kernel: Kernel | None = None,
+        token_ids: Sequence[int] = (),
     ) -> None:
         lengths = [s.length for s in sequences]
         singles = lengths.count(1)
         assert lengths[:singles] == [1] * singles, "single tokens come first"
-        positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
-        places = [p for s in sequences for p in tables.places(s.slot, s.past, s.past + s.length)]
-        self.positions, self.places = torch.tensor(positions + places).to(device).chunk(2)  # [tokens] each
+        if singles == len(sequences):
+            positions = [s.past for s in sequences]
+            places = [tables.place(s.slot, s.past) for s in sequences]
+        else:
+            positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
+            places = [tables.place(s.slot, p) for s in sequences for p in range(s.past, s.past + s.length)]
+        rows = torch.tensor([*positions, *places, *token_ids]).to(device)  # one way to the device for all
+        count = len(positions)
+        self.positions, self.places, self.token_ids = rows[:count], rows[count : 2 * count], rows[2 * count :]
         self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
         self.sin = rotary.sin.index_select(0, self.positions)[:, None]
         self.last: Tensor | None = None  # [sequences]: the row of each request's last token, if not every row is one

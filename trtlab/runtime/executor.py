@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
-from trtlab.model.rope import rotary_table
+from trtlab.model.rope import RotaryTable, rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.fast import laid_out, with_fast_kernels
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
@@ -106,17 +106,14 @@ class TorchExecutor:
     @torch.inference_mode()
     def run(self, step: StepInputs) -> Tensor:
         """See Executor."""
-        order = sorted(range(len(step.chunks)), key=lambda i: len(step.chunks[i].token_ids) > 1)
-        chunks = [step.chunks[i] for i in order]
-        sequences = [NewTokens(c.slot, c.past, len(c.token_ids)) for c in chunks]
-        batch = PackedBatch(sequences, self._rotary, step.tables or self._apart, self._device, self._kernel)
-        tokens = torch.tensor([t for c in chunks for t in c.token_ids], device=self._device)
-        logits = self._forward(batch, tokens, step.every_token)
+        order, chunks = singles_first(step.chunks)
+        batch = pack(chunks, self._rotary, step.tables or self._apart, self._device, self._kernel)
+        logits = self._forward(batch, batch.token_ids, step.every_token)
         if order == sorted(order):
             return logits
         if not step.every_token:
             return logits[torch.tensor(order, device=self._device).argsort()]
-        parts = torch.split(logits, [s.length for s in sequences])
+        parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
         return torch.cat([parts[order.index(i)] for i in range(len(order))])
 
     @torch.inference_mode()
@@ -156,6 +153,29 @@ class TorchExecutor:
             torch.cuda.empty_cache()
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int], Sequence[Chunk]]:
+    """Chunks of one token, then the longer ones, and where each stood before."""
+    lengths = [len(chunk.token_ids) for chunk in chunks]
+    order = list(range(len(chunks)))
+    if max(lengths) == 1:
+        return order, chunks
+    order.sort(key=lambda i: lengths[i] > 1)
+    return order, [chunks[i] for i in order]
+
+
+def pack(
+    chunks: Sequence[Chunk],
+    rotary: RotaryTable,
+    tables: BlockTables,
+    device: torch.device,
+    kernel: Kernel | None = None,
+) -> PackedBatch:
+    """The inputs of a step, single tokens first."""
+    sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids in chunks]
+    token_ids = [token for chunk in chunks for token in chunk.token_ids]
+    return PackedBatch(sequences, rotary, tables, device, kernel, token_ids)
 
 
 def _pool(

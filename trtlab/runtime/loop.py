@@ -179,8 +179,9 @@ class Loop:
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
         logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
-        running = [row for row, (request, _) in enumerate(turns) if not request.done]
-        ready = [row for row in running if turns[row][1].past + len(turns[row][1].token_ids) == turns[row][0].total]
+        running = [row for row, (request, _) in enumerate(turns) if request.finish_reason is None]
+        ends = [past + len(token_ids) for _, (_, past, token_ids) in turns]
+        ready = [row for row in running if ends[row] == len(turns[row][0].token_ids)]
         chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
         for row in running:  # only now: up to here a failed step left no trace
             request, chunk = turns[row]
