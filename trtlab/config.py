@@ -172,8 +172,8 @@ class SessionConfig:
     STATIC closes a batch until all of it is done and computes the rows of those that have ended for nothing, as
     ``transformers.generate`` does.
     ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
-    several times the speed, with answers that may differ from one kind of processor to another. ``events_kept`` is how
-    many of the last steps ``session.events`` holds.
+    faster (benchmarks/README.md), with answers that may differ from one kind of processor to another.
+    ``events_kept`` is how many of the last steps ``session.events`` holds.
     """
 
     max_tokens_in_paged_kv_cache: int | None = None

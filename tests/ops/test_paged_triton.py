@@ -154,7 +154,7 @@ def test_any_number_of_tokens_a_block(block):
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 128])
 def test_the_number_of_splits_changes_nothing(splits):
-    from trtlab.ops.paged_triton import plan_of
+    from trtlab.ops.split_kv import plan_of
 
     for made in (case([0, 63, 64, 3000], [1, 1, 1, 1]), case([0, 200, 2500, 700], [130, 1, 20, 100])):
         plan = plan_of(made.q, made.keys, len(made.pasts), made.longest, max(made.news))
@@ -214,16 +214,3 @@ def test_offsets_beyond_32_bits():
     keys[:, first:], values[:, first:] = made.keys, made.values
     tables = torch.where(made.tables == GARBAGE, GARBAGE, made.tables + first)
     torch.testing.assert_close(replace(made, keys=keys, values=values, tables=tables).run(), made.run())
-
-
-def test_split_count_fills_the_device_once():
-    from trtlab.ops.paged_triton import split_count
-
-    assert 30 <= split_count(programs=8, tiles=2048, slots=264) <= 33
-    assert split_count(programs=128, tiles=2048, slots=264) == 2
-    assert split_count(programs=4096, tiles=2048, slots=264) == 1
-    assert split_count(programs=300, tiles=2048, slots=264, room=1) == 1
-    assert split_count(programs=64, tiles=128, slots=132, merge=8) == 2
-    assert split_count(programs=32, tiles=4, slots=132, merge=4) == 1
-    assert split_count(programs=8, tiles=1, slots=264) == 1
-    assert split_count(programs=8, tiles=0, slots=264) == 1

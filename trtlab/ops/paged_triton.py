@@ -8,32 +8,15 @@ softmax, arXiv:2205.14135). Where programs are few, positions are split among se
 # mypy: disallow-untyped-decorators=False
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from trtlab.ops.split_kv import Plan, plan_of, power_of_two, width_of
+
 COMPUTE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call is cut: query ``rows`` (tokens times heads of a group) and positions of a ``tile``, ``splits``.
-
-    ``warps`` and ``stages`` are Triton's: warps of a program, and one more than the tiles of K and V under way.
-    ``overlap`` starts the merge while the last programs run, which Hopper and later can.
-    """
-
-    rows: int
-    tile: int
-    splits: int
-    warps: int
-    stages: int
-    overlap: bool = False
 
 
 def paged_attention(
@@ -70,7 +53,7 @@ def paged_attention(
     # of each split: what it mixed, then the greatest scores and the sums, [splits, tokens, heads] each
     parts = out if splits == 1 else q.new_empty(splits * tokens * heads * (head_size + 2), dtype=torch.float32)
     same = keys.dtype == q.dtype or keys.element_size() == 1
-    shape = {"HEAD": head_size, "WIDTH": _width(head_size), "OVERLAP": plan.overlap}
+    shape = {"HEAD": head_size, "WIDTH": width_of(head_size), "OVERLAP": plan.overlap}
     grid = (-(-most // (plan.rows // group)) * splits, kv_heads, sequences)
     with torch.cuda.device(q.device):  # Triton launches on the current one
         _attend[grid](
@@ -86,70 +69,8 @@ def paged_attention(
         )
         if splits > 1:
             arguments = (parts, pasts, starts, out, tokens, splits, plan.tile)
-            _merge[(most, heads, sequences)](*arguments, **shape, SPLITS=_power_of_two(splits), launch_pdl=plan.overlap)
+            _merge[(most, heads, sequences)](*arguments, **shape, SPLITS=power_of_two(splits), launch_pdl=plan.overlap)
     return out
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()  # the least that is no smaller
-
-
-def _width(head_size: int) -> int:
-    return max(16, _power_of_two(head_size))  # a tensor core's product wants 16 at least
-
-
-MOST_SPLITS = 128
-START = 4  # what a program costs before its first tile and after its last, in tiles
-WORKSPACE = 2**26  # bytes that splits may take before they are merged
-
-
-def plan_of(q: Tensor, keys: Tensor, sequences: int, longest: int, most: int) -> Plan:
-    """Shapes and splits from what the host knows: types, head counts, sequences, ``longest`` and ``most``."""
-    kv_heads, group, width = keys.shape[0], q.shape[1] // keys.shape[0], _width(q.shape[2])
-    exact = torch.float32 in (q.dtype, keys.dtype)
-    return _plan(q.device, kv_heads, group, width, keys.element_size(), exact, sequences, longest, most)
-
-
-@lru_cache(maxsize=1024)  # every layer of a step asks the same
-def _plan(
-    device: torch.device,
-    kv_heads: int,
-    group: int,
-    width: int,
-    itemsize: int,
-    exact: bool,
-    sequences: int,
-    longest: int,
-    most: int,
-) -> Plan:
-    """``exact``: float32, which tensor cores would round, so that its products must be smaller."""
-    chip = torch.cuda.get_device_properties(device)
-    rows = max(_power_of_two(group), min(32 if exact or width > 128 else 128, _power_of_two(most * group)))
-    slots = (1 if rows > 64 else 2) * chip.multi_processor_count
-    programs = -(-most // (rows // group)) * kv_heads * sequences
-    most_tile = 512 // rows if exact else 128 if itemsize == 1 and rows <= 16 else 64
-    tile = max(16, min(most_tile, 16384 // (width * itemsize)))  # 16 KB of K
-    while tile > 32 and programs * -(-longest // tile) < slots:
-        tile //= 2  # so short that more of the device has a share
-    room = WORKSPACE // (programs * rows * width * torch.float32.itemsize)
-    merge = programs * rows // 1024  # about a tile's time for so many rows
-    splits = split_count(programs, -(-longest // tile), slots, merge, room)
-    return Plan(rows, tile, splits, 8 if rows > (8 if exact else 64) else 4, stages=3, overlap=chip.major >= 9)
-
-
-def split_count(programs: int, tiles: int, slots: int, merge: int = 0, room: int = MOST_SPLITS) -> int:
-    """Into how many parts ``programs`` of ``tiles`` each are best cut on a device that runs ``slots`` at once.
-
-    The cost is rounds of programs times tiles of each with its start, and the ``merge``, in tiles. It takes the fewest
-    splits within 2 % of the least cost.
-    """
-
-    def cost(splits: int) -> int:
-        return -(-programs * splits // slots) * (-(-tiles // splits) + START) + (merge if splits > 1 else 0)
-
-    counts = range(1, max(1, min(MOST_SPLITS, tiles, room)) + 1)
-    enough = 1.02 * min(map(cost, counts))
-    return next(splits for splits in counts if cost(splits) <= enough)
 
 
 @triton.jit

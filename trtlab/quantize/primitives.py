@@ -83,7 +83,7 @@ def amax(x: Tensor, dim: int | tuple[int, ...] | None = None, *, keepdim: bool =
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; a fiftieth of the time of ``isfinite(x).all()`` on a CPU."""
+    """Whether there is neither NaN nor infinity; much faster on a CPU than ``isfinite(x).all()``."""
     return bool(torch.isfinite(amax(x)))
 
 

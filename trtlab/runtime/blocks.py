@@ -119,33 +119,32 @@ class BlockManager:
 
     def demand(self, chain: Chain, past: int, tokens: int) -> int:
         """Blocks that the chain must take before it holds so many tokens; a shared block in its way counts as one."""
-        index = past // self.tokens_per_block
-        copied = index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) > 1
-        return max(0, self.required(tokens) - len(chain.blocks)) + copied
+        return max(0, self.required(tokens) - len(chain.blocks)) + (self._sharers(chain, past) > 1)
 
     def writable(self, chain: Chain, past: int) -> bool:
         """Whether the next token has its place already, in a block of the chain alone."""
+        return self._sharers(chain, past) == 1
+
+    def _sharers(self, chain: Chain, past: int) -> int:
+        """How many requests have the block in which the chain's next token comes to lie; 0 when it has none yet."""
         index = past // self.tokens_per_block
-        return index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) == 1
+        return len(self._owners[chain.blocks[index]]) if index < len(chain.blocks) else 0
 
     def reserve(self, chain: Chain, past: int, tokens: int) -> list[tuple[int, int]] | None:
         """Make places ``past`` to ``tokens`` writable; gives the copies (source, target) that this takes.
 
         None when the pool has not enough blocks; then nothing has changed.
         """
-        blocks = chain.blocks
-        index = past // self.tokens_per_block  # only the block that is being filled can be shared and written
-        shared = index < len(blocks) and len(self._owners[blocks[index]]) > 1
-        more = max(0, self.required(tokens) - len(blocks))
-        if more + shared > self.available:
+        if self.demand(chain, past, tokens) > self.available:
             return None
-        copies = []
-        if shared:
+        blocks, copies = chain.blocks, []
+        if self._sharers(chain, past) > 1:  # only the block that is being filled can be shared and written
+            index = past // self.tokens_per_block
             source = blocks[index]
             self._drop(source, chain)
             blocks[index] = self._take(chain)
             copies.append((source, blocks[index]))
-        for _ in range(more):
+        while len(blocks) < self.required(tokens):
             blocks.append(self._take(chain))
         return copies
 

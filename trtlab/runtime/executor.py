@@ -96,12 +96,12 @@ class TorchExecutor:
             weights = rank_weights(config, mapping, rank, on_device)
             weights = with_fast_kernels(weights) if fast else laid_out(weights)
             self._weights.append(weights)
-        self.pool = _pool(config, build, session, self._weights, dtype, device)
+        self.pool = _pool_size(config, build, session, self._weights, dtype, device)
         self._caches = [_cache(config, self.pool, weights, dtype, device) for weights in self._weights]
         self._apart = BlockTables.apart(build.max_batch_size, build.seq_len, build.tokens_per_block)
         self._kernel = _kernel(device)
         self._mapping = mapping
-        self._pool = ThreadPoolExecutor(len(mapping.ranks)) if len(mapping.ranks) > 1 else None
+        self._threads = ThreadPoolExecutor(len(mapping.ranks)) if len(mapping.ranks) > 1 else None
 
     @torch.inference_mode()
     def run(self, step: StepInputs) -> Tensor:
@@ -123,11 +123,12 @@ class TorchExecutor:
             cache.copy(copies)
 
     def _forward(self, batch: PackedBatch, tokens: Tensor, every_token: bool) -> Tensor:
-        if self._pool is None:
+        if self._threads is None:
             return self._rank_forward(0, Solo(), batch, tokens, every_token)
         comms = thread_group(self._mapping)
         futures = [
-            self._pool.submit(self._guarded, rank, comm, batch, tokens, every_token) for rank, comm in enumerate(comms)
+            self._threads.submit(self._guarded, rank, comm, batch, tokens, every_token)
+            for rank, comm in enumerate(comms)
         ]
         errors = [e for f in futures if (e := f.exception()) is not None]
         if errors:
@@ -151,8 +152,8 @@ class TorchExecutor:
         self._weights, self._caches = [], []
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if self._pool is not None:
-            self._pool.shutdown()
+        if self._threads is not None:
+            self._threads.shutdown()
 
 
 def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int], Sequence[Chunk]]:
@@ -178,7 +179,7 @@ def pack(
     return PackedBatch(sequences, rotary, tables, device, kernel, token_ids)
 
 
-def _pool(
+def _pool_size(
     config: ModelConfig,
     build: BuildConfig,
     session: SessionConfig,
