@@ -16,14 +16,9 @@ from torch import Tensor
 
 import trtlab
 from trtlab import tiny
-from trtlab.model.rope import rotary_table
-from trtlab.ops.torch import spread
-from trtlab.runtime.executor import StepInputs, pack, singles_first
+from trtlab.runtime.executor import Batch, TorchExecutor
 from trtlab.runtime.loop import Loop
-from trtlab.runtime.pool import PoolSize, pool_size
 from trtlab.runtime.request import RequestState
-
-CPU = torch.device("cpu")
 
 
 def long_tailed(count: int, seed: int) -> list[tuple[int, int]]:
@@ -101,38 +96,30 @@ def prefix_reuse(engine: trtlab.Engine, runs: int, device: str, shared: int = 20
     print(f"  fresh {median(fresh) * 1e3:.1f} ms, reused {median(reused) * 1e3:.1f} ms: {ratio:.1f} times sooner")
 
 
-class NoModel:
-    """An executor that prepares a step's inputs as the torch one does and runs no model: its logits stand ready."""
+class NoModel(TorchExecutor):
+    """Prepares a step's inputs and runs no model: its logits stand ready."""
 
-    name = "none"
+    logits: Tensor
 
-    def __init__(self, config: trtlab.ModelConfig, pool: PoolSize, seq_len: int, batch: int) -> None:
-        self.pool = pool
-        self._rotary = spread(rotary_table(config, seq_len), torch.float32, CPU)
-        self._logits = torch.randn(batch, config.vocab_size)
-
-    @torch.inference_mode()
-    def run(self, step: StepInputs) -> Tensor:
-        """Inputs as for a model, logits of none."""
-        assert step.tables is not None
-        _, chunks = singles_first(step.chunks)
-        pack(chunks, self._rotary, step.tables, CPU)
-        return self._logits[: len(chunks)]
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Nothing is shared here."""
-
-    def close(self) -> None:
-        """Nothing is held."""
+    def forward(self, batch: Batch, every_token: bool) -> Tensor:
+        """Logits of none."""
+        return self.logits[: len(batch.token_ids if batch.last is None else batch.last)]
 
 
-def overhead(config: trtlab.ModelConfig, running: int, steps: int = 400) -> float:
+def overhead(checkpoint: trtlab.Checkpoint, running: int, steps: int = 400) -> float:
     """Microseconds a generation step takes beside the model: the median over ``steps``."""
-    build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=2048).resolve(
-        config
+    build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=2048)
+    engine = checkpoint.build(build, plan=False)
+    executor = NoModel(
+        engine.config,
+        engine.build_config,
+        engine.mapping,
+        [engine.weights(0)],
+        torch.device("cpu"),
+        trtlab.SessionConfig(),
     )
-    executor = NoModel(config, pool_size(build, trtlab.SessionConfig(), 1), build.seq_len, running)
-    loop = Loop(executor, build, trtlab.SessionConfig(enable_block_reuse=True))
+    executor.logits = torch.randn(running, engine.config.vocab_size)
+    loop = Loop(executor, engine.build_config, trtlab.SessionConfig(enable_block_reuse=True))
     for number in range(1, running + 1):
         params = trtlab.SamplingParams(max_new_tokens=steps + 200, ignore_eos=True)
         loop.submit(RequestState(number, tuple(range(3, 35)), params))
@@ -157,7 +144,7 @@ def main() -> None:
     checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
     print("beside the model, a step takes (scheduler, blocks, inputs, sampling)")
     for running in (1, 8, 64, 256):
-        print(f"  {running:4} running: {overhead(checkpoint.config, running):7.0f} us")
+        print(f"  {running:4} running: {overhead(checkpoint, running):7.0f} us")
     bounds = trtlab.BuildConfig(max_batch_size=8, max_input_len=2304, max_seq_len=2560, dtype=options.dtype)
     with checkpoint.build(bounds, plan=False) as engine:
         batching(engine, options.requests, options.runs, options.device)

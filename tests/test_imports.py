@@ -61,8 +61,12 @@ HOMES = {
     "plotly": (),
     "IPython": (),
     "triton": ("ops.paged_triton",),
+    "numba": ("ops.cpu_loops",),
 }
-LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {"triton"}  # kernels are made as their file is imported
+LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {
+    "triton",
+    "numba",
+}  # kernels are made as their file is imported
 
 
 def module_name(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from trtlab import Checkpoint
 from trtlab.model.weights import EMBEDDING
@@ -37,6 +39,10 @@ def folder(tmp_path_factory):
     return path
 
 
+# transformers 5.24 renamed it
+CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
 def hooked(folder, texts):
     """Every linear's inputs and outputs over all texts ``{name: [(x, y), ...]}``, and K and V as they are cached."""
     from transformers import AutoModelForCausalLM, DynamicCache
@@ -51,7 +57,7 @@ def hooked(folder, texts):
     with torch.inference_mode():
         for ids in texts:
             cache = DynamicCache(config=model.config)
-            model(torch.tensor([ids]), past_key_values=cache)
+            model(torch.tensor([ids]), **{CACHE_ARGUMENT: cache})
             caches.append([(layer.keys[0], layer.values[0]) for layer in cache.layers])
     return seen, caches
 

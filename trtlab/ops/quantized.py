@@ -30,7 +30,7 @@ def linear(weight: object, x: Tensor) -> Tensor:
 
 @linear.register
 def _dense(weight: Dense, x: Tensor) -> Tensor:
-    return F.linear(x, weight.weight, weight.bias)
+    return F.linear(x, weight.weight.to(x.dtype), weight.bias)
 
 
 @linear.register

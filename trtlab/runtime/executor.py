@@ -13,9 +13,9 @@ from torch import Tensor
 
 from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
-from trtlab.model.rope import RotaryTable, rotary_table
+from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.fast import laid_out, with_fast_kernels
+from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, cpu_weights, has_loops
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
@@ -66,6 +66,9 @@ def compute_dtype(build: BuildConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else getattr(torch, build.dtype or "float32")
 
 
+Batch = PackedBatch | CpuBatch
+
+
 class TorchExecutor:
     """The decoder in torch; several ranks run as threads of this process, on one device."""
 
@@ -81,23 +84,26 @@ class TorchExecutor:
         session: SessionConfig | None = None,
     ) -> None:
         session = session or SessionConfig()
-        fast = session.fast_cpu_kernels and device.type == "cpu"
-        dtype = torch.bfloat16 if fast else compute_dtype(build, device)
-        rotary = spread(rotary_table(config, build.seq_len), dtype, device)
+        dtype = compute_dtype(build, device)
         self._config = config
         self._device = device
-        self._rotary = rotary
+        self._rotary = spread(rotary_table(config, build.seq_len), dtype, device)
+        loops = device.type == "cpu" and has_loops()
         self._weights: list[ModelWeights] = []
         for rank, tensors in enumerate(ranks):
-            on_device = {
-                name: tensor.to(device, dtype if tensor.dtype == config.torch_dtype else tensor.dtype)
-                for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
-            }
-            weights = rank_weights(config, mapping, rank, on_device)
-            weights = with_fast_kernels(weights) if fast else laid_out(weights)
-            self._weights.append(weights)
+            if device.type == "cpu":
+                weights = rank_weights(config, mapping, rank, tensors)
+                self._weights.append(cpu_weights(weights, loops=loops, round_dense=session.fast_cpu_kernels))
+            else:
+                on_device = {
+                    name: tensor.to(device, dtype if tensor.dtype == config.torch_dtype else tensor.dtype)
+                    for name, tensor in tensors.items()  # integers, FP8 and their scales stay as they are stored
+                }
+                self._weights.append(rank_weights(config, mapping, rank, on_device))
         self.pool = _pool_size(config, build, session, self._weights, dtype, device)
         self._caches = [_cache(config, self.pool, weights, dtype, device) for weights in self._weights]
+        self._cpu_pools = [CpuPool(cache) for cache in self._caches] if loops else []
+        self._cpu_rotary = (self._rotary.cos.numpy(), self._rotary.sin.numpy()) if loops else None
         self._apart = BlockTables.apart(build.max_batch_size, build.seq_len, build.tokens_per_block)
         self._kernel = _kernel(device)
         self._mapping = mapping
@@ -107,8 +113,8 @@ class TorchExecutor:
     def run(self, step: StepInputs) -> Tensor:
         """See Executor."""
         order, chunks = singles_first(step.chunks)
-        batch = pack(chunks, self._rotary, step.tables or self._apart, self._device, self._kernel)
-        logits = self._forward(batch, batch.token_ids, step.every_token)
+        batch = self.batch(chunks, step.tables or self._apart)
+        logits = self.forward(batch, step.every_token)
         if order == sorted(order):
             return logits
         if not step.every_token:
@@ -122,13 +128,21 @@ class TorchExecutor:
         for cache in self._caches:
             cache.copy(copies)
 
-    def _forward(self, batch: PackedBatch, tokens: Tensor, every_token: bool) -> Tensor:
+    def batch(self, chunks: Sequence[Chunk], tables: BlockTables) -> Batch:
+        """The inputs of a step; chunks of one token come first."""
+        sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids in chunks]
+        token_ids = [token for chunk in chunks for token in chunk.token_ids]
+        if self._cpu_rotary is not None:
+            return CpuBatch(sequences, self._cpu_rotary, tables, token_ids)
+        return PackedBatch(sequences, self._rotary, tables, self._device, self._kernel, token_ids)
+
+    def forward(self, batch: Batch, every_token: bool) -> Tensor:
+        """The model's part of a step: logits in the batch's order."""
         if self._threads is None:
-            return self._rank_forward(0, Solo(), batch, tokens, every_token)
+            return self._rank_forward(0, Solo(), batch, every_token)
         comms = thread_group(self._mapping)
         futures = [
-            self._threads.submit(self._guarded, rank, comm, batch, tokens, every_token)
-            for rank, comm in enumerate(comms)
+            self._threads.submit(self._guarded, rank, comm, batch, every_token) for rank, comm in enumerate(comms)
         ]
         errors = [e for f in futures if (e := f.exception()) is not None]
         if errors:
@@ -136,20 +150,23 @@ class TorchExecutor:
         return futures[-self._mapping.tp_size].result()
 
     @torch.inference_mode()
-    def _guarded(self, rank: int, comm: ThreadComm, batch: PackedBatch, tokens: Tensor, every_token: bool) -> Tensor:
+    def _guarded(self, rank: int, comm: ThreadComm, batch: Batch, every_token: bool) -> Tensor:
         try:
-            return self._rank_forward(rank, comm, batch, tokens, every_token)
+            return self._rank_forward(rank, comm, batch, every_token)
         except BaseException:
             comm.abort()
             raise
 
-    def _rank_forward(self, rank: int, comm: Comm, batch: PackedBatch, tokens: Tensor, every_token: bool) -> Tensor:
+    def _rank_forward(self, rank: int, comm: Comm, batch: Batch, every_token: bool) -> Tensor:
+        if isinstance(batch, CpuBatch):
+            on_cpu = CpuOps(batch, self._cpu_pools[rank], comm, every_token=every_token)
+            return torch.from_numpy(decoder(on_cpu, self._config, self._weights[rank], batch.token_ids))
         ops = TorchOps(batch, self._caches[rank], comm, every_token=every_token)
-        return decoder(ops, self._config, self._weights[rank], tokens)
+        return decoder(ops, self._config, self._weights[rank], batch.token_ids)
 
     def close(self) -> None:
         """See Executor."""
-        self._weights, self._caches = [], []
+        self._weights, self._caches, self._cpu_pools = [], [], []
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if self._threads is not None:
@@ -164,19 +181,6 @@ def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int], Sequence[Chunk]]:
         return order, chunks
     order.sort(key=lambda i: lengths[i] > 1)
     return order, [chunks[i] for i in order]
-
-
-def pack(
-    chunks: Sequence[Chunk],
-    rotary: RotaryTable,
-    tables: BlockTables,
-    device: torch.device,
-    kernel: Kernel | None = None,
-) -> PackedBatch:
-    """The inputs of a step, single tokens first."""
-    sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids in chunks]
-    token_ids = [token for chunk in chunks for token in chunk.token_ids]
-    return PackedBatch(sequences, rotary, tables, device, kernel, token_ids)
 
 
 def _pool_size(

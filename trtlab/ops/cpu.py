@@ -1,0 +1,357 @@
+"""The op set of a CPU: arrays, and compiled loops where a step of generation spends its time.
+
+Weights stay as they are stored, BF16, INT8 or INT4, and a step of few tokens reads them so: reading them is most of its
+time. Products and sums are float32. Many tokens share torch's own product, on weights that are widened for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trtlab.errors import ConfigError
+from trtlab.model.quantized import WeightOnly, tensor_bytes
+from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
+from trtlab.ops.paged import BlockTables, Gathered, NewTokens, PagedCache
+from trtlab.ops.quantized import linear
+from trtlab.ops.torch import ACTIVATIONS
+from trtlab.parallel.comm import Comm, Solo
+
+Array = NDArray[Any]
+
+FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
+LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
+BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}  # what numpy has no type for, as its bits
+
+
+def has_loops() -> bool:
+    """Whether the compiled loops can run: they need Numba, which follows a new Python with some delay."""
+    return find_spec("numba") is not None
+
+
+def array_of(tensor: Tensor) -> Array:
+    """The same memory as an array; types that numpy lacks as unsigned integers."""
+    bits = BITS.get(tensor.dtype)
+    return tensor.numpy() if bits is None else tensor.view(bits).numpy()
+
+
+class CpuPool:
+    """One rank's paged cache as the loops see it: arrays and scales of each layer, made once."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
+        self.layers = [(array_of(keys), array_of(values)) for keys, values in cache.layers]
+        heads = len(cache.layers[0][0])
+        ones = np.ones(heads, np.float32)
+        self.scales = [(ones, ones)] * len(self.layers)
+        if cache.scales:
+            self.scales = [(_by_head(s.keys.value, heads), _by_head(s.values.value, heads)) for s in cache.scales]
+
+
+def _by_head(scale: Tensor, heads: int) -> Array:
+    return scale.float().expand(heads).contiguous().numpy()
+
+
+class CpuBatch:
+    """The tokens of a step as arrays: those of requests with a single new token first, then the longer ones."""
+
+    def __init__(
+        self,
+        sequences: Sequence[NewTokens],
+        rotary: tuple[Array, Array],
+        tables: BlockTables,
+        token_ids: Sequence[int],
+    ) -> None:
+        self.singles = sum(s.length == 1 for s in sequences)
+        assert all(s.length == 1 for s in sequences[: self.singles]), "single tokens come first"
+        longer = sequences[self.singles :]
+        self.slots = np.array([s.slot for s in sequences[: self.singles]], np.int32)
+        self.pasts = np.array([s.past for s in sequences[: self.singles]], np.int32)
+        self.tables = tables.array
+        size = tables.tokens_per_block
+        positions, places = self.pasts, self.tables[self.slots, self.pasts // size] * size + self.pasts % size
+        self.longer: list[Gathered] = []
+        self.last: Array | None = None  # [sequences]: the row of each request's last token, if not every row is one
+        for s in longer:
+            own = np.arange(s.past, s.past + s.length, dtype=np.int32)
+            positions = np.concatenate([positions, own])
+            places = np.concatenate([places, self.tables[s.slot, own // size] * size + own % size])
+            self.longer.append(Gathered([s], tables, torch.from_numpy(own)))
+        if longer:
+            self.last = np.cumsum([s.length for s in sequences]) - 1
+        self.places = places
+        self.token_ids = np.array(token_ids)
+        self.cos, self.sin = (table[positions] for table in rotary)  # [tokens, head_size]
+
+
+class CpuOps:
+    """``Ops[Array]`` in float32 over one batch. ``rotary`` tables come from ``trtlab.ops.torch.spread``."""
+
+    def __init__(self, batch: CpuBatch, pool: CpuPool, comm: Comm, *, every_token: bool = False) -> None:
+        from trtlab.ops import cpu_loops
+
+        self._batch = batch
+        self._pool = pool
+        self._comm = comm
+        self._every_token = every_token
+        self._loops = cpu_loops
+        self._loops.run_on(torch.get_num_threads())
+
+    def embedding(self, tokens: Array, weight: Embedding) -> Array:
+        """See Ops."""
+        rows = torch.from_numpy(tokens if weight.first_row is None else tokens - weight.first_row)
+        if weight.first_row is None:
+            return weight.weight[rows].float().numpy()
+        held = (rows >= 0) & (rows < len(weight.weight))
+        return (weight.weight[rows * held].float() * held[:, None]).numpy()
+
+    def rms_norm(self, x: Array, weight: Norm) -> Array:
+        """See Ops."""
+        assert isinstance(weight, Gain), type(weight)
+        rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+        out = np.empty_like(rows)
+        self._loops.rms_norm(rows, weight.array, weight.epsilon, out)
+        return out.reshape(x.shape)
+
+    def linear(self, x: Array, weight: object) -> Array:
+        """See Ops."""
+        if isinstance(weight, Looped) and len(x) <= FEW:
+            return weight(x)
+        return linear(weight, torch.from_numpy(x)).numpy()
+
+    def split_heads(self, qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
+        """See Ops."""
+        rows = qkv.reshape(len(qkv), heads + 2 * kv_heads, -1)  # [tokens, heads + 2 kv_heads, head_size]
+        return rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
+
+    def rotary(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """See Ops."""
+        return self._turn(q), self._turn(k)
+
+    def _turn(self, x: Array) -> Array:
+        out = np.empty(x.shape, np.float32)
+        self._loops.rotate(np.ascontiguousarray(x), self._batch.cos, self._batch.sin, out)
+        return out
+
+    def attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """See Ops. Single tokens read their blocks where they lie; longer pieces have torch's own attention."""
+        batch, (keys, values) = self._batch, self._pool.layers[layer]
+        for pool, new in zip((keys, values), self._stored(layer, k, v), strict=True):
+            self._loops.store(pool, batch.places, np.ascontiguousarray(new))
+        out = np.empty(q.shape, np.float32)
+        start = batch.singles
+        if start:
+            scales = self._pool.scales[layer]
+            self._loops.attend(q[:start], keys, values, *scales, batch.tables, batch.slots, batch.pasts, out[:start])
+        for part in batch.longer:
+            rows = slice(start, start + part.tokens)
+            found = part.attend(self._pool.cache, layer, torch.from_numpy(q[rows]))
+            out[rows] = found.numpy().reshape(out[rows].shape)
+            start = rows.stop
+        return out.reshape(len(q), -1)
+
+    def _stored(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        cache = self._pool.cache
+        if not cache.scales:
+            return k, v
+        keys, values = cache.encoded(layer, torch.from_numpy(k), torch.from_numpy(v))
+        return array_of(keys), array_of(values)
+
+    def activation(self, kind: str, x: Array) -> Array:
+        """See Ops."""
+        if kind == "silu":
+            out = np.empty_like(x)
+            self._loops.silu(x, out)
+            return out
+        if kind not in ACTIVATIONS:
+            raise ConfigError("unknown activation", got=repr(kind), expected=" | ".join(ACTIVATIONS))
+        return ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
+
+    def multiply(self, a: Array, b: Array) -> Array:
+        """See Ops."""
+        return a * b
+
+    def add(self, a: Array, b: Array) -> Array:
+        """See Ops."""
+        return a + b
+
+    def all_reduce(self, x: Array) -> Array:
+        """See Ops."""
+        return x if isinstance(self._comm, Solo) else self._comm.all_reduce(torch.from_numpy(x)).numpy()
+
+    def all_gather(self, x: Array) -> Array:
+        """See Ops."""
+        return x if isinstance(self._comm, Solo) else self._comm.all_gather(torch.from_numpy(x)).numpy()
+
+    def receive(self, tokens: Array, hidden_size: int) -> Array:
+        """See Ops."""
+        return self._comm.receive().numpy()
+
+    def send(self, x: Array) -> Array:
+        """See Ops."""
+        self._comm.send(torch.from_numpy(x))
+        return x
+
+    def last_tokens(self, x: Array) -> Array:
+        """See Ops."""
+        return x if self._every_token or self._batch.last is None else x[self._batch.last]
+
+    def logits(self, x: Array, vocab_size: int) -> Array:
+        """See Ops."""
+        return x[..., :vocab_size]
+
+
+@dataclass(frozen=True)
+class Gain(Norm):
+    """An RMSNorm whose gain ``[hidden]`` is there as a float32 array too."""
+
+    array: Array
+
+
+@dataclass(frozen=True)
+class Looped:
+    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves many tokens."""
+
+    source: Dense | WeightOnly
+    loop: Callable[..., None]
+    arrays: tuple[Array, ...]
+    bias: Array | None
+    prequant: Array | None
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, all scales and the bias."""
+        return tensor_bytes(self.source)
+
+    def __call__(self, x: Array) -> Array:
+        """``[tokens, in]`` to ``[tokens, out]``, for few tokens."""
+        if self.prequant is not None:
+            x = x * self.prequant
+        out = np.empty((len(x), self.source.shape[0]), np.float32)
+        self.loop(x, *self.arrays, out)
+        if self.bias is not None:
+            out += self.bias
+        return out
+
+
+@linear.register
+def _looped(weight: Looped, x: Tensor) -> Tensor:
+    return linear(weight.source, x)
+
+
+@dataclass(frozen=True)
+class LaidOutDense:
+    """A float32 linear layer whose weight lies in oneDNN's own layout, so that no call lays it out again."""
+
+    name: str
+    weight: Tensor
+    shape: tuple[int, int]
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        elements = self.shape[0] * self.shape[1] + (0 if self.bias is None else self.shape[0])
+        return elements * torch.float32.itemsize
+
+
+@linear.register
+def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, weight.bias, "none", [], "")
+    return y
+
+
+def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
+    """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
+
+    With ``loops`` weight-only linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
+    ``round_dense`` rounds the others. Else a linear is float32, in oneDNN's layout when it is large, column by column
+    when it is small.
+    """
+    if round_dense and not loops:
+        raise ConfigError("fast_cpu_kernels needs Numba, which is not here", remedy="pip install numba")
+
+    def prepared(weight: Linear) -> object:
+        if isinstance(weight, Dense) and loops and (round_dense or _fits_bfloat16(weight.weight)):
+            half = weight.weight.to(torch.bfloat16).contiguous()
+            bias = None if weight.bias is None else weight.bias.float()
+            return _looped_linear(Dense(weight.name, half, bias))
+        wide: Linear = _widened(weight)
+        if isinstance(wide, Dense):
+            return _laid_out(wide)
+        return _looped_linear(wide) if isinstance(wide, WeightOnly) and loops else wide
+
+    found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
+    return found
+
+
+def _fits_bfloat16(tensor: Tensor) -> bool:
+    """Whether BF16 holds every number of a weight exactly, as it does when a BF16 checkpoint was widened."""
+    if tensor.dtype != torch.float32:
+        return tensor.dtype == torch.bfloat16
+    bits = tensor.contiguous().view(torch.int32)
+    return all(not (rows & 0xFFFF).any() for rows in (bits[:1], bits))  # one row settles it for most others
+
+
+def _widened(part: Any, *, loops: bool = False) -> Any:
+    """The same with every 16-bit number as float32; with ``loops`` norms as arrays, and embeddings as they are."""
+    if isinstance(part, Tensor):
+        return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+    if isinstance(part, tuple):
+        return tuple(_widened(one, loops=loops) for one in part)
+    if not dataclasses.is_dataclass(part) or isinstance(part, Looped | LaidOutDense):
+        return part
+    if loops and isinstance(part, Norm):
+        gain = part.weight.float().contiguous()
+        return Gain(part.name, gain, part.epsilon, gain.numpy())
+    if loops and isinstance(part, Embedding):
+        return part
+    fields = {field.name: _widened(getattr(part, field.name), loops=loops) for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **fields)  # type: ignore[type-var]
+
+
+def _looped_linear(weight: Dense | WeightOnly) -> Looped:
+    from trtlab.ops import cpu_loops
+
+    stored, loop = weight.weight.contiguous(), cpu_loops.linear
+    if isinstance(weight, Dense):
+        scale = torch.ones(len(stored))
+    elif stored.dtype == torch.int8:
+        scale = weight.scale.value[:, 0].contiguous()
+    else:
+        stored, scale, loop = stored.view(torch.int8), weight.scale.value.contiguous(), cpu_loops.linear_int4
+    prequant = weight.prequant if isinstance(weight, WeightOnly) else None
+    return Looped(
+        weight,
+        loop,
+        (array_of(stored), scale.numpy()),
+        None if weight.bias is None else weight.bias.numpy(),
+        None if prequant is None else prequant.numpy(),
+    )
+
+
+def _laid_out(weight: Dense) -> Dense | LaidOutDense:
+    tensor = weight.weight
+    if tensor.numel() < LARGE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return dataclasses.replace(weight, weight=tensor.t().contiguous().t())
+    with torch.inference_mode(False), torch.no_grad():
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(tensor)
+    return LaidOutDense(weight.name, laid_out, (tensor.shape[0], tensor.shape[1]), weight.bias)

@@ -1,0 +1,279 @@
+"""The loops that a CPU runs for a step of generation, compiled by Numba. Knows arrays, no tensors.
+
+Whatever K, V and weights are stored in, products and sums are float32: only the order of a sum differs from torch's.
+Compiled code is kept beside this file (or in Numba's cache folder); the first run on a machine takes some seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numba
+import numpy as np
+from numba import prange
+from numba.extending import overload
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Loop = Callable[..., Any]
+
+F32, I32 = np.float32, np.int32
+ROWS = 4  # outputs that one task computes together when there are several tokens
+WIDTH = 512  # inputs that it widens at a time: ROWS * WIDTH * 4 bytes stay in the first cache
+SUMS_IN_ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}  # all of fast math that keeps infinities and NaN
+# Tasks run on OpenMP, whose threads torch's own kernels use too; a pool of their own would fight for the cores.
+PARALLEL = find_spec("numba.np.ufunc.omppool") is not None
+
+
+def _compiled(loop: Loop) -> Loop:
+    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, nogil=True, cache=True)(loop)
+
+
+def _in_tasks(loop: Loop) -> Loop:
+    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, nogil=True, cache=True, parallel=PARALLEL)(loop)
+
+
+def run_on(threads: int) -> None:
+    """Let tasks that this thread starts use so many threads, or as many as there are."""
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def _value(stored: Any) -> Any:
+    """The float32 number that a stored one stands for: float32 and INT8 themselves, uint16 as BF16, uint8 as E4M3."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_value, strict=False)
+def _value_by_type(stored: Any) -> Callable[[Any], Any]:
+    if stored == numba.types.uint16:  # BF16 is the upper half of a float32
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    if stored == numba.types.uint8:  # E4M3's exponent counts from 7 where float32's counts from 127
+        return lambda stored: (
+            np.uint32((np.uint32(stored & 128) << np.uint32(24)) | (np.uint32(stored & 127) << np.uint32(20))).view(
+                np.float32
+            )
+            * F32(2.0**120)
+        )
+    return lambda stored: F32(stored)
+
+
+@_compiled
+def _exp(x: Any) -> Any:
+    """``e ** x`` of a number that is not positive, in steps that a processor does for several numbers at once.
+
+    ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: two to the n is an exponent, e to the r a short series.
+    """
+    n = np.floor(x * F32(1.4426950408889634) + F32(0.5))
+    r = x - n * F32(0.6931471805599453)
+    series = F32(1 / 120) + r * F32(1 / 720)
+    for factor in (F32(1 / 24), F32(1 / 6), F32(1 / 2), F32(1), F32(1)):
+        series = factor + r * series
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return F32(0) if x < F32(-87) else series * power
+
+
+@_compiled
+def silu(x: Array, out: Array) -> None:
+    """``x / (1 + e ** -x)`` of ``[rows, width]``."""
+    for row in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            e = _exp(-abs(x[row, i]))
+            out[row, i] = x[row, i] * (F32(1) if x[row, i] > 0 else e) / (F32(1) + e)
+
+
+@_compiled
+def rms_norm(x: Array, gain: Array, epsilon: float, out: Array) -> None:
+    """``x`` and ``out`` ``[rows, width]``, ``gain`` ``[width]``."""
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        total = F32(0)
+        for i in range(width):
+            total += x[row, i] * x[row, i]
+        scale = F32(1) / np.sqrt(total / F32(width) + F32(epsilon))
+        for i in range(width):
+            out[row, i] = x[row, i] * scale * gain[i]
+
+
+@_compiled
+def rotate(x: Array, cos: Array, sin: Array, out: Array) -> None:
+    """Rotary position embedding of ``x`` ``[tokens, heads, size]``; ``cos`` and ``sin`` ``[tokens, size]``.
+
+    The sine is negative where the second half of a head comes in.
+    """
+    tokens, heads, size = x.shape
+    half = size // 2
+    for token in range(tokens):
+        for head in range(heads):
+            for i in range(half):
+                a, b = x[token, head, i], x[token, head, i + half]
+                out[token, head, i] = a * cos[token, i] + b * sin[token, i]
+                out[token, head, i + half] = b * cos[token, i + half] + a * sin[token, i + half]
+
+
+@_compiled
+def store(pool: Array, places: Array, new: Array) -> None:
+    """Copy ``new`` ``[tokens, kv_heads, size]`` to its places in ``pool`` ``[kv_heads, blocks, block, size]``."""
+    block = pool.shape[2]
+    for token in range(new.shape[0]):
+        for head in range(new.shape[1]):
+            pool[head, places[token] // block, places[token] % block] = new[token, head]
+
+
+@_in_tasks
+def attend(
+    q: Array,
+    keys: Array,
+    values: Array,
+    key_scale: Array,
+    value_scale: Array,
+    tables: Array,
+    slots: Array,
+    pasts: Array,
+    out: Array,
+) -> None:
+    """One new token of each sequence over the blocks that hold its K and V, read where they lie.
+
+    ``q`` and ``out`` ``[sequences, heads, size]``; ``keys`` and ``values`` ``[kv_heads, blocks, block, size]`` with
+    scales ``[kv_heads]`` to the original; ``tables`` ``[slots, blocks]``; ``slots`` and ``pasts`` ``[sequences]``.
+    """
+    sequences, heads, size = q.shape
+    kv_heads, _, block, _ = keys.shape
+    group = heads // kv_heads
+    for task in prange(sequences * kv_heads):
+        sequence, kv = task // kv_heads, task % kv_heads
+        tokens, blocks = pasts[sequence] + 1, tables[slots[sequence]]
+        scores = np.empty((group, tokens), F32)
+        scale = key_scale[kv] / np.sqrt(F32(size))
+        for start in range(0, tokens, block):
+            held = keys[kv, blocks[start // block]]
+            for g in range(group):
+                query = q[sequence, kv * group + g]
+                for at in range(min(block, tokens - start)):
+                    dot = F32(0)
+                    for i in range(size):
+                        dot += query[i] * _value(held[at, i])
+                    scores[g, start + at] = dot * scale
+        for g in range(group):
+            top = scores[g, 0]
+            for at in range(tokens):
+                top = max(top, scores[g, at])
+            total = F32(0)
+            for at in range(tokens):
+                scores[g, at] = _exp(scores[g, at] - top)
+                total += scores[g, at]
+            row = out[sequence, kv * group + g]
+            row[:] = F32(0)
+            for start in range(0, tokens, block):
+                held = values[kv, blocks[start // block]]
+                for at in range(min(block, tokens - start)):
+                    weight = scores[g, start + at]
+                    for i in range(size):
+                        row[i] += weight * _value(held[at, i])
+            for i in range(size):
+                row[i] *= value_scale[kv] / total
+
+
+@_in_tasks
+def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times ``weight`` ``[rows, in]`` times ``scale`` ``[rows]``: ``out`` ``[tokens, rows]``."""
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens == 1:
+        for row in prange(rows):
+            dot = F32(0)
+            for i in range(width):
+                dot += _value(weight[row, i]) * x[0, i]
+            out[0, row] = dot * scale[row]
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), F32)
+        for first in range(0, width, WIDTH):
+            count = min(WIDTH, width - first)
+            for row in range(held):
+                stored, wide = weight[top + row, first : first + count], tile[row]
+                for i in range(count):
+                    wide[i] = _value(stored[i])
+            _add_tile(x, first, count, tile, sums)
+        for token in range(tokens):
+            for row in range(held):
+                out[token, top + row] = sums[token, row] * scale[top + row]
+
+
+@_in_tasks
+def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``.
+
+    A byte is ``16 * high + low``. With its bit 3 turned, ``low`` counts from 0 to 15, eight too many, and ``high`` is
+    what the byte without it comes to, so that two rows share what is loaded and turned.
+    """
+    (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
+    size = width // groups
+    if tokens == 1:
+        for task in prange(weight.shape[0]):
+            low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
+            low_sum = high_sum = F32(0)
+            for group in range(groups):
+                stored, part = weight[task, group * size :], x[0, group * size :]
+                low_dot = byte_dot = total = F32(0)
+                for i in range(size):
+                    byte = I32(I32(stored[i]) ^ I32(8))
+                    low_dot += F32(I32(byte & I32(15))) * part[i]
+                    byte_dot += F32(byte) * part[i]
+                    total += part[i]
+                low_sum += (low_dot - F32(8) * total) * scale[low, group]
+                high_sum += (byte_dot - low_dot) * F32(0.0625) * scale[high, group]
+            out[0, high] = high_sum
+            out[0, low] = low_sum
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), F32)
+        for group in range(groups):
+            for first in range(group * size, group * size + size, WIDTH):
+                count = min(WIDTH, group * size + size - first)
+                for row in range(held):
+                    stored, wide = weight[(top + row) // 2, first : first + count], tile[row]
+                    one, up = scale[top + row, group], I32(28 - 28 * (row % 2))
+                    for i in range(count):  # the lower half is shifted to the top first, so that its sign comes along
+                        shifted = I32(I32(I32(stored[i]) << up) >> up)
+                        wide[i] = F32(shifted if up else shifted >> 4) * one
+                _add_tile(x, first, count, tile, sums)
+        for token in range(tokens):
+            for row in range(held):
+                out[token, top + row] = sums[token, row]
+
+
+@_compiled
+def _add_tile(x: Array, first: int, width: int, tile: Array, sums: Array) -> None:
+    """Add the products of ``x[:, first : first + width]`` with ``tile`` ``[ROWS, width]`` to ``sums``.
+
+    Two tokens and four rows at a time, so that each number that is loaded serves several products. ``sums``
+    ``[tokens + 1, ROWS]`` has a row to spare: an odd last token is taken twice.
+    """
+    w0, w1, w2, w3 = tile[0], tile[1], tile[2], tile[3]
+    last = x.shape[0] - 1
+    for token in range(0, last + 1, 2):
+        one, two = x[token, first : first + width], x[min(token + 1, last), first : first + width]
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = F32(0)
+        for i in range(width):
+            a, b = one[i], two[i]
+            a0 += w0[i] * a
+            a1 += w1[i] * a
+            a2 += w2[i] * a
+            a3 += w3[i] * a
+            b0 += w0[i] * b
+            b1 += w1[i] * b
+            b2 += w2[i] * b
+            b3 += w3[i] * b
+        sums[token, 0] += a0
+        sums[token, 1] += a1
+        sums[token, 2] += a2
+        sums[token, 3] += a3
+        sums[token + 1, 0] += b0
+        sums[token + 1, 1] += b1
+        sums[token + 1, 2] += b2
+        sums[token + 1, 3] += b3
