@@ -61,45 +61,42 @@ def _by_head(scale: Tensor, heads: int) -> Array:
 
 
 class CpuBatch:
-    """The tokens of a step as arrays: those of requests with a single new token first, then the longer ones."""
+    """The tokens of a step as arrays: those of requests with a single new token first, then the longer ones.
 
-    def __init__(
-        self,
-        sequences: Sequence[NewTokens],
-        rotary: tuple[Array, Array],
-        tables: BlockTables,
-        token_ids: Sequence[int],
-    ) -> None:
-        self.singles = sum(s.length == 1 for s in sequences)
-        assert all(s.length == 1 for s in sequences[: self.singles]), "single tokens come first"
-        longer = sequences[self.singles :]
-        self.slots = np.array([s.slot for s in sequences[: self.singles]], np.int32)
-        self.pasts = np.array([s.past for s in sequences[: self.singles]], np.int32)
+    A request's share is (slot, past, new token ids).
+    """
+
+    def __init__(self, shares: Sequence[tuple[int, int, Sequence[int]]], tables: BlockTables) -> None:
+        lengths = [len(token_ids) for _, _, token_ids in shares]
+        self.singles = lengths.count(1)
+        assert lengths[: self.singles] == [1] * self.singles, "single tokens come first"
+        short, longer = shares[: self.singles], shares[self.singles :]
         self.tables = tables.array
-        size = tables.tokens_per_block
-        positions, places = self.pasts, self.tables[self.slots, self.pasts // size] * size + self.pasts % size
+        self.slots = np.array([slot for slot, _, _ in short], np.int32)  # [tokens]
+        self.positions = np.array([past for _, past, _ in short], np.int32)  # [tokens]
+        self.token_ids = np.array([token for _, _, token_ids in shares for token in token_ids])
         self.longer: list[Gathered] = []
         self.last: Array | None = None  # [sequences]: the row of each request's last token, if not every row is one
-        for s in longer:
-            own = np.arange(s.past, s.past + s.length, dtype=np.int32)
-            positions = np.concatenate([positions, own])
-            places = np.concatenate([places, self.tables[s.slot, own // size] * size + own % size])
-            self.longer.append(Gathered([s], tables, torch.from_numpy(own)))
+        for slot, past, token_ids in longer:
+            own = np.arange(past, past + len(token_ids), dtype=np.int32)
+            self.positions = np.concatenate([self.positions, own])
+            self.slots = np.concatenate([self.slots, np.full(len(own), slot, np.int32)])
+            self.longer.append(Gathered([NewTokens(slot, past, len(own))], tables, torch.from_numpy(own)))
         if longer:
-            self.last = np.cumsum([s.length for s in sequences]) - 1
-        self.places = places
-        self.token_ids = np.array(token_ids)
-        self.cos, self.sin = (table[positions] for table in rotary)  # [tokens, head_size]
+            self.last = np.cumsum(lengths) - 1
 
 
 class CpuOps:
-    """``Ops[Array]`` in float32 over one batch. ``rotary`` tables come from ``trtlab.ops.torch.spread``."""
+    """``Ops[Array]`` in float32 over one batch. The rotary tables come from ``trtlab.ops.torch.spread``."""
 
-    def __init__(self, batch: CpuBatch, pool: CpuPool, comm: Comm, *, every_token: bool = False) -> None:
+    def __init__(
+        self, batch: CpuBatch, pool: CpuPool, rotary: tuple[Array, Array], comm: Comm, *, every_token: bool = False
+    ) -> None:
         from trtlab.ops import cpu_loops
 
         self._batch = batch
         self._pool = pool
+        self._cos, self._sin = rotary
         self._comm = comm
         self._every_token = every_token
         self._loops = cpu_loops
@@ -138,19 +135,21 @@ class CpuOps:
 
     def _turn(self, x: Array) -> Array:
         out = np.empty(x.shape, np.float32)
-        self._loops.rotate(np.ascontiguousarray(x), self._batch.cos, self._batch.sin, out)
+        self._loops.rotate(np.ascontiguousarray(x), self._cos, self._sin, self._batch.positions, out)
         return out
 
     def attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         """See Ops. Single tokens read their blocks where they lie; longer pieces have torch's own attention."""
         batch, (keys, values) = self._batch, self._pool.layers[layer]
         for pool, new in zip((keys, values), self._stored(layer, k, v), strict=True):
-            self._loops.store(pool, batch.places, np.ascontiguousarray(new))
+            self._loops.store(pool, batch.tables, batch.slots, batch.positions, np.ascontiguousarray(new))
         out = np.empty(q.shape, np.float32)
         start = batch.singles
         if start:
             scales = self._pool.scales[layer]
-            self._loops.attend(q[:start], keys, values, *scales, batch.tables, batch.slots, batch.pasts, out[:start])
+            self._loops.attend(
+                q[:start], keys, values, *scales, batch.tables, batch.slots, batch.positions, out[:start]
+            )
         for part in batch.longer:
             rows = slice(start, start + part.tokens)
             found = part.attend(self._pool.cache, layer, torch.from_numpy(q[rows]))

@@ -97,28 +97,33 @@ def rms_norm(x: Array, gain: Array, epsilon: float, out: Array) -> None:
 
 
 @_compiled
-def rotate(x: Array, cos: Array, sin: Array, out: Array) -> None:
-    """Rotary position embedding of ``x`` ``[tokens, heads, size]``; ``cos`` and ``sin`` ``[tokens, size]``.
+def rotate(x: Array, cos: Array, sin: Array, positions: Array, out: Array) -> None:
+    """Rotary position embedding of ``x`` ``[tokens, heads, size]``; ``cos`` and ``sin`` ``[all positions, size]``.
 
     The sine is negative where the second half of a head comes in.
     """
     tokens, heads, size = x.shape
     half = size // 2
     for token in range(tokens):
+        near, far = cos[positions[token]], sin[positions[token]]
         for head in range(heads):
             for i in range(half):
                 a, b = x[token, head, i], x[token, head, i + half]
-                out[token, head, i] = a * cos[token, i] + b * sin[token, i]
-                out[token, head, i + half] = b * cos[token, i + half] + a * sin[token, i + half]
+                out[token, head, i] = a * near[i] + b * far[i]
+                out[token, head, i + half] = b * near[i + half] + a * far[i + half]
 
 
 @_compiled
-def store(pool: Array, places: Array, new: Array) -> None:
-    """Copy ``new`` ``[tokens, kv_heads, size]`` to its places in ``pool`` ``[kv_heads, blocks, block, size]``."""
+def store(pool: Array, tables: Array, slots: Array, positions: Array, new: Array) -> None:
+    """Put ``new`` ``[tokens, kv_heads, size]`` into ``pool`` ``[kv_heads, blocks, block, size]``.
+
+    ``tables`` ``[slots, blocks]`` hold each slot's blocks; ``slots`` and ``positions`` are ``[tokens]``.
+    """
     block = pool.shape[2]
     for token in range(new.shape[0]):
+        held, at = tables[slots[token], positions[token] // block], positions[token] % block
         for head in range(new.shape[1]):
-            pool[head, places[token] // block, places[token] % block] = new[token, head]
+            pool[head, held, at] = new[token, head]
 
 
 @_in_tasks

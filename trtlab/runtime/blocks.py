@@ -123,7 +123,8 @@ class BlockManager:
 
     def writable(self, chain: Chain, past: int) -> bool:
         """Whether the next token has its place already, in a block of the chain alone."""
-        return self._sharers(chain, past) == 1
+        index = past // self.tokens_per_block
+        return index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) == 1
 
     def _sharers(self, chain: Chain, past: int) -> int:
         """How many requests have the block in which the chain's next token comes to lie; 0 when it has none yet."""

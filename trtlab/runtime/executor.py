@@ -115,7 +115,7 @@ class TorchExecutor:
         order, chunks = singles_first(step.chunks)
         batch = self.batch(chunks, step.tables or self._apart)
         logits = self.forward(batch, step.every_token)
-        if order == sorted(order):
+        if order is None:
             return logits
         if not step.every_token:
             return logits[torch.tensor(order, device=self._device).argsort()]
@@ -130,10 +130,10 @@ class TorchExecutor:
 
     def batch(self, chunks: Sequence[Chunk], tables: BlockTables) -> Batch:
         """The inputs of a step; chunks of one token come first."""
+        if self._cpu_rotary is not None:
+            return CpuBatch(chunks, tables)
         sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
-        if self._cpu_rotary is not None:
-            return CpuBatch(sequences, self._cpu_rotary, tables, token_ids)
         return PackedBatch(sequences, self._rotary, tables, self._device, self._kernel, token_ids)
 
     def forward(self, batch: Batch, every_token: bool) -> Tensor:
@@ -159,7 +159,8 @@ class TorchExecutor:
 
     def _rank_forward(self, rank: int, comm: Comm, batch: Batch, every_token: bool) -> Tensor:
         if isinstance(batch, CpuBatch):
-            on_cpu = CpuOps(batch, self._cpu_pools[rank], comm, every_token=every_token)
+            assert self._cpu_rotary is not None, "a CPU's batch comes with its tables"
+            on_cpu = CpuOps(batch, self._cpu_pools[rank], self._cpu_rotary, comm, every_token=every_token)
             return torch.from_numpy(decoder(on_cpu, self._config, self._weights[rank], batch.token_ids))
         ops = TorchOps(batch, self._caches[rank], comm, every_token=every_token)
         return decoder(ops, self._config, self._weights[rank], batch.token_ids)
@@ -173,13 +174,12 @@ class TorchExecutor:
             self._threads.shutdown()
 
 
-def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int], Sequence[Chunk]]:
-    """Chunks of one token, then the longer ones, and where each stood before."""
-    lengths = [len(chunk.token_ids) for chunk in chunks]
-    order = list(range(len(chunks)))
-    if max(lengths) == 1:
-        return order, chunks
-    order.sort(key=lambda i: lengths[i] > 1)
+def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int] | None, Sequence[Chunk]]:
+    """Chunks of one token, then the longer ones, and where each stood before; None when they stood so."""
+    longer = [len(chunk.token_ids) > 1 for chunk in chunks]
+    order = sorted(range(len(chunks)), key=longer.__getitem__)
+    if order == list(range(len(chunks))):
+        return None, chunks
     return order, [chunks[i] for i in order]
 
 

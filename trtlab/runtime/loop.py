@@ -179,20 +179,21 @@ class Loop:
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
         logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
-        running = [row for row, (request, _) in enumerate(turns) if request.finish_reason is None]
-        ends = [past + len(token_ids) for _, (_, past, token_ids) in turns]
-        ready = [row for row in running if ends[row] == len(turns[row][0].token_ids)]
+        ready = [
+            row
+            for row, (request, (_, past, token_ids)) in enumerate(turns)
+            if past + len(token_ids) == len(request.token_ids) and request.finish_reason is None
+        ]
         chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
-        for row in running:  # only now: up to here a failed step left no trace
-            request, chunk = turns[row]
-            self.scheduler.computed(request, len(chunk.token_ids))
+        last, work = set(ready), []
+        for row, (request, (_, past, token_ids)) in enumerate(turns):  # only now: a step that failed leaves no trace
+            tokens, wasted = len(token_ids), request.finish_reason is not None
+            if not wasted:
+                self.scheduler.computed(request, tokens)
+            work.append(Work(request.number, past, tokens, row in last, wasted))
         for row, (token, logprob) in zip(ready, chosen, strict=True):
             self._accept(turns[row][0], token, logprob)
-        last = set(ready)
-        live = set(running)
-        return tuple(
-            [Work(r.number, c.past, len(c.token_ids), row in last, row not in live) for row, (r, c) in enumerate(turns)]
-        )
+        return tuple(work)
 
     def _accept(self, request: RequestState, token: int, logprob: float | None) -> None:
         request.accept(token, logprob)

@@ -96,9 +96,21 @@ class Scheduler:
     def next(self) -> Plan:
         """The next step: those that generate first, then prompts under way, then new requests; each in order of key."""
         plan, budget = Plan(), self._max_num_tokens
-        generating = [request for request in self.running if request.generates]
-        for request in (*generating, *(request for request in self.running if not request.generates)):
-            if request.slot is not None and budget:  # it may have lost its slot to one before it
+        generating: list[RequestState] = []
+        filling: list[RequestState] = []
+        for request in self.running:
+            (generating if request.generates else filling).append(request)
+        for request in generating:
+            past = request.past
+            if request.slot is None or not budget:  # it may have lost its slot to one before it
+                continue
+            if self.blocks.writable(request.chain, past):  # the usual step of a request, on a short way
+                plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past:])
+                budget -= 1
+            else:
+                budget -= self._plan_chunk(plan, request, budget)
+        for request in filling:
+            if request.slot is not None and budget:
                 budget -= self._plan_chunk(plan, request, budget)
         for request in self.spent[:budget]:  # the last token once more, at its own place
             assert request.slot is not None, "a spent request keeps its slot"
@@ -122,9 +134,6 @@ class Scheduler:
     def _plan_chunk(self, plan: Plan, request: RequestState, budget: int) -> int:
         """Put the request's next tokens into the plan, at the cost of later requests' blocks if need be."""
         past = request.past
-        if request.generates and request.slot is not None and self.blocks.writable(request.chain, past):
-            plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past:])
-            return 1
         tokens = self._chunk_size(request.total - past, budget, request)
         if not tokens:
             return 0
