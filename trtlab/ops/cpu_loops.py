@@ -217,18 +217,21 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
     if tokens == 1:
+        excess = np.zeros(groups, F32)  # of every row's lower half: eight times the sum of a group's inputs
+        for group in range(groups):
+            for i in range(group * size, group * size + size):
+                excess[group] += F32(8) * x[0, i]
         for task in prange(weight.shape[0]):
             low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
             low_sum = high_sum = F32(0)
             for group in range(groups):
                 stored, part = weight[task, group * size :], x[0, group * size :]
-                low_dot = byte_dot = total = F32(0)
+                low_dot = byte_dot = F32(0)
                 for i in range(size):
                     byte = I32(I32(stored[i]) ^ I32(8))
                     low_dot += F32(I32(byte & I32(15))) * part[i]
                     byte_dot += F32(byte) * part[i]
-                    total += part[i]
-                low_sum += (low_dot - F32(8) * total) * scale[low, group]
+                low_sum += (low_dot - excess[group]) * scale[low, group]
                 high_sum += (byte_dot - low_dot) * F32(0.0625) * scale[high, group]
             out[0, high] = high_sum
             out[0, low] = low_sum
