@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, has_loops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.protocol import Ops
 from trtlab.ops.torch import TorchOps, spread
@@ -24,6 +25,7 @@ from trtlab.tensorrt.compare import per_token
 from trtlab.tensorrt.ops import TensorRTOps
 
 CAPACITY, VOCABULARY = 12, 11
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,31 @@ CASES = {
 }
 
 
-def on_torch(case, n, x, table, dtype):
-    device, kind = torch.device("cpu"), getattr(torch, dtype)
-    cache = PagedCache(
+def empty_cache(n, kind):
+    return PagedCache(
         layers=1,
         kv_heads=n.kv_heads,
         num_blocks=1,
         tokens_per_block=CAPACITY,
         head_size=n.size,
         dtype=kind,
-        device=device,
+        device=CPU,
     )
+
+
+def on_torch(case, n, x, table, dtype):
+    kind = getattr(torch, dtype)
     tables = BlockTables.apart(1, CAPACITY)
-    batch = PackedBatch([NewTokens(0, n.past, n.tokens)], spread(table, kind, device), tables, device)
-    return CASES[case](TorchOps(batch, cache, Solo()), x, n, dtype)
+    batch = PackedBatch([NewTokens(0, n.past, n.tokens)], spread(table, kind, CPU), tables, CPU)
+    return CASES[case](TorchOps(batch, empty_cache(n, kind), Solo()), x, n, dtype)
+
+
+def on_loops(case, n, x, table):
+    batch = CpuBatch([(0, n.past, [0] * n.tokens)], BlockTables.apart(1, CAPACITY))
+    turns = spread(table, torch.float32, CPU)
+    ops = CpuOps(batch, CpuPool(empty_cache(n, torch.float32)), (turns.cos.numpy(), turns.sin.numpy()), Solo())
+    arrays = {name: tensor.numpy() for name, tensor in x.items()}
+    return [torch.from_numpy(found) for found in CASES[case](ops, arrays, n, "float32")]
 
 
 def on_tensorrt(hand, case, n, x, table, dtype):
@@ -171,7 +184,7 @@ def on_tensorrt(hand, case, n, x, table, dtype):
     return [per_token(results[tensor.name]) for tensor in outputs]
 
 
-def check(hand, case, n, dtype, tolerance):
+def inputs(case, n, dtype="float32"):
     angles = values(CAPACITY, n.half, seed=7)
     table = RotaryTable(angles.cos(), angles.sin())
     x = {
@@ -181,26 +194,42 @@ def check(hand, case, n, dtype, tolerance):
     }
     if "cut by rows" in case:
         x["tokens"] = x["tokens"] + 2  # some rows lie before the first, some past the last
+    return x, table
+
+
+def check(hand, case, n, dtype, tolerance):
+    x, table = inputs(case, n, dtype)
     for got, expected in zip(
         on_tensorrt(hand, case, n, x, table, dtype), on_torch(case, n, x, table, dtype), strict=True
     ):
         torch.testing.assert_close(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    n=st.builds(
-        Sizes,
-        tokens=st.integers(1, 5),
-        kv_heads=st.integers(1, 3),
-        groups=st.integers(1, 3),
-        half=st.integers(1, 4),
-        past=st.integers(0, 6),
-    )
+SIZES = st.builds(
+    Sizes,
+    tokens=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    half=st.integers(1, 4),
+    past=st.integers(0, 6),
 )
+
+
+@settings(max_examples=8, deadline=None)
+@given(n=SIZES)
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_torch(new_network, case, n):
     check(new_network(), case, n, "float32", 1e-5)
+
+
+@pytest.mark.skipif(not has_loops(), reason="Numba has no wheel for this Python")
+@settings(max_examples=8, deadline=None)
+@given(n=SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_loops_of_a_cpu_equal_torch(case, n):
+    x, table = inputs(case, n)
+    for got, expected in zip(on_loops(case, n, x, table), on_torch(case, n, x, table, "float32"), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 # One rounding in float16 is 5e-4, in bfloat16 4e-3 of a value; the sums here are of up to eighteen products.

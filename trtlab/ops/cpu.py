@@ -24,6 +24,7 @@ from trtlab.ops.paged import BlockTables, Gathered, NewTokens, PagedCache
 from trtlab.ops.quantized import linear
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.comm import Comm, Solo
+from trtlab.progress import progress
 
 Array = NDArray[Any]
 
@@ -112,10 +113,10 @@ class CpuOps:
 
     def rms_norm(self, x: Array, weight: Norm) -> Array:
         """See Ops."""
-        assert isinstance(weight, Gain), type(weight)
+        gain = weight.array if isinstance(weight, Gain) else weight.weight.float().numpy()
         rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
         out = np.empty_like(rows)
-        self._loops.rms_norm(rows, weight.array, weight.epsilon, out)
+        self._loops.rms_norm(rows, gain, weight.epsilon, out)
         return out.reshape(x.shape)
 
     def linear(self, x: Array, weight: object) -> Array:
@@ -300,6 +301,38 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
 
     found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
     return found
+
+
+def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
+    """Call each loop that this model's steps will call once, on next to nothing: no step has to wait for a compiler."""
+    from trtlab.ops import cpu_loops
+
+    def zeros(kind: Any, *shape: int) -> Array:
+        return np.zeros(shape, kind)
+
+    x, one, place = zeros(np.float32, 1, 8), zeros(np.float32, 1), zeros(np.int32, 1)
+    heads, row, table = x[None], zeros(np.float32, 1, 8), zeros(np.int32, 1, 1)
+    block = zeros(pool.layers[0][0].dtype, 1, 1, 1, 8)
+    calls: dict[object, tuple[Callable[..., None], tuple[Any, ...]]] = {
+        "norm": (cpu_loops.rms_norm, (x, row[0], 1e-5, row)),
+        "silu": (cpu_loops.silu, (x, row)),
+        "rotary": (cpu_loops.rotate, (heads, x, x, place, row[None])),
+        "store": (cpu_loops.store, (block, table, place, place, block[0])),
+        "attend": (cpu_loops.attend, (heads, block, block, one, one, table, place, place, row[None])),
+    }
+
+    def seen(weight: object) -> object:
+        if isinstance(weight, Looped):
+            stored, scale = weight.arrays
+            small = zeros(stored.dtype, 1, 8), zeros(np.float32, *([1] * scale.ndim))
+            calls[weight.loop, stored.dtype] = weight.loop, (x, *small, zeros(np.float32, 1, 1))
+        return weight
+
+    map_linears(weights, seen)
+    with progress("compiling the loops of this CPU, once", len(calls), unit="loop") as bar:
+        for loop, arguments in calls.values():
+            loop(*arguments)
+            bar.update(1)
 
 
 def _fits_bfloat16(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, cpu_weights, has_loops
+from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, compile_loops, cpu_weights, has_loops
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
@@ -103,6 +103,8 @@ class TorchExecutor:
         self.pool = _pool_size(config, build, session, self._weights, dtype, device)
         self._caches = [_cache(config, self.pool, weights, dtype, device) for weights in self._weights]
         self._cpu_pools = [CpuPool(cache) for cache in self._caches] if loops else []
+        for weights, pool in zip(self._weights, self._cpu_pools, strict=False):
+            compile_loops(weights, pool)
         self._cpu_rotary = (self._rotary.cos.numpy(), self._rotary.sin.numpy()) if loops else None
         self._apart = BlockTables.apart(build.max_batch_size, build.seq_len, build.tokens_per_block)
         self._kernel = _kernel(device)
