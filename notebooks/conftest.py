@@ -14,6 +14,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TRANSFORMERS_VERBOSITY="error",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1",
 )
 
 

@@ -171,8 +171,9 @@ class SessionConfig:
     interrupted and computed again (MAX_UTILIZATION). ``batching_type``
     STATIC closes a batch until all of it is done and computes the rows of those that have ended for nothing, as
     ``transformers.generate`` does.
-    ``fast_cpu_kernels`` computes in BF16 on a CPU, weight-only linears by torch's packed INT8 and INT4 kernels:
-    faster (benchmarks/README.md), with answers that may differ from one kind of processor to another.
+    ``fast_cpu_kernels`` rounds the float32 weights that a CPU reads whole at each token, the head among them, to BF16:
+    half the bytes (benchmarks/README.md). Products and sums stay float32, and weights that BF16 holds exactly are read
+    so without being asked.
     ``events_kept`` is how many of the last steps ``session.events`` holds.
     """
 

@@ -227,12 +227,13 @@ def test_attention_reads_blocks_where_they_lie(loops, dtype, kind, heads, kv_hea
 def test_what_is_stored_is_what_the_cache_writes(loops, dtype):
     cache, *_ = attention_case(dtype, "merged", 2, 2, 4, [3, 6])
     k = torch.randn(3, 2, 16)
-    places = torch.tensor([5, 2, 9])
     new, _ = cache.encoded(0, k, k)
     pool = torch.zeros_like(cache.keys[0])
-    loops.store(array_of(pool), places.numpy(), array_of(new))
+    tables = np.array([[2, 0], [1, 3]], np.int32)
+    slots, positions = np.array([1, 0, 0], np.int32), np.array([1, 6, 3], np.int32)
+    loops.store(array_of(pool), tables, slots, positions, array_of(new))
     cache.keys.zero_()
-    cache.write(0, places, k, k)
+    cache.write(0, torch.tensor([1 * 4 + 1, 0 * 4 + 2, 2 * 4 + 3]), k, k)
     assert torch.equal(pool.view(torch.uint8), cache.keys[0].view(torch.uint8))
 
 

@@ -132,6 +132,20 @@ def test_logits_without_probabilities_end_the_request_that_draws_from_them(bench
     bed.check_empty()
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_logits_that_are_not_numbers_end_a_greedy_request_too(bench, penalty):
+    bed = bench()
+    guilty = bed.submit((3, 3), params=SamplingParams(max_new_tokens=6, repetition_penalty=penalty))
+    requests = submitted(bed)[:3]
+    bed.executor.logits = spoiled([guilty], float("nan"))
+    bed.run()
+    assert guilty.finish_reason == "error" and "one is not a number" in str(guilty.error)
+    for request in requests:
+        bed.check_answer(request)
+        assert request.finish_reason == "length"
+    bed.check_empty()
+
+
 def test_a_neighbour_without_probabilities_does_not_change_what_others_draw(bench):
     params = SamplingParams(max_new_tokens=8, temperature=5.0, seed=1)
     answers = []

@@ -133,8 +133,8 @@ def assert_agree(checkpoint, mapping=SOLO):
     config, ranks = engine.config, [engine.weights(rank) for rank in mapping.ranks]
     ours = interpreter_executor(config, BUILD, mapping, ranks)
     theirs = TorchExecutor(config, BUILD.resolve(config), mapping, ranks, torch.device("cpu"))
-    for step in steps():
-        assert_close(ours.run(step), theirs.run(step), checkpoint)
+    pairs = [(ours.run(step), theirs.run(step)) for step in steps()]
+    assert_close(*(torch.cat(side) for side in zip(*pairs, strict=True)), checkpoint)
     ours.close()
     theirs.close()
 

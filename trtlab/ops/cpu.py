@@ -329,7 +329,7 @@ def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
         return weight
 
     map_linears(weights, seen)
-    with progress("compiling the loops of this CPU, once", len(calls), unit="loop") as bar:
+    with progress("loops of this CPU, compiled once", len(calls), unit="loop") as bar:
         for loop, arguments in calls.values():
             loop(*arguments)
             bar.update(1)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trtlab.config import SamplingParams
 from trtlab.runtime.request import RequestState
 
+NOT_A_NUMBER = "the logits hold no best token: one is not a number"
+
 
 def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, float | None]]:
     """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
     if all(request.plain for request in requests):
-        rows = logits.numpy() if logits.device.type == "cpu" else logits  # NumPy finds the best of a row sooner
-        return [(token, None) for token in rows.argmax(-1).tolist()]
+        return [(token, None) for token in _best(logits)]
     # A bad row shows in the weights of all, before anyone draws: a retry then draws what it would have drawn.
     weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]
     tokens = [_choose(row, request) for row, request in zip(weights, requests, strict=True)]
@@ -23,11 +25,26 @@ def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, floa
     ]
 
 
+def _best(logits: Tensor) -> list[int]:
+    """The best token of each row; ValueError where a row holds what is not a number, which beats all others."""
+    if logits.device.type == "cpu":
+        rows = logits.numpy()  # NumPy finds it sooner than torch
+        found = rows.argmax(-1)
+        top = rows[np.arange(len(rows)), found]
+    else:
+        top, found = torch.stack([part.double() for part in logits.max(-1)]).cpu().numpy()  # one way from the device
+    if np.isnan(top).any():
+        raise ValueError(NOT_A_NUMBER)
+    return found.astype(int).tolist()  # type: ignore[no-any-return]
+
+
 def _weights(row: Tensor, request: RequestState) -> Tensor:
     """What the choice is made from, ``[vocab]``: scores of a greedy request, else probabilities."""
     params = request.params
     scores = penalize(row, request.token_ids, params.repetition_penalty)
     if params.greedy:
+        if scores.isnan().any():
+            raise ValueError(NOT_A_NUMBER)
         return scores
     probabilities = filtered_probabilities(scores, params).cpu()
     if probabilities.isnan().any():
