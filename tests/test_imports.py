@@ -31,7 +31,7 @@ LAYERS = """
     convert quantize
     runtime
     tensorrt
-    checkpoint
+    checkpoint room
     engine
     request
     session

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,12 +18,17 @@ from trtlab import (
     BuildConfig,
     Checkpoint,
     ConfigError,
+    Engine,
     EngineError,
     RequestError,
     SamplingParams,
     SessionConfig,
     TrtlabError,
+    tiny,
 )
+from trtlab.lazy import held
+from trtlab.model.weights import EMBEDDING
+from trtlab.ops.cpu import has_loops
 from trtlab.runtime import loop
 
 PROMPTS = [[5, 17, 3, 0, 96], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [98, 0], [41] * 9, [3, 3], [64, 8, 2]]
@@ -482,3 +490,51 @@ def test_backends_and_devices_that_are_not_here_are_named(random_model, monkeypa
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.session(backend="torch")
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_end_ids_are_those_of_the_models_files_wherever_they_stand(tmp_path, where):
+    from trtlab.runtime.tokenizer import listed_end_ids
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.llama_dir(), folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = 7 if where == "config.json" else 9
+    (folder / "config.json").write_text(json.dumps(config))
+    if where == "generation_config.json":
+        (folder / where).write_text('{"eos_token_id": [7]}')
+    assert listed_end_ids(folder) == [7]
+    engine = Checkpoint.from_hugging_face(folder).build(plan=False)
+    engine.save(tmp_path / "engine")
+    assert listed_end_ids(tmp_path / "engine") == [7], "an engine's folder keeps them"
+    with Engine.load(tmp_path / "engine").session(backend="torch") as session:
+        assert 7 in session._tokenizer.end_ids
+
+
+@pytest.mark.parametrize(("backend", "loops"), [("torch", True), ("torch", False), ("interpreter", True)])
+def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypatch, backend, loops):
+    monkeypatch.setattr("trtlab.runtime.executor.has_loops", lambda: loops and has_loops())
+    checkpoint = Checkpoint.from_hugging_face(random_model())
+    table = checkpoint.tensors[EMBEDDING].read().clone()
+    table[5] = torch.nan
+    checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, EMBEDDING: held(table)})
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    prompts = [[9, 8, 7], [11] * 9, [13, 14], [15, 16, 17, 18, 19, 20]]
+    bounds = BuildConfig(max_batch_size=3, max_seq_len=64, max_input_len=32, tokens_per_block=8)
+
+    def opened():
+        return checkpoint.build(bounds, plan=False).session(backend=backend, device="cpu")
+
+    alone = []
+    for prompt in prompts:
+        with opened() as session:
+            alone.append(session.generate(prompt, params).token_ids)
+    with opened() as session:
+        for _ in range(3):
+            for length in (20, 3, 11):
+                with pytest.raises(RequestError, match="not a number"):
+                    session.generate([6] * length + [5] + [6] * 4, params)
+            together = [answer.token_ids for answer in session.generate(prompts, params)]
+            assert together == alone
+            session.kv_cache.clear()

@@ -10,6 +10,7 @@ import torch
 from trtlab.config import SessionConfig
 from trtlab.engine import Engine
 from trtlab.errors import ConfigError, EngineError
+from trtlab.room import require_room_to_run
 from trtlab.runtime.executor import Executor, TorchExecutor
 from trtlab.session import Session
 from trtlab.tensorrt.executor import interpreter_executor
@@ -26,8 +27,9 @@ def open_session(engine: Engine, config: SessionConfig, backend: str, device: st
         raise ConfigError("unknown backend", got=repr(asked), expected=" | ".join(BACKENDS))
     target = _device(device)
     chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
+    where = torch.device("cpu") if chosen == "interpreter" else target
+    require_room_to_run(engine.config, engine.build_config, engine.mapping, engine.layout, config, where)
     executor = EXECUTORS[chosen](engine, target, config)
-    where = "cpu" if chosen == "interpreter" else target
     return Session(engine, executor, config, f"{chosen} on {where}: {reason}")
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from collections.abc import Mapping as MappingOf
@@ -35,7 +34,7 @@ from trtlab.quantize.report import QuantizationReport
 from trtlab.quantize.report_file import REPORT, read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
-from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
+from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from trtlab.engine import Engine
@@ -137,8 +136,7 @@ class Checkpoint(Shown):
         with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
             meta = config_to_json(config, mapping, layout, {"source": self.source})
             (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            for file in tokenizer_files(self.tokenizer_dir):
-                shutil.copy2(file, scratch / file.name)
+            copy_tokenizer(self.tokenizer_dir, scratch)
             yield scratch
 
     def quantize(

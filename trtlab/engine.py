@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from trtlab.lazy import LazyTensor, open_safetensors
 from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
-from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer, tokenizer_files
+from trtlab.room import require_room_to_build
+from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.tensorrt.compare import Comparison, compare
 from trtlab.tensorrt.emit import Emission, emit
 from trtlab.tensorrt.interpreter import LayerTable, Network
@@ -150,8 +150,7 @@ class Engine(Shown):
                 self._save_weights(scratch, link=weights == "link")
             if self.plans is not None:
                 self.plans.save(scratch)
-            for file in tokenizer_files(self.tokenizer_dir):
-                shutil.copy2(file, scratch / file.name)
+            copy_tokenizer(self.tokenizer_dir, scratch)
         return folder
 
     def _save_weights(self, folder: Path, *, link: bool) -> None:
@@ -227,7 +226,7 @@ def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *
 
     With ``plan`` every rank is compiled by TensorRT; where there is none, a line says so and the engine has no plan.
     Raises ConfigError when the bounds exceed the model or the model cannot be split over ``mapping``, EngineError when
-    TensorRT refuses the network.
+    TensorRT refuses the network or this machine's memory cannot hold the plan.
     """
     checkpoint.require_whole("built")
     resolved = build_config.resolve(checkpoint.config)
@@ -246,6 +245,8 @@ def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *
     )
     files = [checkpoint.folder / rank_file(rank) for rank in mapping.ranks] if checkpoint.folder and linkable else []
     prints = tuple(fingerprint(rank) for rank in ranks)
+    if plan:
+        require_room_to_build(config, resolved, mapping, layout)
     plans = _build_plans(config, resolved, mapping, ranks) if plan else None
     return Engine(
         config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_dir, files, plans, prints

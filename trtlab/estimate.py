@@ -291,8 +291,9 @@ def largest_step(build: BuildConfig) -> list[Span]:
     tokens; asking for every token's takes ``tokens * vocab_size * 4`` bytes more.
     """
     tokens = min(build.max_num_tokens, build.max_batch_size * build.max_input_len)
-    share, rest = divmod(tokens, build.max_batch_size)
-    return [Span(0, share + (place < rest)) for place in range(build.max_batch_size)]
+    rows = min(build.max_batch_size, tokens)
+    share, rest = divmod(tokens, rows)
+    return [Span(0, share + (place < rest)) for place in range(rows)]
 
 
 def _kind(name: str) -> str:

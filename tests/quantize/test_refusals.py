@@ -93,6 +93,17 @@ def test_a_poisoned_weight_is_named_and_nothing_is_written(tmp_path, poison):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"])
+@pytest.mark.parametrize("quant", [QuantConfig(quant_algo="W8A16"), STATIC], ids=["W8A16", "SmoothQuant"])
+def test_a_poisoned_weight_outside_the_layers_is_named_too(tmp_path, texts, name, quant):
+    tensors = {name: tensor.read().clone() for name, tensor in random_checkpoint().tensors.items()}
+    tensors[name].flatten()[3] = torch.nan
+    texts = texts if quant.reads_texts else None
+    with pytest.raises(QuantizeError, match=rf"{name} holds 1 values that are NaN or infinite"):
+        Checkpoint.from_weights(CONFIG, tensors).quantize(quant, calibration=texts, output_dir=tmp_path / "ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_activations_that_overflow_are_named(texts, tmp_path):
     tensors = {name: tensor.read().clone() for name, tensor in random_checkpoint().tensors.items()}
     tensors["transformer.layers.0.mlp.fc.weight"] *= 1e30

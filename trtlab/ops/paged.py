@@ -217,6 +217,9 @@ class Gathered:
         keys, values = cache.read(layer, self._blocks, self._sequences, self._reach)
         tokens, heads, size = q.shape
         if self._single:  # one key head serves a group of queries
+            if self._mask is not None:  # places past a row's end may hold another's NaN, and 0 x NaN spreads
+                beyond = ~self._mask.view(tokens, 1, self._reach, 1)
+                keys, values = keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
             grouped = q.reshape(tokens, keys.shape[1], heads // keys.shape[1], size)
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
             return out.reshape(tokens, heads * size)

@@ -69,6 +69,9 @@ class Quantization:
         """Each block as an algorithm is given it, one in memory at a time: its weights, and what texts did there."""
         plain = self.config.replace(quantization=QuantConfig())
         specs, recipe = tensor_specs(plain), self.config.quantization.recipe
+        for name, tensor in self.tensors.items():
+            if not name.startswith("transformer.layers."):  # a block's own are looked at when it is read
+                require_finite(name, tensor.read())
         calibration = None
         if self.texts:
             gram = recipe is not None and recipe.grouped

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +40,24 @@ def find_tokenizer(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
 
 
+def listed_end_ids(folder: Path) -> list[int]:
+    """``eos_token_id`` of generation_config.json, or where there is none of config.json, as transformers has it."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            listed = read_json(folder / name, remedy="copy it again, or remove it").get("eos_token_id")
+            return [] if listed is None else listed if isinstance(listed, list) else [listed]
+    return []
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> None:
+    """Copy a tokenizer's files; end ids that stand in config.json alone go along in a generation_config.json."""
+    for file in tokenizer_files(source):
+        shutil.copy2(file, target / file.name)
+    if source is not None and not (source / "generation_config.json").is_file() and listed_end_ids(source):
+        ids = json.dumps({"eos_token_id": listed_end_ids(source)})
+        (target / "generation_config.json").write_text(ids, encoding="utf-8")
+
+
 class Tokenizer:
     """Hugging Face's tokenizer of a folder, loaded at first use."""
 
@@ -58,13 +78,8 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end an answer: the tokenizer's, and those that generation_config.json lists."""
-        ids = {self._inner.eos_token_id}
-        generation = self.folder / "generation_config.json"
-        if generation.is_file():
-            listed = read_json(generation, remedy="copy it again, or remove it").get("eos_token_id")
-            ids |= set(listed) if isinstance(listed, list) else {listed}
-        return frozenset(i for i in ids if i is not None)
+        """The ids that end an answer: the tokenizer's, and those that the model's files list."""
+        return frozenset({self._inner.eos_token_id, *listed_end_ids(self.folder)} - {None})
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

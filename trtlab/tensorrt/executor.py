@@ -63,6 +63,9 @@ class TensorRTExecutor:
         Raises RequestError when a slot is full, EngineError for a slot beyond the plan's batch, before anything runs.
         """
         check_step(step, self._build.max_batch_size, self._build.seq_len, self._held)
+        for chunk in step.chunks:
+            if chunk.past == 0 and self._held[chunk.slot]:
+                self._clear(chunk.slot)
         parts: dict[int, torch.Tensor] = {}
         for run in runs_of(step, self._context):
             slots = slice(run.first, run.first + len(run.pieces))
@@ -78,6 +81,12 @@ class TensorRTExecutor:
         for chunk in step.chunks:
             self._held[chunk.slot] = chunk.past + len(chunk.token_ids)
         return torch.stack([parts[place] for place in range(len(parts))])
+
+    def _clear(self, slot: int) -> None:
+        """Forget who had the slot: a mask hides a number, but 0 x NaN, which a failed request leaves, spreads."""
+        for held in self._caches:
+            for cache in held.values():
+                cache[slot].zero_()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """See Executor. A slot belongs to one request: nothing is shared, so nothing is copied."""
