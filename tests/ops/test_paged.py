@@ -51,6 +51,9 @@ class Case:
             device=CPU,
             scales=[scales] * layers if scales else (),
         )
+        if scales is None:  # what nobody has written must reach nobody: 0 x NaN would
+            self.cache.keys.fill_(torch.nan)
+            self.cache.values.fill_(torch.nan)
         for slot, blocks in zip(self.slots, count, strict=True):
             self.tables.write(slot, 0, [shuffled.pop() for _ in range(blocks)])
         ends = [past + length for past, length in sequences]
