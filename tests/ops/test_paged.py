@@ -170,7 +170,7 @@ def test_a_copied_block_holds_every_layer_of_its_source_and_touches_no_other(sca
     first, second, third, *_ = made.tables.row(made.slots[0], 4)
     made.cache.copy([(first, second), (second, third)])
     for before, after in ((keys, made.cache.keys), (values, made.cache.values)):
-        before, after = before.float(), after.float()
+        before, after = before.float().nan_to_num(), after.float().nan_to_num()
         assert torch.equal(after[:, :, third], before[:, :, first]), "one after another"
         assert torch.equal(after[:, :, second], before[:, :, first])
         others = [block for block in range(before.shape[2]) if block not in (second, third)]
@@ -190,7 +190,7 @@ def test_a_copy_can_be_written_without_changing_its_source():
         batch = made.write(layer, [(10, 1)])
         out = batch.attend(made.cache, layer, made.q[0][layer])
         torch.testing.assert_close(out, made.expected(layer), atol=2e-6, rtol=1e-5)
-    assert torch.equal(made.cache.keys[:, :, last], before)
+    assert torch.equal(made.cache.keys[:, :, last].nan_to_num(), before.nan_to_num())
 
 
 def test_rows_of_a_packed_batch_are_known_by_slot_position_and_block():
