@@ -28,7 +28,7 @@ from trtlab import (
 )
 from trtlab.lazy import held
 from trtlab.model.weights import EMBEDDING
-from trtlab.ops.cpu import has_loops
+from trtlab.ops.cpu_weights import has_loops
 from trtlab.runtime import loop
 
 PROMPTS = [[5, 17, 3, 0, 96], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [98, 0], [41] * 9, [3, 3], [64, 8, 2]]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, SamplingParams, SessionConfig
 from trtlab.model.quantized import KvScales, WeightOnly
 from trtlab.model.weights import Dense
-from trtlab.ops import cpu
-from trtlab.ops.cpu import FEW, LARGE, CpuPool, LaidOutDense, Looped, array_of, cpu_weights, has_loops
+from trtlab.ops.cpu import FEW, CpuPool
+from trtlab.ops.cpu_weights import LARGE, LaidOutDense, Looped, _looped_linear, array_of, cpu_weights, has_loops
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.quantize.primitives import FLOAT8, ToOriginal, pack_int4
@@ -64,7 +64,7 @@ def test_a_loop_gives_what_the_exact_product_gives(bits, rows, size, groups, tok
     else:
         weight = weight_only(bits, rows, size * groups, groups if bits == 4 else 1, dice, extras, extras)
     x = torch.randn(tokens, size * groups, generator=dice)
-    looped = cpu._looped_linear(weight)
+    looped = _looped_linear(weight)
     assert looped.shape == weight.shape == (rows, size * groups)
     assert looped.nbytes == weight.nbytes
     wide = (x.double() * weight.prequant if bits < 16 and extras else x.double()).abs()

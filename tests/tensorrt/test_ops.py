@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Norm
-from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, has_loops
+from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool
+from trtlab.ops.cpu_weights import has_loops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.protocol import Ops
 from trtlab.ops.torch import TorchOps, spread

@@ -15,7 +15,8 @@ from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, compile_loops, cpu_weights, has_loops
+from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, compile_loops
+from trtlab.ops.cpu_weights import cpu_weights, has_loops
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group

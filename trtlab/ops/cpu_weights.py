@@ -1,0 +1,186 @@
+"""Weights as a CPU reads them: as they are stored where a loop can, else laid out for torch's product.
+
+BF16, INT8 and INT4 numbers stay so, for reading them is most of the time that a step of few tokens takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trtlab.errors import ConfigError
+from trtlab.model.quantized import WeightOnly, tensor_bytes
+from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
+from trtlab.ops.quantized import linear
+
+Array = NDArray[Any]
+
+LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
+BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}  # what numpy has no type for, as its bits
+
+
+def has_loops() -> bool:
+    """Whether the compiled loops can run: they need Numba, which follows a new Python with some delay."""
+    return find_spec("numba") is not None
+
+
+def array_of(tensor: Tensor) -> Array:
+    """The same memory as an array; types that numpy lacks as unsigned integers."""
+    bits = BITS.get(tensor.dtype)
+    return tensor.numpy() if bits is None else tensor.view(bits).numpy()
+
+
+@dataclass(frozen=True)
+class Gain(Norm):
+    """An RMSNorm whose gain ``[hidden]`` is there as a float32 array too."""
+
+    array: Array
+
+
+@dataclass(frozen=True)
+class Looped:
+    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves many tokens."""
+
+    source: Dense | WeightOnly
+    loop: Callable[..., None]
+    arrays: tuple[Array, ...]
+    bias: Array | None
+    prequant: Array | None
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, all scales and the bias."""
+        return tensor_bytes(self.source)
+
+    def __call__(self, x: Array) -> Array:
+        """``[tokens, in]`` to ``[tokens, out]``, for few tokens."""
+        if self.prequant is not None:
+            x = x * self.prequant
+        out = np.empty((len(x), self.source.shape[0]), np.float32)
+        self.loop(x, *self.arrays, out)
+        if self.bias is not None:
+            out += self.bias
+        return out
+
+
+@linear.register
+def _looped(weight: Looped, x: Tensor) -> Tensor:
+    return linear(weight.source, x)
+
+
+@dataclass(frozen=True)
+class LaidOutDense:
+    """A float32 linear layer whose weight lies in oneDNN's own layout, so that no call lays it out again."""
+
+    name: str
+    weight: Tensor
+    shape: tuple[int, int]
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        elements = self.shape[0] * self.shape[1] + (0 if self.bias is None else self.shape[0])
+        return elements * torch.float32.itemsize
+
+
+@linear.register
+def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, weight.bias, "none", [], "")
+    return y
+
+
+def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
+    """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
+
+    With ``loops`` weight-only linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
+    ``round_dense`` rounds the others. Else a linear is float32, in oneDNN's layout when it is large, column by column
+    when it is small.
+    """
+    if round_dense and not loops:
+        raise ConfigError("fast_cpu_kernels needs Numba, which is not here", remedy="pip install numba")
+
+    def prepared(weight: Linear) -> object:
+        if isinstance(weight, Dense) and loops and (round_dense or _fits_bfloat16(weight.weight)):
+            half = weight.weight.to(torch.bfloat16).contiguous()
+            bias = None if weight.bias is None else weight.bias.float()
+            return _looped_linear(Dense(weight.name, half, bias))
+        wide: Linear = _widened(weight)
+        if isinstance(wide, Dense):
+            return _laid_out(wide)
+        return _looped_linear(wide) if isinstance(wide, WeightOnly) and loops else wide
+
+    found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
+    return found
+
+
+def _fits_bfloat16(tensor: Tensor) -> bool:
+    """Whether BF16 holds every number of a weight exactly, as it does when a BF16 checkpoint was widened."""
+    if tensor.dtype != torch.float32:
+        return tensor.dtype == torch.bfloat16
+    bits = tensor.contiguous().view(torch.int32)
+    return all(not (rows & 0xFFFF).any() for rows in (bits[:1], bits))  # one row settles it for most others
+
+
+def _widened(part: Any, *, loops: bool = False) -> Any:
+    """The same with every 16-bit number as float32; with ``loops`` norms as arrays, and embeddings as they are."""
+    if isinstance(part, Tensor):
+        return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+    if isinstance(part, tuple):
+        return tuple(_widened(one, loops=loops) for one in part)
+    if not dataclasses.is_dataclass(part) or isinstance(part, Looped | LaidOutDense):
+        return part
+    if loops and isinstance(part, Norm):
+        gain = part.weight.float().contiguous()
+        return Gain(part.name, gain, part.epsilon, gain.numpy())
+    if loops and isinstance(part, Embedding):
+        return part
+    fields = {field.name: _widened(getattr(part, field.name), loops=loops) for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **fields)  # type: ignore[type-var]
+
+
+def _looped_linear(weight: Dense | WeightOnly) -> Looped:
+    from trtlab.ops import cpu_loops
+
+    stored, loop = weight.weight.contiguous(), cpu_loops.linear
+    if isinstance(weight, Dense):
+        scale = torch.ones(len(stored))
+    elif stored.dtype == torch.int8:
+        scale = weight.scale.value[:, 0].contiguous()
+    else:
+        stored, scale, loop = stored.view(torch.int8), weight.scale.value.contiguous(), cpu_loops.linear_int4
+    prequant = weight.prequant if isinstance(weight, WeightOnly) else None
+    return Looped(
+        weight,
+        loop,
+        (array_of(stored), scale.numpy()),
+        None if weight.bias is None else weight.bias.numpy(),
+        None if prequant is None else prequant.numpy(),
+    )
+
+
+def _laid_out(weight: Dense) -> Dense | LaidOutDense:
+    tensor = weight.weight
+    if tensor.numel() < LARGE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return dataclasses.replace(weight, weight=tensor.t().contiguous().t())
+    with torch.inference_mode(False), torch.no_grad():
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(tensor)
+    return LaidOutDense(weight.name, laid_out, (tensor.shape[0], tensor.shape[1]), weight.bias)
