@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -538,3 +539,19 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
             together = [answer.token_ids for answer in session.generate(prompts, params)]
             assert together == alone
             session.kv_cache.clear()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda session: session.generate(None), "this is no prompt; got None; expected a text"),
+        (lambda session: session.generate(5), "this is no prompt; got 5"),
+        (lambda session: session.generate({"role": "user", "content": "hi"}), "this is no prompt; got {'role'"),
+        (lambda session: session.generate([3], 5), "params must be SamplingParams; got 5"),
+        (lambda session: session.submit([3], {"max_new_tokens": 3}), "params must be SamplingParams; got {'max_new"),
+        (lambda session: session.submit([3], allotted_time_ms="x"), "must be a positive number; got 'x'"),
+    ],
+)
+def test_what_is_no_prompt_and_no_params_is_refused_by_name(open_session, random_model, call, message):
+    with pytest.raises(RequestError, match=re.escape(message)):
+        call(open_session(random_model()))

@@ -89,7 +89,7 @@ class Session(Shown):
         chat template). Raises RequestError for an empty prompt, an id outside the vocabulary, or a request beyond
         the engine's bounds or the KV pool, before anything runs.
         """
-        params = params or SamplingParams()
+        params = _given(params)
         one = _is_single(prompts)
         batch: Sequence[Any] = [prompts] if one else prompts
         checked = [self._checked(prompt, params) for prompt in batch]
@@ -104,7 +104,7 @@ class Session(Shown):
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The answer's text as it comes; the pieces join to exactly ``generate``'s text. Arguments as for it."""
-        params = params or SamplingParams()
+        params = _given(params)
         ids = self._checked(prompt, params)
         if self._tokenizer is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
@@ -133,9 +133,10 @@ class Session(Shown):
         """
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError("priority must be a whole number", got=repr(priority))
-        if allotted_time_ms is not None and not allotted_time_ms > 0:
-            raise RequestError("allotted_time_ms must be positive", got=repr(allotted_time_ms))
-        params = params or SamplingParams()
+        timed = allotted_time_ms is not None
+        if timed and not (isinstance(allotted_time_ms, int | float) and allotted_time_ms > 0):
+            raise RequestError("allotted_time_ms must be a positive number", got=repr(allotted_time_ms))
+        params = _given(params)
         state = self._state(self._checked(prompt, params), params)
         state.priority = priority
         if allotted_time_ms is not None:
@@ -149,7 +150,7 @@ class Session(Shown):
         RequestError for a request that has ended.
         """
         parent = request.state
-        params = params or parent.params
+        params = parent.params if params is None else _given(params)
         with self._loop.lock:
             if request.done:
                 raise RequestError(
@@ -292,8 +293,24 @@ class Session(Shown):
         self.close()
 
 
+def _given(params: SamplingParams | None) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            "params must be SamplingParams", got=repr(params), remedy="SamplingParams(max_new_tokens=...)"
+        )
+    return params
+
+
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt: a text, ids (a list, an array, a tensor), or a conversation; not a list of such."""
+    if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+        raise RequestError(
+            "this is no prompt",
+            got=repr(prompts),
+            expected="a text, token ids, a list of messages, or a list of prompts",
+        )
     if isinstance(prompts, str) or len(prompts) == 0:
         return True
     first = prompts[0]
