@@ -15,7 +15,7 @@ from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.interpreter import LayerTable
 
 from .layer_groups import GROUPINGS, MEASURES, groups, known
-from .live import Dashboard, show_in
+from .live import Dashboard, LiveFigure, fitted, show_in
 
 LISTED = 10  # layers of a selection that are spelled out
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the legend and the table have the words.
@@ -125,14 +125,14 @@ class EngineLayers(Dashboard):
         self.amount = IntSlider(1, 1, generation.batch.max, continuous_update=False)
         self._table = self._emission.table()
         self._selected = next(iter(groups(self._table)))
-        self.figure = go.FigureWidget(self._figure())
+        self.figure = LiveFigure(self._figure())
         self._details = HTML()
         lines = [
             _line("bars show", self.measure),
             _line("grouped by", self.by),
             _line("for a step of", self.step, self.amount),
         ]
-        self.view = VBox([*lines, self.figure, self._details])
+        self.view = VBox([*lines, fitted(self.figure), self.figure, self._details])
         self._details.add_class("jp-RenderedHTMLCommon")
         self._details.value = self._details_html()
         self._observe()

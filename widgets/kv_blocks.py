@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import plotly.graph_objects as go
 from ipywidgets import HTML, HBox, IntSlider, Label, Play, ToggleButton, VBox, link
 
 from trtlab.display.card import Card, Table, bar
@@ -20,8 +19,7 @@ from trtlab.session import Session
 from .kv_figure import KvView, block_words, change, ids_text, kv_figure, label, moving, title
 from .kv_moment import DRAWN, History, cells, history, moment_after, moment_now
 from .kv_panels import BARS, TRACES
-from .live import Dashboard, remember
-from .width import Width
+from .live import Dashboard, LiveFigure, fitted
 
 REFRESH_S = 0.1  # between two pictures at least
 REST = 9  # times as long as a picture took, until the next one: at most a tenth of the time goes to pictures
@@ -65,11 +63,11 @@ class KVBlocks(Dashboard):
         self._steps = history(())
         self._view = self._looked()
         self._moving = moving(self._view)
-        self.figure = go.FigureWidget(kv_figure(self._view))
+        self.figure = LiveFigure(kv_figure(self._view))
         self._details = HTML()
         self._details.add_class("jp-RenderedHTMLCommon")
         controls = HBox([Label("step", layout={"width": "40px"}), self._play, self.step, self._when, self.live])
-        self._width = Width()
+        self._width = fitted(self.figure, self._lock)
         self.view = VBox([controls, self._width, self.figure, self._details])
         self._observe()
         self.refresh()
@@ -141,17 +139,11 @@ class KVBlocks(Dashboard):
         link((self._play, "value"), (self.step, "value"))
         self.step.observe(self._show, "value")
         self.live.observe(self._follow, "value")
-        self._width.observe(self._fit, "width")
         self.figure.data[0].on_click(self._click_block)
         for name, trace in zip(TRACES, self.figure.data, strict=True):
             if name in BARS:
                 trace.on_click(self._click_step)
         self._follow()
-
-    def _fit(self, _: object) -> None:
-        with self._lock:
-            self.figure.layout.width = self._width.width
-            remember(self.figure)
 
     def _click_block(self, _: object, points: Any, __: object) -> None:
         if points.point_inds:
@@ -193,7 +185,6 @@ class KVBlocks(Dashboard):
             self._view = self._looked()
             now = moving(self._view)
             change(self.figure, now, self._moving)
-            remember(self.figure)
             self._moving = now
             step = self._view.moment.step
             self._when.value = f"after step {step:,}" if step is not None else "now"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -10,6 +13,8 @@ from ipywidgets import VBox
 
 from trtlab.display.card import Card
 from trtlab.display.render import html
+
+from .width import Width
 
 
 class Dashboard:
@@ -29,18 +34,50 @@ class Dashboard:
         return {**live, "text/plain": repr(self), "text/html": html(self.card())}
 
 
-def show_in(live: go.FigureWidget, figure: go.Figure) -> None:
+class LiveFigure(go.FigureWidget):  # type: ignore[misc]  # plotly has no types
+    """A FigureWidget that a reloaded page finds as it is now, and whose numbers can move without a new drawing."""
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """What a page asks for: what the figure shows, where FigureWidget would tell what it was made with."""
+        state: dict[str, Any] = super().get_state(key, drop_defaults)
+        if "_layout_obj" in vars(self):  # it is made
+            for name, now in (("_widget_data", self._data), ("_widget_layout", self._layout_obj._props)):
+                if name in state:
+                    state[name] = self.trait_metadata(name, "to_json")(deepcopy(now), self)
+        return state
+
+    def move(self, numbers: Sequence[Mapping[str, Any]]) -> None:
+        """Give each trace new numbers, which are taken as they are: the browser moves marks, and draws nothing anew.
+
+        A name is a property of the trace, inner ones with a dot. Twice as fast as ``batch_update``, which checks every
+        number here and draws every panel and word there.
+        """
+        moved = {place: dict(new) for place, new in enumerate(numbers) if new}
+        for place, new in moved.items():
+            for name, value in new.items():
+                *outer, last = name.split(".")
+                functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, self._data[place])[last] = value
+        frame = {"duration": 0, "redraw": False}
+        options = {"transition": {"duration": 0}, "frame": frame, "mode": "immediate"}
+        self._send_animate_msg(list(moved.values()), {}, list(moved), options)
+
+
+def show_in(live: LiveFigure, figure: go.Figure) -> None:
     """Put a figure's data and layout into a live one with as many traces, which keep their callbacks."""
     assert len(live.data) == len(figure.data), (len(live.data), len(figure.data))
     with live.batch_update():
         for trace, new in zip(live.data, figure.data, strict=True):
             trace.update(new.to_plotly_json(), overwrite=True)
         live.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-    remember(live)
 
 
-def remember(live: go.FigureWidget) -> None:
-    """Keep what a figure shows now: else the kernel's model keeps what it was made with, for a reloaded page."""
-    with live.hold_sync():  # plotly 7.1
-        live._widget_data = deepcopy(live._data)
-        live._widget_layout = deepcopy(live._layout_obj._props)
+def fitted(live: LiveFigure, lock: AbstractContextManager[Any] | None = None) -> Width:
+    """A widget that keeps a figure as wide as the page, holding ``lock`` while it does; put it beside the figure."""
+    width = Width()
+
+    def fit(_: object) -> None:
+        with lock or nullcontext():
+            live.layout.width = width.width
+
+    width.observe(fit, "width")
+    return width

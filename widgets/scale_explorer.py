@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterable
+from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
 from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, ToggleButtons, VBox
 
 from trtlab.checkpoint import QuantizedCheckpoint
@@ -20,7 +20,7 @@ from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.report import Row
 from trtlab.quantize.study import Study, study
 
-from .live import Dashboard, remember
+from .live import Dashboard, LiveFigure, fitted
 from .scale_figure import Moving, change, figure, moving, short
 
 SEARCHED = "searched"
@@ -72,11 +72,11 @@ class ScaleExplorer(Dashboard):
             self.shown.value = self._rows()[0].name
         self._back = Button(description="as quantized", tooltip="all controls and exclusions back to the start")
         self._moving = self._now()
-        self.figure = go.FigureWidget(figure(*self._settings()))
-        self._details = HTML()
+        self.figure = LiveFigure(figure(*self._settings()))
+        self._words, self._details = HTML(), HTML()
         self._details.add_class("jp-RenderedHTMLCommon")
-        self._details.value = html(self._details_card())
-        self.view = VBox([*self._lines(), self.figure, self._details])
+        self._tell()
+        self.view = VBox([*self._lines(), self._words, fitted(self.figure), self.figure, self._details])
         self._observe()
 
     @property
@@ -172,9 +172,12 @@ class ScaleExplorer(Dashboard):
 
     def _show(self, _: object = None) -> None:
         now = self._now()
-        change(self.figure, now, self._moving)
-        remember(self.figure)
+        change(self.figure, now, self._moving)  # the picture first: the words take time, too
         self._moving = now
+        self._tell()
+
+    def _tell(self) -> None:
+        self._words.value = f"<b>{escape(self._moving.words)}</b>"
         self._details.value = html(self._details_card())
 
     def _settings(self) -> tuple[Study, float | None, str, frozenset[str], str]:

@@ -5,6 +5,7 @@ What a control can move is kept apart from what stays, because plotly takes long
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +18,18 @@ from trtlab.display.card import size
 from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
+from .live import LiveFigure
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the hover text has the words.
 COLOURS = dict(zip(LINEARS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"), strict=True))
 BEFORE, AFTER = "#7F7F7F", "#CC79A7"
 PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
 SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
 PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
+MARGINS = 124  # above and below all panels, in pixels
 GAP = 66  # between rows of panels, in pixels
-UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the title
+NUMBERS = {"y", "error_y.array", "error_y.arrayminus", "hovertext"}  # what moves marks and changes no colour or word
+UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the heading
 TITLES = {
     "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
     "scale": "scales to the original: least, median, largest of each linear",
@@ -34,10 +39,10 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Moving:
-    """All that controls change: properties by trace, the title, and the heading of the panels on one linear."""
+    """All that controls change: properties by trace, the words above, and the heading of the panels on one linear."""
 
     traces: tuple[dict[str, Any], ...]
-    title: str
+    words: str
     heading: str
 
 
@@ -66,20 +71,26 @@ def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
     if study.caches:
         for bits in ([row.k_bits for row in study.caches[scales]], [row.v_bits for row in study.caches[scales]]):
             traces.append({"y": bits, "text": ["" if number is None else f"{number:.2f}" for number in bits]})
-    return Moving(tuple(traces), _title(study, trials, excluded), heading)
+    return Moving(tuple(traces), _words(study, trials, excluded), heading)
 
 
 def change(made: go.Figure, new: Moving, old: Moving | None = None) -> None:
     """Move a figure of the same study to ``new``; what is as in ``old`` is not touched."""
     assert len(made.data) == len(new.traces), (len(made.data), len(new.traces))
     befores: Sequence[dict[str, Any]] = old.traces if old else [{}] * len(new.traces)
+    moved = [
+        {name: value for name, value in now.items() if name not in before or before[name] != value}
+        for now, before in zip(new.traces, befores, strict=True)
+    ]
+    heads = bool(new.heading) and (old is None or old.heading != new.heading)
+    if isinstance(made, LiveFigure) and not heads and NUMBERS.issuperset(itertools.chain(*moved)):
+        made.move(moved)
+        return
     with made.batch_update():
-        for trace, now, before in zip(made.data, new.traces, befores, strict=True):
-            moved = {name: value for name, value in now.items() if name not in before or before[name] != value}
-            if moved:
-                trace.update(moved)
-        made.layout.title.text = new.title
-        if new.heading and (old is None or old.heading != new.heading):
+        for trace, values in zip(made.data, moved, strict=True):
+            for name, value in values.items():
+                trace[name] = value
+        if heads:
             made.layout.annotations[2].text = new.heading  # error and scale come before it
 
 
@@ -88,7 +99,7 @@ def short(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-def _title(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> str:
+def _words(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> str:
     if not study.linears:
         return "INT8 KV cache"
     kept = [trial.row for trial in trials if trial.row.name not in excluded]
@@ -109,7 +120,7 @@ def _errors(study: Study, trials: Sequence[Trial], excluded: frozenset[str], sho
         made.append(
             {
                 "y": [tops[i] for i in mine],
-                "marker_color": ["#FFFFFF" if gone[i] else COLOURS[kind] for i in mine],
+                "marker.color": ["#FFFFFF" if gone[i] else COLOURS[kind] for i in mine],
                 "hovertext": [_hover(trials[i], gone[i]) for i in mine],
             }
         )
@@ -136,9 +147,9 @@ def _scales(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> 
     rows = [trial.row for trial in trials]
     return {
         "y": [row.scale_median for row in rows],
-        "error_y_array": [row.scale_max - row.scale_median for row in rows],
-        "error_y_arrayminus": [row.scale_median - row.scale_min for row in rows],
-        "marker_symbol": ["circle-open" if linear.name in excluded else "circle" for linear in study.linears],
+        "error_y.array": [row.scale_max - row.scale_median for row in rows],
+        "error_y.arrayminus": [row.scale_median - row.scale_min for row in rows],
+        "marker.symbol": ["circle-open" if linear.name in excluded else "circle" for linear in study.linears],
     }
 
 
@@ -175,20 +186,19 @@ def _still(study: Study) -> go.Figure:
         made.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
     made.update_layout(
         template="plotly_white",
-        title={"x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
         font={"size": 12},
         height=_height(rows),
         autosize=True,
         barmode="group" if not study.linears else "overlay",
         bargap=0.3,
         hovermode="closest",
-        margin={"l": 60, "r": 20, "t": 110, "b": 50},
+        margin={"l": 60, "r": 20, "t": 74, "b": 50},
         modebar={"remove": UNUSED},
         legend={
             "orientation": "h",
             "x": -0.06,
             "font": {"size": 11},
-            "y": 1 + 30 / (_height(rows) - 160),
+            "y": 1 + 30 / (_height(rows) - MARGINS),
             "yanchor": "bottom",
         },
     )
@@ -203,7 +213,7 @@ def _still(study: Study) -> go.Figure:
 
 
 def _height(rows: Sequence[str]) -> int:
-    return sum(PIXELS[row] for row in rows) + GAP * (len(rows) - 1) + 160
+    return sum(PIXELS[row] for row in rows) + GAP * (len(rows) - 1) + MARGINS
 
 
 def _subplots(study: Study, rows: Sequence[str]) -> go.Figure:
@@ -220,7 +230,7 @@ def _subplots(study: Study, rows: Sequence[str]) -> go.Figure:
         specs=specs,
         subplot_titles=titles,
         row_heights=[PIXELS[row] for row in rows],
-        vertical_spacing=GAP / (_height(rows) - 160) if len(rows) > 1 else 0,
+        vertical_spacing=GAP / (_height(rows) - MARGINS) if len(rows) > 1 else 0,
         horizontal_spacing=0.055,
     )
 

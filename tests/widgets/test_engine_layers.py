@@ -153,9 +153,9 @@ def test_steps_stay_within_the_plan_s_profiles(layers):
 def test_the_live_figure_keeps_what_a_reloaded_page_will_ask_for(layers):
     layers.by.value = "kind"
     live = layers.figure
-    assert live._widget_layout["title"]["text"] == "8.04 MiB of weights by kind"
-    assert live._widget_layout == live._layout_obj._props
-    assert len(live._widget_data) == len(live.data)
+    reloaded = live.get_state()
+    assert reloaded["_widget_layout"]["title"]["text"] == "8.04 MiB of weights by kind"
+    assert len(reloaded["_widget_data"]) == len(live.data)
 
 
 def test_it_shows_itself_without_a_kernel_and_without_ids(engine, layers):

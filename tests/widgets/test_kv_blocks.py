@@ -238,7 +238,8 @@ def test_moving_gives_the_picture_that_is_drawn_anew(session, blocks):
             mine.pop("uid")
             assert mine == theirs
         assert blocks.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
-    assert list(blocks.figure._widget_data[0]["y"]) == list(anew.data[0].y)  # what a reloaded page would show
+    reloaded = blocks.figure.get_state()
+    assert list(reloaded["_widget_data"][0]["y"]) == list(anew.data[0].y)
 
 
 def test_the_picture_says_everything_in_words():
@@ -333,7 +334,7 @@ def test_repr_and_still_view_are_short_and_deterministic(session, blocks):
 def test_the_picture_is_as_wide_as_the_page_lets_it(blocks):
     blocks._width.width = 640  # what the page sends
     assert blocks.figure.layout.width == 640
-    assert blocks.figure._widget_layout["width"] == 640
+    assert blocks.figure.get_state()["_widget_layout"]["width"] == 640
 
 
 def test_an_empty_session_has_a_picture(session, blocks):

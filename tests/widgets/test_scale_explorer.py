@@ -105,7 +105,8 @@ def test_moving_gives_the_picture_that_is_drawn_anew(explorer):
         mine.pop("uid")
         assert mine == theirs
     assert explorer.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
-    assert tuple(explorer.figure._widget_data[0]["y"]) == anew.data[0].y  # what a reloaded page would show
+    reloaded = explorer.figure.get_state()
+    assert tuple(reloaded["_widget_data"][0]["y"]) == anew.data[0].y
 
 
 def test_smoothing_flattens_the_channels_in_the_picture(tried):
