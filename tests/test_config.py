@@ -64,7 +64,7 @@ BAD_SAMPLING = {
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, bad in BAD_SAMPLING.items() for v in bad])
 def test_a_sampling_value_out_of_range_is_named(field, value):
-    with pytest.raises(ConfigError, match=field if field != "stop" else "stop word"):
+    with pytest.raises(ConfigError, match="stop" if field == "stop" else field):
         SamplingParams(**{field: value})
 
 

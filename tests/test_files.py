@@ -280,8 +280,22 @@ def test_a_kill_midway_leaves_the_old_checkpoint_whole(saved, random_model, tmp_
     process.communicate(timeout=60)
     assert files_of(tmp_path / "ckpt") == before
     assert Checkpoint.load(tmp_path / "ckpt").parameters == saved.parameters
+    assert [path.name.startswith(".ckpt-") for path in tmp_path.iterdir()].count(True) == 1
     saved.save(tmp_path / "ckpt")
     assert files_of(tmp_path / "ckpt") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"], "what the dead process left is gone"
+
+
+def test_what_living_saves_and_others_hold_is_left_alone(tmp_path):
+    for name in (".x-not-ours", ".x-abcdefgh", ".y-abcdefgh.partial"):
+        (tmp_path / name).mkdir()
+    with replace(tmp_path / "x") as first:
+        with replace(tmp_path / "x") as second:
+            assert first.is_dir() and first != second
+            fill(second, "second")
+        fill(first, "first")
+    assert (tmp_path / "x" / "data").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x-not-ours", ".x-abcdefgh", ".y-abcdefgh.partial"}
 
 
 def test_a_folder_that_cannot_be_written_is_named(saved, tmp_path):

@@ -17,6 +17,7 @@ LAYERS = """
     version errors progress
     display display.render display.card
     machine lazy quantize.primitives quantize.recipes runtime.events runtime.blocks
+    settings
     quantize.config
     model_config
     config

@@ -221,6 +221,14 @@ def test_a_conversation_goes_through_the_chat_template(talking_model, open_sessi
     assert session.generate([chat, chat], params) == [session.generate(chat, params)] * 2
     with pytest.raises(RequestError, match="no chat template"):
         open_session(talking_model, **BOUNDS).generate(chat)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError, match="refuses this conversation: roles must alternate"):
+        open_session(folder, **BOUNDS).generate(chat)
+
+
+def test_half_a_character_is_refused_with_its_place(talking_model, open_session):
+    with pytest.raises(RequestError, match="half of a character at place 4"):
+        open_session(talking_model, **BOUNDS).generate("the " + chr(0xD83D))
 
 
 @pytest.mark.parametrize(
@@ -547,11 +555,11 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
         (lambda session: session.generate(None), "this is no prompt; got None; expected a text"),
         (lambda session: session.generate(5), "this is no prompt; got 5"),
         (lambda session: session.generate({"role": "user", "content": "hi"}), "this is no prompt; got {'role'"),
-        (lambda session: session.generate([3], 5), "params must be SamplingParams; got 5"),
-        (lambda session: session.submit([3], {"max_new_tokens": 3}), "params must be SamplingParams; got {'max_new"),
+        (lambda session: session.generate([3], 5), "this is no SamplingParams; got 5"),
+        (lambda session: session.submit([3], {"max_new_tokens": 3}), "this is no SamplingParams; got {'max_new"),
         (lambda session: session.submit([3], allotted_time_ms="x"), "must be a positive number; got 'x'"),
     ],
 )
 def test_what_is_no_prompt_and_no_params_is_refused_by_name(open_session, random_model, call, message):
-    with pytest.raises(RequestError, match=re.escape(message)):
+    with pytest.raises(TrtlabError, match=re.escape(message)):
         call(open_session(random_model()))

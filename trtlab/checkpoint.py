@@ -35,6 +35,7 @@ from trtlab.quantize.report_file import REPORT, read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
+from trtlab.settings import require
 
 if TYPE_CHECKING:
     from trtlab.engine import Engine
@@ -118,7 +119,7 @@ class Checkpoint(Shown):
         model is asked to share its embedding, with the largest difference between the two tables.
         """
         self.require_whole("saved")
-        mapping = mapping or Mapping()
+        mapping = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
         layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
         config = self._tied_config() if use_embedding_sharing else self.config
         ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
@@ -150,6 +151,7 @@ class Checkpoint(Shown):
         and for a model that is quantized already; then nothing is written.
         """
         self.require_whole("quantized")
+        require(QuantConfig, quant_config, 'QuantConfig(quant_algo="W8A16")')
         if output_dir is None:
             quantization = self._prepare(quant_config, calibration, in_memory=True)
             tensors: dict[str, LazyTensor] = {}
@@ -187,7 +189,11 @@ class Checkpoint(Shown):
         """An engine with these bounds; ``plan=False`` leaves the TensorRT plan out. The checkpoint does not change."""
         from trtlab.engine import build
 
-        return build(self, build_config or BuildConfig(), mapping or Mapping(), plan=plan)
+        bounds = require(
+            BuildConfig, BuildConfig() if build_config is None else build_config, "BuildConfig(max_seq_len=2048)"
+        )
+        ranks = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
+        return build(self, bounds, ranks, plan=plan)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 
@@ -19,6 +20,7 @@ from trtlab.model_config import (
     require_positive,
     torch_dtype,
 )
+from trtlab.settings import Settings, check_types
 
 __all__ = [
     "DTYPES",
@@ -48,7 +50,7 @@ OBSOLETE_BUILD_FLAGS = {
 
 
 @dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Settings):
     """The bounds that an engine is built for; the defaults suit a notebook.
 
     ``max_seq_len=None`` becomes ``min(2048, the model's)`` at build. ``dtype=None`` keeps the checkpoint's.
@@ -99,6 +101,8 @@ class BuildConfig:
         )
         if self.max_seq_len is not None:
             require_positive("BuildConfig", max_seq_len=self.max_seq_len)
+        check_types(self)
+        if self.max_seq_len is not None:
             if self.max_input_len == BuildConfig.max_input_len:  # the default follows a smaller max_seq_len
                 object.__setattr__(self, "max_input_len", min(self.max_input_len, self.max_seq_len))
             if self.max_input_len > self.max_seq_len:
@@ -160,7 +164,7 @@ BATCHING_TYPES = ("INFLIGHT", "STATIC")
 
 
 @dataclass(frozen=True)
-class SessionConfig:
+class SessionConfig(Settings):
     """How a session runs an engine, in the words of TensorRT-LLM's executor.
 
     ``max_tokens_in_paged_kv_cache`` bounds the pool of KV blocks in tokens, ``kv_cache_free_gpu_memory_fraction`` in
@@ -190,9 +194,12 @@ class SessionConfig:
         if self.max_tokens_in_paged_kv_cache is not None:
             require_positive("SessionConfig", max_tokens_in_paged_kv_cache=self.max_tokens_in_paged_kv_cache)
         require_positive("SessionConfig", events_kept=self.events_kept)
+        check_types(self)
         if not 0 < self.kv_cache_free_gpu_memory_fraction <= 1:
             raise ConfigError(
-                "kv_cache_free_gpu_memory_fraction must lie in (0, 1]", got=self.kv_cache_free_gpu_memory_fraction
+                "kv_cache_free_gpu_memory_fraction must lie in (0, 1]",
+                got=self.kv_cache_free_gpu_memory_fraction,
+                remedy="0.9 leaves a tenth of a GPU's free memory",
             )
         for name, known in (("capacity_scheduler_policy", CAPACITY_POLICIES), ("batching_type", BATCHING_TYPES)):
             if getattr(self, name) not in known:
@@ -200,7 +207,7 @@ class SessionConfig:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Settings):
     """How the next token is chosen; with none of temperature, top_k and top_p given, greedily.
 
     ``temperature`` divides the logits, then ``top_k`` keeps the k best and ``top_p`` the smallest set whose
@@ -214,31 +221,32 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
-    stop: Sequence[str] = ()
+    stop: Sequence[str] | str | None = ()
     seed: int | None = None
     logprobs: bool = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif not isinstance(self.stop, tuple):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         require_positive("SamplingParams", max_new_tokens=self.max_new_tokens)
-        if self.temperature is not None and not self.temperature >= 0:
-            raise ConfigError("temperature must not be negative", got=self.temperature)
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
-            raise ConfigError("top_k must be a whole number", got=self.top_k, remedy="0 keeps every token")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise ConfigError("seed must be a whole number", got=repr(self.seed))
+        check_types(self)
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                "temperature must be finite and not negative", got=self.temperature, remedy="0 takes the best token"
+            )
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError("top_k must not be negative", got=self.top_k, remedy="0 keeps every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError("top_p must lie in (0, 1]", got=self.top_p)
-        if not self.repetition_penalty > 0:
-            raise ConfigError("repetition_penalty must be positive", got=self.repetition_penalty)
-        if any(not isinstance(word, str) for word in self.stop):
-            raise ConfigError("stop words must be texts", got=self.stop)
-        if any(not word for word in self.stop):
-            raise ConfigError("an empty stop word would stop at once", got=self.stop)
+            raise ConfigError("top_p must lie in (0, 1]", got=self.top_p, remedy="1 keeps every token")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(
+                "repetition_penalty must be positive and finite",
+                got=self.repetition_penalty,
+                remedy="1 changes nothing",
+            )
+        if "" in stop:
+            raise ConfigError("an empty stop word would stop at once", got=self.stop, remedy="leave it out")
 
     @property
     def greedy(self) -> bool:

@@ -28,6 +28,7 @@ from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.room import require_room_to_build
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
+from trtlab.settings import require
 from trtlab.tensorrt.compare import Comparison, compare
 from trtlab.tensorrt.emit import Emission, emit
 from trtlab.tensorrt.interpreter import LayerTable, Network
@@ -77,7 +78,9 @@ class Engine(Shown):
         """A session that generates with this engine; ``backend`` is auto, tensorrt, torch or interpreter."""
         from trtlab.backends import open_session
 
-        return open_session(self, session_config or SessionConfig(), backend, device)
+        config = SessionConfig() if session_config is None else session_config
+        require(SessionConfig, config, "SessionConfig(enable_block_reuse=True), and the backend as backend=...")
+        return open_session(self, config, backend, device)
 
     def network(self, rank: int = 0) -> Network:
         """The network that TensorRT compiles for one rank: a list of layers to walk, and to run on a CPU.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -25,7 +27,8 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
 
     An existing folder is replaced only when it is empty, or when every name in it satisfies ``ours`` and its
     config.json has the key ``marker``; otherwise ``error`` is raised before anything is written. After an exception
-    (a full disk, an interrupt) the old folder is as it was.
+    (a full disk, an interrupt) the old folder is as it was. After a kill it is too; what the killed process had
+    written, a hidden folder that ends in ``.partial``, goes with the next call.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
     foreign = _foreign(folder, ours, marker)
@@ -37,7 +40,7 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        scratch, lock = _scratch_beside(folder)
     except OSError as cause:
         raise error(f"{folder} cannot be written: {cause.strerror}", remedy="choose a writable place") from cause
     try:
@@ -53,6 +56,38 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
         if scratch.is_symlink():  # the folder was a link: what it points to stays
             scratch.unlink()
         shutil.rmtree(scratch, ignore_errors=True)
+        lock.close()
+
+
+def _scratch_beside(folder: Path) -> tuple[Path, _Locked]:
+    """A new hidden folder beside ``folder``, locked while this process lives; what dead ones left there is removed."""
+    with contextlib.closing(_Locked(folder.parent, wait=True)):
+        for name in glob.glob(f".{glob.escape(folder.name)}-*.partial", root_dir=folder.parent):
+            left = _Locked(folder.parent / name, wait=False)
+            if left.held:
+                shutil.rmtree(folder.parent / name, ignore_errors=True)
+            left.close()
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent))
+        return scratch, _Locked(scratch, wait=False)
+
+
+class _Locked:
+    """A folder that one process at a time may hold; the system lets go of it when that process ends, however it ends.
+
+    ``held`` is false while another one has it, and where the system cannot tell.
+    """
+
+    def __init__(self, folder: Path, *, wait: bool) -> None:
+        self._descriptor, self.held = -1, False
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self.held = True
+
+    def close(self) -> None:
+        """Let go."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 def _foreign(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from trtlab.display.card import Shown
 from trtlab.errors import ConfigError
 from trtlab.quantize.config import QuantConfig
+from trtlab.settings import Settings, check_types
 
 logger = logging.getLogger("trtlab")
 
@@ -45,7 +46,7 @@ ROTARY_SCALINGS = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
-class RotaryScaling:
+class RotaryScaling(Settings):
     """How rotary frequencies are stretched beyond the trained length: linear, llama3 or yarn.
 
     Fields that a kind does not use stay None. Sources: Hugging Face's ``rope_parameters`` of the same names; YaRN is
@@ -70,6 +71,7 @@ class RotaryScaling:
                 f"rotary scaling {self.kind!r} is not supported yet", expected=" | ".join(ROTARY_SCALINGS)
             )
         require_number("RotaryScaling", factor=self.factor)
+        check_types(self)
         if self.kind == "llama3":
             low, high, trained = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
             require_number(
@@ -111,7 +113,6 @@ class ModelConfig(Shown):
     quantization: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
-        torch_dtype(self.dtype)
         require_positive(
             "ModelConfig",
             vocab_size=self.vocab_size,
@@ -124,6 +125,8 @@ class ModelConfig(Shown):
             max_position_embeddings=self.max_position_embeddings,
         )
         require_number("ModelConfig", norm_epsilon=self.norm_epsilon, rotary_base=self.rotary_base)
+        check_types(self)
+        torch_dtype(self.dtype)
         if self.sliding_window is not None:
             require_positive("ModelConfig", sliding_window=self.sliding_window)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -151,7 +154,7 @@ class ModelConfig(Shown):
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Settings):
     """How a model is laid over processes: ``tp_size`` ranks share each layer, ``pp_size`` stages share the layers.
 
     Tensor-parallel ranks are neighbours: ``tp_rank = rank % tp_size``, ``pp_rank = rank // tp_size``.
@@ -164,6 +167,7 @@ class Mapping:
 
     def __post_init__(self) -> None:
         require_positive("Mapping", tp_size=self.tp_size, pp_size=self.pp_size)
+        check_types(self)
         product = self.tp_size * self.pp_size
         if self.world_size is None:
             object.__setattr__(self, "world_size", product)

@@ -22,6 +22,7 @@ from trtlab.runtime.loop import Loop
 from trtlab.runtime.request import RequestState
 from trtlab.runtime.streaming import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
+from trtlab.settings import require
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -260,7 +261,11 @@ class Session(Shown):
             raise RequestError("the prompt is empty", remedy="give at least one token")
         outside = next((token for token in ids if not 0 <= token < vocab), None)
         if outside is not None:
-            raise RequestError(f"token id {outside} is outside the vocabulary", expected=f"0 to {vocab - 1}")
+            raise RequestError(
+                f"token id {outside} is outside the vocabulary",
+                expected=f"0 to {vocab - 1}",
+                remedy="use this engine's own tokenizer: session.encode(text)",
+            )
         if len(ids) > limit:
             raise RequestError(
                 f"prompt of {len(ids)} tokens exceeds max_input_len {limit}",
@@ -294,13 +299,7 @@ class Session(Shown):
 
 
 def _given(params: SamplingParams | None) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise RequestError(
-            "params must be SamplingParams", got=repr(params), remedy="SamplingParams(max_new_tokens=...)"
-        )
-    return params
+    return require(SamplingParams, SamplingParams() if params is None else params, "SamplingParams(max_new_tokens=32)")
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -19,6 +19,7 @@ from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.report import Row
 from trtlab.quantize.study import Study, study
+from trtlab.settings import written
 
 from .live import Dashboard, LiveFigure, fitted
 from .scale_figure import Moving, change, figure, moving, short
@@ -199,16 +200,6 @@ class ScaleExplorer(Dashboard):
         )  # fmt: skip
         heads = (short(one.name), " SNR dB", " cosine", " median scale", " at range end", " outliers", " bytes")
         return Card("These settings", tuple(facts), (Table(heads, rows),))
-
-
-def written(quant: QuantConfig) -> str:
-    """A recipe as one would type it: what is at its default is left out."""
-    parts = []
-    for field in dataclasses.fields(quant):
-        value = getattr(quant, field.name)
-        if value != field.default:
-            parts.append(f"{field.name}={value!r}")
-    return f"QuantConfig({', '.join(parts)})"
 
 
 def _line(label: str, *controls: Any) -> HBox:

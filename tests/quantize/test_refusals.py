@@ -37,6 +37,18 @@ def test_a_recipe_that_quantizes_nothing_is_refused(checkpoint):
         checkpoint.quantize(QuantConfig())
 
 
+@pytest.mark.parametrize("pattern", ["transformer.layers.9.*", "mlp.fc", "*.mlp.down_proj", ""])
+def test_a_pattern_that_excludes_nothing_is_refused(checkpoint, pattern):
+    with pytest.raises(QuantizeError, match="matches no module.*transformer.layers.0.mlp.fc"):
+        checkpoint.quantize(QuantConfig("W8A16", exclude_modules=("*.mlp.fc", pattern)))
+
+
+def test_patterns_that_exclude_everything_are_refused(checkpoint):
+    with pytest.raises(QuantizeError, match="W8A16 has nothing to quantize"):
+        checkpoint.quantize(QuantConfig("W8A16", exclude_modules=("transformer.layers.*",)))
+    assert checkpoint.quantize(QuantConfig("W8A16", exclude_modules=("lm_head",))).report.linears
+
+
 def test_weight_only_says_that_it_needs_no_texts(checkpoint, texts):
     with pytest.raises(QuantizeError, match="W8A16 needs no calibration texts"):
         checkpoint.quantize(QuantConfig(quant_algo="W8A16"), calibration=texts)
@@ -64,12 +76,22 @@ def test_what_needs_texts_says_which_step_reads_them(checkpoint, quant, step):
         ([[1, 2], [5]], "text 1 is too short: 1 tokens"),
         ([[1, 99]], "text 0 has token id 99"),
         (["words"], "no tokenizer"),
+        ([None], "text 0 is neither a text nor token ids; got None"),
+        ([1, 2, 3], "text 0 is neither a text nor token ids; got 1"),
+        ([[1, 2], [0.5, 1.5]], "text 1 is neither"),
+        (5, "several texts"),
+        ({"text": "words"}, "several texts"),
     ],
 )
 def test_useless_texts_are_refused(checkpoint, tmp_path, texts, message):
     with pytest.raises(QuantizeError, match=message):
         checkpoint.quantize(STATIC, calibration=texts, output_dir=tmp_path / "ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_may_come_one_by_one(checkpoint, texts):
+    made = checkpoint.quantize(STATIC, calibration=(text for text in texts))
+    assert made.report == checkpoint.quantize(STATIC, calibration=texts).report
 
 
 def test_texts_of_unknown_tokens_only_are_refused():

@@ -209,6 +209,12 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder that checkpoint.save() wrote")
     raw = read_json(ckpt_dir / "config.json", remedy="give a folder that checkpoint.save() wrote")
+    if "architecture" not in raw and "architectures" in raw:
+        raise CheckpointError(
+            f"{ckpt_dir.name} is a Hugging Face folder",
+            expected="one that checkpoint.save() or TensorRT-LLM wrote",
+            remedy="open it with Checkpoint.from_hugging_face()",
+        )
     config, mapping, layout = config_from_json(raw)
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")

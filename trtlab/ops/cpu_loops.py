@@ -1,6 +1,7 @@
 """The loops that a CPU runs for a step of generation, compiled by Numba. Knows arrays, no tensors.
 
 Whatever K, V and weights are stored in, products and sums are float32: only the order of a sum differs from torch's.
+A division by zero gives infinity or NaN, as torch's does: a loop that could end there would take one number at a time.
 Compiled code is kept beside this file (or in Numba's cache folder); the first run on a machine takes some seconds.
 """
 
@@ -28,11 +29,11 @@ PARALLEL = find_spec("numba.np.ufunc.omppool") is not None
 
 
 def _compiled(loop: Loop) -> Loop:
-    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, nogil=True, cache=True)(loop)
+    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, error_model="numpy", nogil=True, cache=True)(loop)
 
 
 def _in_tasks(loop: Loop) -> Loop:
-    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, nogil=True, cache=True, parallel=PARALLEL)(loop)
+    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, error_model="numpy", nogil=True, cache=True, parallel=PARALLEL)(loop)
 
 
 def run_on(threads: int) -> None:

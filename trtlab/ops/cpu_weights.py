@@ -50,6 +50,7 @@ class Looped:
     """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves many tokens."""
 
     source: Dense | WeightOnly
+    shape: tuple[int, int]  # outputs and inputs
     loop: Callable[..., None]
     arrays: tuple[Array, ...]
     bias: Array | None
@@ -61,11 +62,6 @@ class Looped:
         return self.source.name
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
-        return self.source.shape
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the weight, all scales and the bias."""
         return tensor_bytes(self.source)
@@ -74,7 +70,7 @@ class Looped:
         """``[tokens, in]`` to ``[tokens, out]``, for few tokens."""
         if self.prequant is not None:
             x = x * self.prequant
-        out = np.empty((len(x), self.source.shape[0]), np.float32)
+        out = np.empty((len(x), self.shape[0]), np.float32)
         self.loop(x, *self.arrays, out)
         if self.bias is not None:
             out += self.bias
@@ -170,6 +166,7 @@ def _looped_linear(weight: Dense | WeightOnly) -> Looped:
     prequant = weight.prequant if isinstance(weight, WeightOnly) else None
     return Looped(
         weight,
+        weight.shape,
         loop,
         (array_of(stored), scale.numpy()),
         None if weight.bias is None else weight.bias.numpy(),

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from trtlab.errors import ConfigError
 from trtlab.quantize.recipes import KV_ALGORITHMS, KV_RECIPES, KV_SCALES, RECIPES, KvRecipe, Recipe
+from trtlab.settings import Settings, check_types
 
 GROUP_SIZES = (64, 128)
 
 
 @dataclass(frozen=True)
-class QuantConfig:
+class QuantConfig(Settings):
     """What to quantize and how; both algorithms None leave the model as it is.
 
     ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's strings. ``smoothquant_val`` is SmoothQuant's alpha,
@@ -31,13 +32,11 @@ class QuantConfig:
     exclude_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         _one_of("quant_algo", self.quant_algo, (None, *RECIPES))
         _one_of("kv_cache_quant_algo", self.kv_cache_quant_algo, (None, *KV_ALGORITHMS))
         _one_of("kv_cache_scales", self.kv_cache_scales, KV_SCALES)
         _one_of("group_size", self.group_size, GROUP_SIZES)
-        patterns: object = self.exclude_modules
-        if isinstance(patterns, str):
-            raise ConfigError("exclude_modules takes several patterns", got=repr(patterns), expected="a tuple")
         object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
         alpha = self.smoothquant_val
         if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= 1):

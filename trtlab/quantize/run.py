@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from trtlab.quantize.calibrate import Calibration
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.layer import Layer, QuantizedLayer, require_finite
 from trtlab.quantize.peak import Peak, predict
+from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.report import QuantizationReport, Row, report_kv, report_linears
 from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
 from trtlab.runtime.tokenizer import Tokenizer
@@ -142,6 +144,7 @@ def prepare(
         )
     quantized = config.replace(quantization=quant)
     tensor_specs(quantized)  # raises where groups do not divide
+    _check_exclusions(config, quant)
     if not quant.reads_texts and calibration is not None:
         raise QuantizeError(
             f"{_algorithms(quant)} needs no calibration texts: its scales come from the weights alone",
@@ -157,6 +160,25 @@ def prepare(
         limit = min(MAX_TOKENS, config.max_position_embeddings)
         texts = batches(encode_texts(calibration, tokenizer, config.vocab_size, limit))
     return Quantization(quantized, tensors, texts)
+
+
+def _check_exclusions(config: ModelConfig, quant: QuantConfig) -> None:
+    """QuantizeError for a pattern that matches nothing, and for patterns that leave an algorithm nothing to do."""
+    modules = [name.removesuffix(".weight") for name in tensor_specs(config)]
+    for pattern in quant.exclude_modules:
+        if not fnmatch.filter(modules, pattern):
+            raise QuantizeError(
+                "exclude_modules has a pattern that matches no module",
+                got=repr(pattern),
+                expected=f"a name like {layer_name(0, 'mlp.fc')!r}, or a pattern like '*.attention.dense'",
+            )
+    names = [layer_name(index, linear) for index in range(config.num_hidden_layers) for linear in LINEARS]
+    if quant.quant_algo is not None and not any(map(quant.recipe_of, names)):
+        raise QuantizeError(
+            f"{quant.quant_algo} has nothing to quantize: exclude_modules holds every linear",
+            got=quant.exclude_modules,
+            remedy="exclude fewer, or leave quant_algo out",
+        )
 
 
 def _algorithms(quant: QuantConfig) -> str:

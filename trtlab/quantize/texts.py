@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,12 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
     """Token ids of each text, at most ``limit``. Raises QuantizeError for texts that could not calibrate anything."""
     if isinstance(texts, str):
         raise QuantizeError("calibration takes several texts", got="one string", expected="a list of texts")
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise QuantizeError("calibration takes several texts", got=repr(texts), expected="a list of texts")
+    texts = list(texts)
     if len(texts) == 0:
         raise QuantizeError("calibration has no texts", remedy="give some that look like what the model will read")
-    rows = [_encode(text, tokenizer)[:limit] for text in texts]
+    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(texts)]
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise QuantizeError(
@@ -56,9 +60,16 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
     return rows
 
 
-def _encode(text: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
+def _encode(number: int, text: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
     if not isinstance(text, str):
-        return [int(token) for token in text]
+        try:
+            return [operator.index(token) for token in text]
+        except TypeError as error:
+            raise QuantizeError(
+                f"calibration text {number} is neither a text nor token ids",
+                got=repr(text)[:80],
+                remedy='give texts, ["...", "..."], or one list of whole numbers for each',
+            ) from error
     if tokenizer is None:
         raise QuantizeError(
             "this checkpoint has no tokenizer", remedy="give token ids, or put tokenizer.json in its folder"

@@ -88,17 +88,34 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer puts in front."""
-        ids: list[int] = self._inner(text)["input_ids"]
+        return self._ids(text, special=True)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds half of a character at place {error.start}",
+                got=repr(text[error.start]),
+                expected="Unicode text without lone surrogates",
+                remedy='text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") joins or replaces them',
+            ) from error
+        ids: list[int] = self._inner(text, add_special_tokens=special)["input_ids"]
         return ids
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation by the tokenizer's chat template, ready for the answer."""
         if not self._inner.chat_template:
             raise RequestError("this tokenizer has no chat template", remedy="give the prompt as text")
-        ids: list[int] = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        return ids
+        try:
+            text = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of the model's own and raises what it likes
+            raise RequestError(
+                f"the tokenizer's chat template refuses this conversation: {error}",
+                expected='[{"role": "user", "content": "..."}], roles in the order that the model knows',
+                remedy="mend the conversation, or give the prompt as text",
+            ) from error
+        return self._ids(text, special=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
