@@ -62,11 +62,10 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
 def _scratch_beside(folder: Path) -> tuple[Path, _Locked]:
     """A new hidden folder beside ``folder``, locked while this process lives; what dead ones left there is removed."""
     with contextlib.closing(_Locked(folder.parent, wait=True)):
-        for name in glob.glob(f".{glob.escape(folder.name)}-*.partial", root_dir=folder.parent):
-            left = _Locked(folder.parent / name, wait=False)
-            if left.held:
-                shutil.rmtree(folder.parent / name, ignore_errors=True)
-            left.close()
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*.partial"):
+            with contextlib.closing(_Locked(left, wait=False)) as lock:
+                if lock.held:
+                    shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent))
         return scratch, _Locked(scratch, wait=False)
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,12 @@ def _memory() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0
+
+
+def cache_bytes() -> int:
+    """The last-level cache of the first processor core in bytes, 0 where the system does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=0)
 
 
 def _tensorrt(gpus: tuple[Gpu, ...]) -> tuple[str, bool, bool]:

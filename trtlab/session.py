@@ -199,7 +199,7 @@ class Session(Shown):
         )
 
     def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
-        text = TextStream(self._tokenizer, state.params.stop) if self._tokenizer else None
+        text = TextStream(self._tokenizer, state.params.stop or ()) if self._tokenizer else None
         request = Request(state, text, self._loop, self._worker)
         listener = request.look_for_stop if state.params.stop else None
         if parent is None:

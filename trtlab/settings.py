@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -59,7 +59,8 @@ def check_types(settings: Any) -> None:
 
     Bool is no number here, and a text is no sequence of texts: both would pass silently and mean something else.
     """
-    for name, hint in _hints(type(settings)).items():
+    kind: Hashable = type(settings)
+    for name, hint in _hints(kind).items():
         value = getattr(settings, name)
         if not _is_a(value, hint):
             raise ConfigError(
@@ -75,7 +76,7 @@ def require(kind: type[T], value: object, example: str) -> T:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, SamplingParams, SessionConfig
 from trtlab.model.quantized import KvScales, WeightOnly
 from trtlab.model.weights import Dense
-from trtlab.ops.cpu import FEW, CpuPool
-from trtlab.ops.cpu_weights import LARGE, LaidOutDense, Looped, _looped_linear, array_of, cpu_weights, has_loops
+from trtlab.ops.cpu import CpuPool
+from trtlab.ops.cpu_weights import (
+    FEW,
+    FEW_OF_CACHED,
+    LARGE,
+    LaidOutDense,
+    Looped,
+    _looped_linear,
+    array_of,
+    cpu_weights,
+    has_loops,
+)
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
 from trtlab.quantize.primitives import FLOAT8, ToOriginal, pack_int4
@@ -98,6 +108,12 @@ def model(**tensors):
     return ModelWeights(1, 1, (layer,), table, norm, Dense("h", torch.ones(8, 4).bfloat16()))
 
 
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """No machine decides what these tests see."""
+    monkeypatch.setattr("trtlab.ops.cpu_weights.cache_bytes", lambda: 0)
+
+
 def prepared(weight, **options):
     return cpu_weights(model(qkv=weight), **{"loops": True, **options}).layers[0].qkv
 
@@ -114,6 +130,20 @@ def test_what_bfloat16_holds_is_kept_in_two_bytes_and_nothing_else():
     assert prepared(Dense("w", finer)).weight.dtype == torch.float32
     assert torch.equal(prepared(Dense("w", finer)).weight, finer)
     assert isinstance(prepared(Dense("w", finer), round_dense=True), Looped)
+
+
+def test_what_a_cache_holds_serves_several_tokens_in_float32(monkeypatch):
+    tensor = torch.randn(64, 32).bfloat16()
+    x = torch.randn(5, 32)
+    for cache, few, dtype in ((0, FEW, torch.bfloat16), (2**30, FEW_OF_CACHED, torch.float32)):
+        monkeypatch.setattr("trtlab.ops.cpu_weights.cache_bytes", lambda cache=cache: cache)
+        found = prepared(Dense("w", tensor))
+        assert isinstance(found, Looped)
+        assert (found.few, found.source.weight.dtype) == (few, dtype)
+        assert torch.allclose(linear(found, x), F.linear(x, tensor.float()), atol=1e-5)
+        assert np.allclose(found(x[:1].numpy()), F.linear(x[:1], tensor.float()), atol=1e-5)
+    large = torch.randn(LARGE // 512, 512).bfloat16()
+    assert prepared(Dense("w", large)).few == FEW
 
 
 def test_half_precision_is_widened():

@@ -39,7 +39,7 @@ def test_a_recipe_that_quantizes_nothing_is_refused(checkpoint):
 
 @pytest.mark.parametrize("pattern", ["transformer.layers.9.*", "mlp.fc", "*.mlp.down_proj", ""])
 def test_a_pattern_that_excludes_nothing_is_refused(checkpoint, pattern):
-    with pytest.raises(QuantizeError, match="matches no module.*transformer.layers.0.mlp.fc"):
+    with pytest.raises(QuantizeError, match=r"matches no module.*transformer\.layers\.0\.mlp\.fc"):
         checkpoint.quantize(QuantConfig("W8A16", exclude_modules=("*.mlp.fc", pattern)))
 
 

@@ -22,8 +22,6 @@ from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.comm import Comm, Solo
 from trtlab.progress import progress
 
-FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
-
 
 class CpuPool:
     """One rank's paged cache as the loops see it: arrays and scales of each layer, made once."""
@@ -102,7 +100,7 @@ class CpuOps:
 
     def linear(self, x: Array, weight: object) -> Array:
         """See Ops."""
-        if isinstance(weight, Looped) and len(x) <= FEW:
+        if isinstance(weight, Looped) and len(x) <= weight.few:
             return weight(x)
         return linear(weight, torch.from_numpy(x)).numpy()
 

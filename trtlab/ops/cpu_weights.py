@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trtlab.errors import ConfigError
+from trtlab.machine import cache_bytes
 from trtlab.model.quantized import WeightOnly, tensor_bytes
 from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
 from trtlab.ops.quantized import linear
@@ -24,6 +25,8 @@ from trtlab.ops.quantized import linear
 Array = NDArray[Any]
 
 LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
+FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
+FEW_OF_CACHED = 2  # of a weight that a cache holds in float32, too, where reading it costs nothing
 BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}  # what numpy has no type for, as its bits
 
 
@@ -47,9 +50,10 @@ class Gain(Norm):
 
 @dataclass(frozen=True)
 class Looped:
-    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves many tokens."""
+    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves more tokens."""
 
-    source: Dense | WeightOnly
+    source: Dense | WeightOnly | LaidOutDense
+    few: int  # tokens up to which the loop is the faster one
     shape: tuple[int, int]  # outputs and inputs
     loop: Callable[..., None]
     arrays: tuple[Array, ...]
@@ -108,17 +112,24 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
     """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
 
     With ``loops`` weight-only linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
-    ``round_dense`` rounds the others. Else a linear is float32, in oneDNN's layout when it is large, column by column
+    ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several tokens read
+    those so. Else a linear is float32, in oneDNN's layout when it is large, column by column
     when it is small.
     """
     if round_dense and not loops:
         raise ConfigError("fast_cpu_kernels needs Numba, which is not here", remedy="pip install numba")
 
+    cached = 2 * _small_bytes(weights) <= cache_bytes()  # half of it is for the rest
+
     def prepared(weight: Linear) -> object:
         if isinstance(weight, Dense) and loops and (round_dense or _fits_bfloat16(weight.weight)):
             half = weight.weight.to(torch.bfloat16).contiguous()
             bias = None if weight.bias is None else weight.bias.float()
-            return _looped_linear(Dense(weight.name, half, bias))
+            stored = Dense(weight.name, half, bias)
+            looped = _looped_linear(stored)
+            if not cached or half.numel() >= LARGE:
+                return looped
+            return dataclasses.replace(looped, source=_laid_out(_widened(stored)), few=FEW_OF_CACHED)
         wide: Linear = _widened(weight)
         if isinstance(wide, Dense):
             return _laid_out(wide)
@@ -126,6 +137,19 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
 
     found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
     return found
+
+
+def _small_bytes(weights: ModelWeights) -> int:
+    """Bytes of all small dense weights in float32."""
+    found: list[int] = []
+
+    def look(weight: Linear) -> Linear:
+        if isinstance(weight, Dense) and weight.weight.numel() < LARGE:
+            found.append(weight.weight.numel() * torch.float32.itemsize)
+        return weight
+
+    map_linears(weights, look)
+    return sum(found)
 
 
 def _fits_bfloat16(tensor: Tensor) -> bool:
@@ -166,6 +190,7 @@ def _looped_linear(weight: Dense | WeightOnly) -> Looped:
     prequant = weight.prequant if isinstance(weight, WeightOnly) else None
     return Looped(
         weight,
+        FEW,
         weight.shape,
         loop,
         (array_of(stored), scale.numpy()),

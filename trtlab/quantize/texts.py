@@ -38,10 +38,10 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
         raise QuantizeError("calibration takes several texts", got="one string", expected="a list of texts")
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise QuantizeError("calibration takes several texts", got=repr(texts), expected="a list of texts")
-    texts = list(texts)
-    if len(texts) == 0:
+    listed: list[str | Sequence[int]] = list(texts)
+    if not listed:
         raise QuantizeError("calibration has no texts", remedy="give some that look like what the model will read")
-    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(texts)]
+    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(listed)]
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise QuantizeError(
