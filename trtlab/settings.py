@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -59,7 +59,7 @@ def check_types(settings: Any) -> None:
 
     Bool is no number here, and a text is no sequence of texts: both would pass silently and mean something else.
     """
-    kind: Hashable = type(settings)
+    kind: Any = type(settings)
     for name, hint in _hints(kind).items():
         value = getattr(settings, name)
         if not _is_a(value, hint):

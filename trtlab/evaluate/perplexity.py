@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from trtlab.checkpoint import Checkpoint
 from trtlab.config import SamplingParams
 from trtlab.errors import RequestError
 from trtlab.session import Session
 
+SPARE_TOKENS = 8  # beyond the longest expected answer
 Model = Session | Checkpoint
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -34,13 +36,9 @@ def perplexity(model: Model, texts: Texts) -> float:
 
     A checkpoint is run in torch. Raises RequestError for texts of which none has two tokens.
     """
-    total, tokens = 0.0, 0
     with opened(model) as session:
-        for ids in _encoded(session, texts):
-            logits = session.logits(ids)[:-1]  # [tokens - 1, vocab]
-            total += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
-            tokens += len(ids) - 1
-    return math.exp(total / tokens)
+        rows = encoded(session, texts)
+        return perplexity_of(rows, map(session.logits, rows))
 
 
 def divergence(model: Model, reference: Model, texts: Texts) -> float:
@@ -48,20 +46,40 @@ def divergence(model: Model, reference: Model, texts: Texts) -> float:
 
     It sees every changed probability, where perplexity lets errors of either sign cancel.
     """
-    total, tokens = 0.0, 0
     with opened(model) as session, opened(reference) as original:
-        for ids in _encoded(session, texts):
-            expected = original.logits(ids).log_softmax(-1)
-            total += F.kl_div(session.logits(ids).log_softmax(-1), expected, reduction="sum", log_target=True).item()
-            tokens += len(ids)
+        rows = encoded(session, texts)
+        return divergence_of(map(session.logits, rows), map(original.logits, rows))
+
+
+def perplexity_of(rows: Sequence[list[int]], logits: Iterable[Tensor]) -> float:
+    """``perplexity`` of token ids from the logits that follow each of their tokens ``[tokens, vocab]``."""
+    total, tokens = 0.0, 0
+    for ids, after in zip(rows, logits, strict=True):
+        total += F.cross_entropy(after[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+        tokens += len(ids) - 1
+    return math.exp(total / tokens)
+
+
+def divergence_of(logits: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """``divergence`` from both models' logits, text by text ``[tokens, vocab]``."""
+    total, tokens = 0.0, 0
+    for got, expected in zip(logits, reference, strict=True):
+        pair = got.log_softmax(-1), expected.log_softmax(-1)
+        total += F.kl_div(*pair, reduction="sum", log_target=True).item()
+        tokens += len(got)
     return total / tokens
 
 
-def accuracy(model: Model, questions: Sequence[Asked], max_new_tokens: int = 32) -> float:
-    """The share of questions whose greedy answer is exactly the expected text, without surrounding blanks."""
+def accuracy(model: Model, questions: Sequence[Asked], max_new_tokens: int | None = None) -> float:
+    """The share of questions whose greedy answer is exactly the expected text, without surrounding blanks.
+
+    ``max_new_tokens=None`` leaves room for the longest expected answer, and for a few tokens that would be wrong.
+    """
     if not questions:
         raise RequestError("there are no questions", remedy="trtlab.tiny.corpus.questions() makes some")
     with opened(model) as session:
+        if max_new_tokens is None:
+            max_new_tokens = SPARE_TOKENS + max(len(session.encode(question.answer)) for question in questions)
         answers = session.generate([q.prompt for q in questions], SamplingParams(max_new_tokens=max_new_tokens))
     pairs = zip(answers, questions, strict=True)
     return sum(completion.text.strip() == question.answer for completion, question in pairs) / len(questions)
@@ -77,7 +95,8 @@ def opened(model: Model) -> Iterator[Session]:
         yield session
 
 
-def _encoded(session: Session, texts: Texts) -> list[list[int]]:
+def encoded(session: Session, texts: Texts) -> list[list[int]]:
+    """The token ids of each text; RequestError when none has two, which is the least that can be compared."""
     if isinstance(texts, str):
         raise RequestError("one string was given", expected="a list of texts")
     rows = [session.encode(text) if isinstance(text, str) else list(text) for text in texts]

@@ -7,10 +7,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trtlab.checkpoint import Checkpoint
+from torch import Tensor
+
+from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.display.card import Card, Shown, Table, card, size
-from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence, opened, perplexity
+from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence_of, encoded, opened, perplexity_of
 from trtlab.quantize.config import QuantConfig
+from trtlab.session import Session
 
 
 @dataclass(frozen=True)
@@ -44,35 +47,40 @@ def compare_recipes(
 ) -> Comparison:
     """Quantize by every recipe and measure each against the original, all in torch."""
     with opened(checkpoint) as original:
-        plain = Measured(
-            "as it was",
-            None,
-            checkpoint.nbytes,
-            checkpoint.config.kv_bytes_per_token,
-            perplexity(original, texts),
-            0.0,
-            accuracy(original, questions),
-            None,
-        )
-        rows = [plain]
-        for quant in recipes:
-            with contextlib.redirect_stdout(io.StringIO()):  # the predicted peak, a line for each recipe
-                made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
-            worst = made.report.worst(1) if made.report is not None else ()
-            with opened(made) as session:
-                rows.append(
-                    Measured(
-                        recipe_title(quant),
-                        quant,
-                        made.nbytes,
-                        made.config.kv_bytes_per_token,
-                        perplexity(session, texts),
-                        divergence(session, original, texts),
-                        accuracy(session, questions),
-                        worst[0].snr_db if worst else None,
-                    )
-                )
+        ids = encoded(original, texts)
+        expected = [original.logits(row) for row in ids]
+        rows = [_measured("as it was", None, checkpoint, original, ids, expected, questions)]
+    for quant in recipes:
+        with contextlib.redirect_stdout(io.StringIO()):  # the predicted peak, a line for each recipe
+            made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
+        with opened(made) as session:
+            rows.append(_measured(recipe_title(quant), quant, made, session, ids, expected, questions))
     return Comparison(tuple(rows))
+
+
+def _measured(
+    title: str,
+    quant: QuantConfig | None,
+    model: Checkpoint,
+    session: Session,
+    ids: Sequence[list[int]],
+    expected: Sequence[Tensor],
+    questions: Sequence[Asked],
+) -> Measured:
+    """One row; ``expected`` are the original's logits after each token of ``ids``."""
+    report = model.report if isinstance(model, QuantizedCheckpoint) else None
+    worst = report.worst(1) if report is not None else ()
+    logits = [session.logits(row) for row in ids]
+    return Measured(
+        title,
+        quant,
+        model.nbytes,
+        model.config.kv_bytes_per_token,
+        perplexity_of(ids, logits),
+        divergence_of(logits, expected),
+        accuracy(session, questions),
+        worst[0].snr_db if worst else None,
+    )
 
 
 def recipe_title(quant: QuantConfig) -> str:
