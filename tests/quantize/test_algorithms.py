@@ -74,7 +74,7 @@ def test_the_fused_float8_weight_has_one_scale_the_largest():
 def seen_with(q_max: float, k_max: float, v_max: float) -> LayerStatistics:
     """One key head of size 1: an output amax for each of q, k and v."""
     outputs = {"attention.qkv": torch.tensor([q_max, k_max, v_max])}
-    return LayerStatistics({}, outputs, torch.tensor([k_max]), torch.tensor([v_max]))
+    return LayerStatistics({}, outputs, {}, torch.tensor([k_max]), torch.tensor([v_max]))
 
 
 def test_the_merged_scale_counts_q_and_starves_v():
@@ -124,14 +124,16 @@ def observed_layer(quant: QuantConfig) -> Layer:
     prefix = "transformer.layers.0."
     tensors = random_checkpoint().tensors
     weights = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
-    inputs, outputs = {}, {}
+    inputs, outputs, sampled = {}, {}, {}
     for linear in LINEARS:
         x = torch.randn(300, 256, generator=dice)
         x[:, [3, 17]] *= 12
         inputs[linear] = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / 300)
-        outputs[linear] = (x @ weights[f"{linear}.weight"].T).abs().amax(0)
+        sampled[linear] = x @ weights[f"{linear}.weight"].T
+        outputs[linear] = sampled[linear].abs().amax(0)
     inputs["mlp.gate"] = inputs["mlp.fc"]
-    return Layer(config, 0, weights, LayerStatistics(inputs, outputs, torch.ones(2), torch.ones(2)))
+    sampled["mlp.gate"] = inputs["mlp.fc"].sample @ weights["mlp.gate.weight"].T
+    return Layer(config, 0, weights, LayerStatistics(inputs, outputs, sampled, torch.ones(2), torch.ones(2)))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])

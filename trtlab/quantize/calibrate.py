@@ -14,7 +14,7 @@ from trtlab.errors import QuantizeError
 from trtlab.model.decoder import attention, mlp
 from trtlab.model.rope import rotary_table
 from trtlab.model.specs import layer_name
-from trtlab.model.weights import Linear, ModelWeights, layer_weights
+from trtlab.model.weights import Dense, Linear, ModelWeights, layer_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
@@ -35,8 +35,9 @@ class ObservingOps(TorchOps):
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See Ops."""
+        assert isinstance(weight, Dense), "what is calibrated is not quantized yet"
         y = super().linear(x, weight)
-        self._recorder.linear(weight.name, x, y)
+        self._recorder.linear(weight, x, y)
         return y
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,14 +63,18 @@ class Recorder:
         self._gram = gram
         self._inputs: dict[str, _Input] = {}
         self._outputs: dict[str, Tensor] = {}
+        self._sampled: dict[str, list[Tensor]] = {}
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self.batch: TextBatch | None = None
 
-    def linear(self, name: str, x: Tensor, y: Tensor) -> None:
-        """Input ``[tokens, in]`` and output ``[tokens, out]`` of the linear whose weight has this name."""
-        linear = ".".join(name.split(".")[-3:-1])
+    def linear(self, weight: Dense, x: Tensor, y: Tensor) -> None:
+        """Input ``[tokens, in]`` and output ``[tokens, out]`` of a linear."""
+        assert self.batch is not None, "the batch is set before it runs"
+        linear = ".".join(weight.name.split(".")[-3:-1])
         self._outputs[linear] = _larger(self._outputs.get(linear), amax(y, 0))
+        sampled = y[self.batch.sampled]
+        self._sampled.setdefault(linear, []).append(sampled if weight.bias is None else sampled - weight.bias)
         if linear not in INPUT_OF:
             self._input(linear, x)
 
@@ -106,7 +111,8 @@ class Recorder:
             linear: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
             for linear, seen in self._inputs.items()
         }
-        return LayerStatistics(inputs, self._outputs, self._keys, self._values)
+        sampled = {linear: torch.cat(rows) for linear, rows in self._sampled.items()}
+        return LayerStatistics(inputs, self._outputs, sampled, self._keys, self._values)
 
 
 def _mirror(gram: Tensor) -> None:

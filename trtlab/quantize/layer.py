@@ -32,10 +32,14 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration saw in one layer: inputs and outputs by linear, K and V as they are cached, by head."""
+    """What calibration saw in one layer: inputs and outputs by linear, K and V as they are cached, by head.
+
+    ``sampled`` are the outputs that belong to the rows of ``InputStatistics.sample``.
+    """
 
     inputs: dict[str, InputStatistics]
     outputs: dict[str, Tensor]  # [out]: max over tokens of |y|
+    sampled: dict[str, Tensor]  # [rows, out]: x W^T, without the bias
     keys: Tensor  # [kv_heads], after rotary
     values: Tensor  # [kv_heads]
 

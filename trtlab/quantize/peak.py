@@ -84,4 +84,5 @@ def _statistics(config: ModelConfig, linears: Mapping[str, tuple[int, ...]], tex
     sampled = sum(len(batch.sampled) for batch in texts)
     recipe = config.quantization.recipe
     gram = sum(width * width for width in widths) if texts and recipe is not None and recipe.grouped else 0
-    return (gram + sampled * sum(widths)) * FLOAT
+    outputs = sum(shape[0] for shape in linears.values())
+    return (gram + sampled * (sum(widths) + outputs)) * FLOAT

@@ -130,14 +130,13 @@ def typed_linear(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized
 
 def _outputs(layer: Layer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
     """What the linear gives without its bias, and what the quantized one gives."""
-    original = layer.weight(linear)
     if layer.statistics is None:
         assert isinstance(weight, WeightOnly), "only weight-only recipes need no texts"
-        return original, dequantize(weight.integers, weight.scale.value)
+        return layer.weight(linear), dequantize(weight.integers, weight.scale.value)
     x = layer.statistics.input_of(linear).sample
     folded = linear in NORM_BEFORE and isinstance(weight, Int8Linear) and weight.prequant is None
     smoothed = x / result.smoothing[linear] if folded else x  # the norm in front divides already
-    return x @ original.T, run_linear(weight, smoothed)
+    return layer.statistics.sampled[linear], run_linear(weight, smoothed)
 
 
 def _scale(weight: Quantized) -> Tensor:

@@ -68,7 +68,7 @@ def _loss(seen: InputStatistics, layer: Layer, linears: Sequence[str], recipe: R
     for linear in linears:
         w, w_scale = int8_weight([part * s for part in layer.parts(linear)], per_channel=recipe.per_channel)
         got = int_matmul(q, w) * x_scale / w_scale.value
-        loss += float((got - seen.sample @ layer.weight(linear).T).square().mean())
+        loss += float((got - layer.observed.sampled[linear]).square().mean())
     return loss
 
 
