@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, SamplingParams, SessionConfig
-from trtlab.model.quantized import KvScales, WeightOnly
+from trtlab.model.quantized import Float8Linear, Int4Float8Linear, KvScales, WeightOnly
 from trtlab.model.weights import Dense
 from trtlab.ops.cpu import CpuPool
 from trtlab.ops.cpu_weights import (
@@ -26,7 +26,7 @@ from trtlab.ops.cpu_weights import (
 )
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
-from trtlab.quantize.primitives import FLOAT8, ToOriginal, pack_int4
+from trtlab.quantize.primitives import FLOAT8, ToOriginal, pack_int4, to_float8
 
 pytestmark = pytest.mark.skipif(not has_loops(), reason="Numba has no wheel for this Python")
 
@@ -81,6 +81,29 @@ def test_a_loop_gives_what_the_exact_product_gives(bits, rows, size, groups, tok
     magnitude = linear(weight, torch.ones_like(x)).abs().max() + wide.max() * linear(weight, x).abs().max() + 1
     found = looped(x.numpy())
     assert np.abs(found - linear(weight, x).numpy()).max() < 1e-5 * magnitude
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("bias", [None, torch.arange(6.0)])
+def test_float8_products_are_those_of_torch(tokens, bias):
+    dice = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 64, generator=dice) * 3
+    scales = ToOriginal(torch.tensor([0.01])), ToOriginal(torch.tensor([0.02]))
+    numbers = to_float8(torch.randn(6, 64, generator=dice), scales[0])
+    groups = weight_only(4, 6, 64, 2, dice, prequant=True)
+    for weight in (Float8Linear("w", numbers, *scales, bias), Int4Float8Linear("w", groups, *scales, bias)):
+        looped = _looped_linear(weight)
+        assert looped.arrays[0].dtype == np.uint8
+        assert np.allclose(looped(x.numpy()), linear(weight, x).numpy(), rtol=1e-5, atol=1e-5)
+        assert isinstance(prepared(weight), Looped)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_large_inputs_meet_float8_weights_and_stay_finite(loops, tokens):
+    stored = torch.full((2, 16), 0.5).to(FLOAT8).view(torch.uint8).numpy()
+    out = np.empty((tokens, 2), np.float32)
+    loops.linear(np.full((tokens, 16), 1e4, np.float32), stored, np.ones(2, np.float32), out)
+    assert np.allclose(out, 8e4)
 
 
 def test_four_bits_keep_every_integer(loops):

@@ -46,17 +46,24 @@ def _value(stored: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
+def _float8(stored: Any) -> Any:
+    """E4M3's exponent counts from 7 where float32's counts from 127. Below 2 ** -6 there is no leading one.
+
+    No factor brings the exponent there: a product might be taken in another order, and overflow.
+    """
+    moved = np.uint32((np.uint32(stored & 127) << np.uint32(20)) + np.uint32(120 << 23))
+    normal = moved.view(np.float32)
+    small = np.uint32(moved + np.uint32(1 << 23)).view(np.float32) - F32(2.0**-6)
+    size = normal if stored & 120 else small
+    return -size if stored & 128 else size
+
+
 @overload(_value, strict=False)
 def _value_by_type(stored: Any) -> Callable[[Any], Any]:
     if stored == numba.types.uint16:  # BF16 is the upper half of a float32
         return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
-    if stored == numba.types.uint8:  # E4M3's exponent counts from 7 where float32's counts from 127
-        return lambda stored: (
-            np.uint32((np.uint32(stored & 128) << np.uint32(24)) | (np.uint32(stored & 127) << np.uint32(20))).view(
-                np.float32
-            )
-            * F32(2.0**120)
-        )
+    if stored == numba.types.uint8:
+        return _float8
     return lambda stored: F32(stored)
 
 

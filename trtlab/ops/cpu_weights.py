@@ -1,6 +1,6 @@
 """Weights as a CPU reads them: as they are stored where a loop can, else laid out for torch's product.
 
-BF16, INT8 and INT4 numbers stay so, for reading them is most of the time that a step of few tokens takes.
+BF16, E4M3, INT8 and INT4 numbers stay so, for reading them is most of the time that a step of few tokens takes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from trtlab.errors import ConfigError
 from trtlab.machine import cache_bytes
-from trtlab.model.quantized import WeightOnly, tensor_bytes
+from trtlab.model.quantized import Float8Linear, Int4Float8Linear, WeightOnly, tensor_bytes
 from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
 from trtlab.ops.quantized import linear
+from trtlab.quantize.primitives import ToOriginal, dequantize, to_float8
 
 Array = NDArray[Any]
+Narrow = WeightOnly | Float8Linear | Int4Float8Linear  # what a loop reads, besides BF16
 
 LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
 FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
@@ -50,15 +52,19 @@ class Gain(Norm):
 
 @dataclass(frozen=True)
 class Looped:
-    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves more tokens."""
+    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves more tokens.
 
-    source: Dense | WeightOnly | LaidOutDense
+    With ``input_scale`` the input becomes E4M3 first.
+    """
+
+    source: Dense | LaidOutDense | Narrow
     few: int  # tokens up to which the loop is the faster one
     shape: tuple[int, int]  # outputs and inputs
     loop: Callable[..., None]
     arrays: tuple[Array, ...]
     bias: Array | None
     prequant: Array | None
+    input_scale: ToOriginal | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +80,8 @@ class Looped:
         """``[tokens, in]`` to ``[tokens, out]``, for few tokens."""
         if self.prequant is not None:
             x = x * self.prequant
+        if self.input_scale is not None:
+            x = to_float8(torch.from_numpy(x), self.input_scale).float().numpy()
         out = np.empty((len(x), self.shape[0]), np.float32)
         self.loop(x, *self.arrays, out)
         if self.bias is not None:
@@ -111,7 +119,7 @@ def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
 def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
     """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
 
-    With ``loops`` weight-only linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
+    With ``loops`` weight-only and FP8 linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
     ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several tokens read
     those so. Else a linear is float32, in oneDNN's layout when it is large, column by column
     when it is small.
@@ -133,7 +141,7 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
         wide: Linear = _widened(weight)
         if isinstance(wide, Dense):
             return _laid_out(wide)
-        return _looped_linear(wide) if isinstance(wide, WeightOnly) and loops else wide
+        return _looped_linear(wide) if isinstance(wide, Narrow) and loops else wide
 
     found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
     return found
@@ -177,26 +185,40 @@ def _widened(part: Any, *, loops: bool = False) -> Any:
     return dataclasses.replace(part, **fields)  # type: ignore[type-var]
 
 
-def _looped_linear(weight: Dense | WeightOnly) -> Looped:
+def _looped_linear(weight: Dense | Narrow) -> Looped:
     from trtlab.ops import cpu_loops
 
-    stored, loop = weight.weight.contiguous(), cpu_loops.linear
+    loop, prequant, input_scale = cpu_loops.linear, None, None
     if isinstance(weight, Dense):
-        scale = torch.ones(len(stored))
-    elif stored.dtype == torch.int8:
-        scale = weight.scale.value[:, 0].contiguous()
+        stored, scale = weight.weight, torch.ones(len(weight.weight))
+    elif isinstance(weight, WeightOnly):
+        stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
+        if stored.dtype == torch.uint8:
+            stored, loop = stored.view(torch.int8), cpu_loops.linear_int4
+        else:
+            scale = scale[:, 0]
     else:
-        stored, scale, loop = stored.view(torch.int8), weight.scale.value.contiguous(), cpu_loops.linear_int4
-    prequant = weight.prequant if isinstance(weight, WeightOnly) else None
+        stored, input_scale = _float8(weight), weight.input_scale
+        scale = (weight.input_scale.value * weight.weight_scale.value).expand(len(stored))
+        prequant = weight.groups.prequant if isinstance(weight, Int4Float8Linear) else None
     return Looped(
         weight,
         FEW,
         weight.shape,
         loop,
-        (array_of(stored), scale.numpy()),
+        (array_of(stored.contiguous()), scale.contiguous().numpy()),
         None if weight.bias is None else weight.bias.numpy(),
-        None if prequant is None else prequant.numpy(),
+        None if prequant is None else prequant.float().numpy(),
+        input_scale,
     )
+
+
+def _float8(weight: Float8Linear | Int4Float8Linear) -> Tensor:
+    """The E4M3 weight ``[out, in]``; W4A8's INT4 is turned into it once, not at each token."""
+    if isinstance(weight, Float8Linear):
+        return weight.weight
+    groups = weight.groups
+    return to_float8(dequantize(groups.integers, groups.scale.value.float()), weight.weight_scale)
 
 
 def _laid_out(weight: Dense) -> Dense | LaidOutDense:
