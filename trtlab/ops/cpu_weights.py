@@ -119,10 +119,10 @@ def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
 def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
     """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
 
-    With ``loops`` weight-only and FP8 linears stay as they are stored, and a dense one whose numbers all fit BF16 is kept so;
-    ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several tokens read
-    those so. Else a linear is float32, in oneDNN's layout when it is large, column by column
-    when it is small.
+    With ``loops`` weight-only and FP8 linears stay as they are stored, and a dense one whose numbers all fit BF16 is
+    kept so; ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several
+    tokens read those so. Else a linear is float32, in oneDNN's layout when it is large, column by column when it is
+    small.
     """
     if round_dense and not loops:
         raise ConfigError("fast_cpu_kernels needs Numba, which is not here", remedy="pip install numba")
