@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-LIMIT_KB = 60
+LIMIT_BYTES = 60_000
 FRAME = re.compile(r"(\x1b\[[\d;]*m)*File ")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -39,7 +39,7 @@ def refresh(path: Path) -> None:
     text = nbformat.writes(notebook) + "\n"
     check(path, notebook, text)
     path.write_text(text, encoding="utf-8")
-    print(f"{path.name}: {len(text) / 1024:.0f} KB")
+    print(f"{path.name}: {len(text.encode()):,} bytes")
 
 
 def check(path: Path, notebook: nbformat.NotebookNode, text: str) -> None:
@@ -50,8 +50,8 @@ def check(path: Path, notebook: nbformat.NotebookNode, text: str) -> None:
         raise SystemExit(f"{path.name}: not executed: {skipped[0].source[:60]!r}")
     if str(HERE.parent) in text:
         raise SystemExit(f"{path.name}: an output names {HERE.parent}")
-    if len(text) > LIMIT_KB * 1024:
-        raise SystemExit(f"{path.name}: {len(text) / 1024:.0f} KB, at most {LIMIT_KB}")
+    if len(text.encode()) > LIMIT_BYTES:
+        raise SystemExit(f"{path.name}: {len(text.encode()):,} bytes, at most {LIMIT_BYTES:,}")
 
 
 if __name__ == "__main__":
