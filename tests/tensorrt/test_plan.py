@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from trtlab.tensorrt.library import Library, library
 from trtlab.tensorrt.log import log
 from trtlab.tensorrt.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
 from trtlab.tensorrt.runtime import check_plan
-from trtlab.tensorrt.watch import Heard
+from trtlab.tensorrt.watch import Heard, Watch
 
 pytestmark = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 
@@ -127,15 +128,28 @@ def test_full_tensorrt_builds_for_the_gpu_at_hand_only(small, bounds, monkeypatc
         build(small, bounds, {})
 
 
-def test_an_interrupt_stops_the_build_and_writes_nothing(small, bounds, weights_of):
+def test_an_interrupt_stops_the_build_and_writes_nothing(small, bounds, weights_of, monkeypatch):
     deep = small.replace(num_hidden_layers=16)  # seconds of work, whatever the machine
     emission = emit(deep, bounds, Mapping(), 0, weights_of(deep))
     stream = io.BytesIO()
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        compile_plan(emission, stream)
-    timer.join()
+    watches = []
+
+    def noted(trt):
+        watches.append(Watch(trt))
+        return watches[-1]
+
+    def interrupt():
+        while not (watches and watches[0].steps):  # TensorRT is at work, and the main thread waits for it
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_module, "Watch", noted)
+        sender = threading.Thread(target=interrupt, daemon=True)
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            compile_plan(emission, stream)
+        sender.join()
     assert stream.getvalue() == b""
     assert compile_plan(emission, stream).plan_bytes == len(stream.getvalue()) > 0
 

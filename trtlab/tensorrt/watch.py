@@ -88,7 +88,10 @@ def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
     thread = threading.Thread(target=guarded, name="trtlab-build", daemon=True)
     started = time.monotonic()
     with progress(label, 0, unit="step") as bar:
-        thread.start()
+        try:
+            thread.start()
+        except KeyboardInterrupt:
+            watch.cancelled = True
         while thread.is_alive():
             try:
                 thread.join(0.05)
