@@ -10,11 +10,8 @@ demo: venv
 	$(BIN)/trtlab demo --output_dir build/demo_engine
 
 test: venv
-	@mkdir -p build
-	@echo "notebooks run beside the tests; their report follows"
-	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks > build/notebooks.log 2>&1 & \
-	notebooks=$$!; $(BIN)/python -m pytest tests; tests=$$?; \
-	wait $$notebooks; compared=$$?; cat build/notebooks.log; exit $$((tests + compared))
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 lab: venv
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_llama.ipynb
