@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: make demo, make test. They need Python 3.11 or later with venv, and make.
 PYTHON ?= python3
 BIN := .venv/bin
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # a file, or a notebook, stays in one process
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TRANSFORMERS_VERBOSITY ?= error
 
@@ -10,8 +11,8 @@ demo: venv
 	$(BIN)/trtlab demo --output_dir build/demo_engine
 
 test: venv
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 lab: venv
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_llama.ipynb

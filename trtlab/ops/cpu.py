@@ -7,6 +7,7 @@ widened for it. Products and sums are float32 either way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,17 @@ from trtlab.ops.quantized import linear
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.comm import Comm, Solo
 from trtlab.progress import progress
+
+
+def loops_on_torchs_threads() -> ModuleType:
+    """``cpu_loops``, on as many threads as torch has: both are OpenMP's, whose number Numba changes as it starts."""
+    from trtlab.ops import cpu_loops
+
+    threads = torch.get_num_threads()
+    cpu_loops.run_on(threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return cpu_loops
 
 
 class CpuPool:
@@ -72,15 +84,12 @@ class CpuOps:
     def __init__(
         self, batch: CpuBatch, pool: CpuPool, rotary: tuple[Array, Array], comm: Comm, *, every_token: bool = False
     ) -> None:
-        from trtlab.ops import cpu_loops
-
         self._batch = batch
         self._pool = pool
         self._cos, self._sin = rotary
         self._comm = comm
         self._every_token = every_token
-        self._loops = cpu_loops
-        self._loops.run_on(torch.get_num_threads())
+        self._loops = loops_on_torchs_threads()
 
     def embedding(self, tokens: Array, weight: Embedding) -> Array:
         """See Ops."""
@@ -190,7 +199,7 @@ class CpuOps:
 
 def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
     """Call each loop that this model's steps will call once, on next to nothing: no step has to wait for a compiler."""
-    from trtlab.ops import cpu_loops
+    cpu_loops = loops_on_torchs_threads()
 
     def zeros(kind: Any, *shape: int) -> Array:
         return np.zeros(shape, kind)

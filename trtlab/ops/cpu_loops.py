@@ -17,6 +17,8 @@ from numba import prange
 from numba.extending import overload
 from numpy.typing import NDArray
 
+from trtlab.ops.cpu_int4 import BYTES, CENTRE, ORDER, STEP, two_dots
+
 Array = NDArray[Any]
 Loop = Callable[..., Any]
 
@@ -217,32 +219,22 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
 
 @_in_tasks
 def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
-    """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``.
-
-    A byte is ``16 * high + low``. With its bit 3 turned, ``low`` counts from 0 to 15, eight too many, and ``high`` is
-    what the byte without it comes to, so that two rows share what is loaded and turned.
-    """
+    """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``."""
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
-    if tokens == 1:
-        excess = np.zeros(groups, F32)  # of every row's lower half: eight times the sum of a group's inputs
+    if tokens == 1 and size % BYTES == 0:
+        ordered, starts = np.empty(width, F32), np.zeros(groups, F32)
+        for first in range(0, width, BYTES):
+            for at in range(BYTES):
+                ordered[first + at] = x[0, first + ORDER[at]]
         for group in range(groups):
             for i in range(group * size, group * size + size):
-                excess[group] += F32(8) * x[0, i]
+                starts[group] -= F32(CENTRE) * x[0, i]
         for task in prange(weight.shape[0]):
             low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
-            low_sum = high_sum = F32(0)
-            for group in range(groups):
-                stored, part = weight[task, group * size :], x[0, group * size :]
-                low_dot = byte_dot = F32(0)
-                for i in range(size):
-                    byte = I32(I32(stored[i]) ^ I32(8))
-                    low_dot += F32(I32(byte & I32(15))) * part[i]
-                    byte_dot += F32(byte) * part[i]
-                low_sum += (low_dot - excess[group]) * scale[low, group]
-                high_sum += (byte_dot - low_dot) * F32(0.0625) * scale[high, group]
-            out[0, high] = high_sum
-            out[0, low] = low_sum
+            low_sum, high_sum = two_dots(weight[task], ordered, starts, scale[low], scale[high], size)
+            out[0, high] = high_sum / F32(STEP)
+            out[0, low] = low_sum / F32(STEP)
         return
     for task in prange((rows + ROWS - 1) // ROWS):
         top = task * ROWS

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,25 @@ def copy_tokenizer(source: Path | None, target: Path) -> None:
         (target / "generation_config.json").write_text(ids, encoding="utf-8")
 
 
+@lru_cache(maxsize=4)
+def _loaded(folder: Path, stamps: tuple[object, ...]) -> Any:
+    """A folder's tokenizer; ``stamps`` tell one set of files from a later one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 class Tokenizer:
-    """Hugging Face's tokenizer of a folder, loaded at first use."""
+    """Hugging Face's tokenizer of a folder, loaded at first use, and shared by all that use the same files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def _inner(self) -> Any:
-        from transformers import AutoTokenizer
-
+        stamps = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in tokenizer_files(self.folder)]
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return _loaded(self.folder.resolve(), tuple(stamps))
         except Exception as error:
             raise RequestError(
                 f"the tokenizer in {self.folder.name} cannot be read: {error}",

@@ -1,0 +1,118 @@
+"""One input times two rows of INT4 that share their bytes, in vector instructions which a compiler does not find alone.
+
+Converting integers to floats is what bounds such a product on most processors, so nothing is converted: four bits put
+into the upper mantissa of 2.0 make ``2 + n / 8``, and a byte gets there by being interleaved, first with the exponent's
+upper byte, then with zeros. Bit 3 is turned beforehand, so that ``n`` counts from 0 to 15, eight too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+BYTES = 32  # that are taken at a time: a vector of 256 bits, in lanes of 128
+# Interleaving stays within the lanes, and so leaves the inputs of 32 bytes in this order, eight to a vector.
+ORDER = np.arange(BYTES).reshape(2, 2, 2, 4).transpose(1, 2, 0, 3).ravel()
+CENTRE = 3.0  # what zero becomes, 2 + 8 / 8
+STEP = 0.125  # what one more becomes
+
+INT8, INT16, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOATS = ir.VectorType(FLOAT, 8)
+
+
+def _all(kind: ir.Type, count: int, value: float) -> ir.Constant:
+    return ir.Constant(ir.VectorType(kind, count), [value] * count)
+
+
+def _shuffled(build: ir.IRBuilder, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
+    """Elements of two vectors by number; those of the second come after the first's."""
+    return build.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(places)), places))
+
+
+def _interleaved(build: ir.IRBuilder, a: ir.Value, b: ir.Value, half: int) -> ir.Value:
+    """Elements of ``a`` and ``b`` by turns, from the lower or the upper half of each lane."""
+    count = a.type.count
+    lane = count // 2
+    starts = [first + half * lane // 2 for first in (0, lane)]
+    return _shuffled(build, a, b, [p + at for s in starts for at in range(s, s + lane // 2) for p in (0, count)])
+
+
+def _floats(build: ir.IRBuilder, bits: ir.Value) -> list[ir.Value]:
+    """``2 + n / 8`` of 32 bytes that hold ``n`` in bits 3 to 6: four vectors, their inputs in ORDER."""
+    found = []
+    for half in (0, 1):
+        words = _interleaved(build, bits, _all(INT8, BYTES, 0x40), half)
+        words = build.bitcast(words, ir.VectorType(INT16, BYTES // 2))
+        for quarter in (0, 1):
+            whole = _interleaved(build, _all(INT16, BYTES // 2, 0), words, quarter)
+            found.append(build.bitcast(whole, FLOATS))
+    return found
+
+
+def _add_product(build: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+    """Add ``a * b`` to what is kept at ``total``, in one instruction where there is one."""
+    product = build.fmul(a, b, flags=("contract",))
+    build.store(build.fadd(build.load(total), product, flags=("contract",)), total)
+
+
+def _sum(build: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    for width in (4, 2, 1):
+        upper = _shuffled(build, vector, vector, [(at + width) % 8 for at in range(8)])
+        vector = build.fadd(vector, upper)
+    return build.extract_element(vector, ir.Constant(INT32, 0))
+
+
+def _two_dots(
+    typingctx: Any, stored: Any, inputs: Any, starts: Any, low_scale: Any, high_scale: Any, size: Any
+) -> tuple[Any, Any]:
+    """The lower and the upper row's ``sum over groups of scale * (start + sum of x (2 + n / 8))``, STEP times theirs.
+
+    ``stored`` int8 ``[in]``; ``inputs`` float32 ``[in]``, each 32 in ORDER; ``starts`` and the scales ``[groups]``, of
+    ``size`` inputs each, a multiple of 32. With a group's start at ``-CENTRE`` times the sum of its inputs ``n`` counts
+    from -8.
+    """
+    signature = types.UniTuple(types.float32, 2)(stored, inputs, starts, low_scale, high_scale, types.intp)
+    return signature, _emit
+
+
+two_dots: Callable[..., tuple[float, float]] = intrinsic(_two_dots)
+
+
+def _emit(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    kinds = signature.args[:-1]
+    arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(kinds, arguments, strict=False)]
+    stored, inputs, starts, *scales = (array.data for array in arrays)
+    groups, size, nothing = cgutils.unpack_tuple(build, arrays[2].shape)[0], arguments[-1], _all(FLOAT, 8, 0.0)
+    totals = [cgutils.alloca_once_value(build, nothing) for _ in scales]
+    sums = [[cgutils.alloca_once_value(build, nothing) for _ in range(2)] for _ in scales]  # two chains a row
+    with cgutils.for_range(build, groups) as group:
+        start = build.load(build.gep(starts, [group.index]))
+        for chains in sums:
+            build.store(build.insert_element(nothing, start, INT32(0)), chains[0])
+            build.store(nothing, chains[1])
+        first = build.mul(group.index, size)
+        with cgutils.for_range(build, build.udiv(size, INT64(BYTES))) as step:
+            at = build.add(first, build.mul(step.index, INT64(BYTES)))
+            _add_32(build, build.gep(stored, [at]), build.gep(inputs, [at]), sums)
+        for total, chains, scale in zip(totals, sums, scales, strict=True):
+            one = build.insert_element(nothing, build.load(build.gep(scale, [group.index])), INT32(0))
+            _add_product(build, total, build.fadd(*map(build.load, chains)), _shuffled(build, one, one, [0] * 8))
+    return context.make_tuple(build, signature.return_type, [_sum(build, build.load(total)) for total in totals])
+
+
+def _add_32(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
+    """Add the products of 32 bytes, one number of each row in a byte, with 32 inputs."""
+    bytes_ = build.load(build.bitcast(stored, ir.VectorType(INT8, BYTES).as_pointer()), align=1)
+    turned = build.xor(bytes_, _all(INT8, BYTES, -0x78))  # bit 3 of either number
+    low = build.and_(build.shl(turned, _all(INT8, BYTES, 3)), _all(INT8, BYTES, 0x78))
+    high = build.and_(build.lshr(turned, _all(INT8, BYTES, 1)), _all(INT8, BYTES, 0x78))
+    place = build.bitcast(inputs, FLOATS.as_pointer())
+    x = [build.load(build.gep(place, [INT64(number)]), align=4) for number in range(BYTES // 8)]
+    for chains, bits in zip(sums, (low, high), strict=True):
+        for number, floats in enumerate(_floats(build, bits)):
+            _add_product(build, chains[number % 2], floats, x[number])
