@@ -207,7 +207,7 @@ def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
     x, one, place = zeros(np.float32, 1, 8), zeros(np.float32, 1), zeros(np.int32, 1)
     heads, row, table = x[None], zeros(np.float32, 1, 8), zeros(np.int32, 1, 1)
     block = zeros(pool.layers[0][0].dtype, 1, 1, 1, 8)
-    calls: dict[object, tuple[Callable[..., None], tuple[Any, ...]]] = {
+    calls: dict[object, tuple[Callable[..., object], tuple[Any, ...]]] = {
         "norm": (cpu_loops.rms_norm, (x, row[0], 1e-5, row)),
         "silu": (cpu_loops.silu, (x, row)),
         "rotary": (cpu_loops.rotate, (heads, x, x, place, row[None])),
@@ -217,9 +217,7 @@ def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
 
     def seen(weight: object) -> object:
         if isinstance(weight, Looped):
-            stored, scale = weight.arrays
-            small = zeros(stored.dtype, 1, 8), zeros(np.float32, *([1] * scale.ndim))
-            calls[weight.loop, stored.dtype] = weight.loop, (x, *small, zeros(np.float32, 1, 1))
+            calls[weight.loop, weight.arrays[0].dtype] = weight, (zeros(np.float32, 1, weight.shape[1]),)
         return weight
 
     map_linears(weights, seen)

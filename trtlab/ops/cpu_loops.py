@@ -218,6 +218,37 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
 
 
 @_in_tasks
+def linear_int8(x: Array, weight: Array, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times int8 ``weight`` ``[rows, in]``, exactly: ``out`` is int32 ``[tokens, rows]``.
+
+    ``x`` holds INT8 numbers as float32, which has room for the sum of WIDTH products; those sums are added as integers.
+    """
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens == 1:
+        for row in prange(rows):
+            total = I32(0)
+            for first in range(0, width, WIDTH):
+                dot = F32(0)
+                for i in range(first, min(first + WIDTH, width)):
+                    dot += F32(weight[row, i]) * x[0, i]
+                total += I32(dot)
+            out[0, row] = total
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), I32)
+        for first in range(0, width, WIDTH):
+            count = min(WIDTH, width - first)
+            for row in range(held):
+                stored, wide = weight[top + row, first : first + count], tile[row]
+                for i in range(count):
+                    wide[i] = F32(stored[i])
+            _add_tile(x, first, count, tile, sums)
+        out[:, top : top + held] = sums[:tokens, :held]
+
+
+@_in_tasks
 def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
     """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``."""
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from trtlab.errors import ConfigError
 from trtlab.machine import cache_bytes
-from trtlab.model.quantized import Float8Linear, Int4Float8Linear, WeightOnly, tensor_bytes
+from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, WeightOnly, tensor_bytes
 from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
-from trtlab.ops.quantized import linear
+from trtlab.ops.quantized import int8_input, linear
 from trtlab.quantize.primitives import ToOriginal, dequantize, to_float8
 
 Array = NDArray[Any]
-Narrow = WeightOnly | Float8Linear | Int4Float8Linear  # what a loop reads, besides BF16
+Narrow = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear  # what a loop reads, besides BF16
 
 LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
 FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
@@ -78,15 +78,33 @@ class Looped:
 
     def __call__(self, x: Array) -> Array:
         """``[tokens, in]`` to ``[tokens, out]``, for few tokens."""
+        out = self._product(x)
+        if self.bias is not None:
+            out += self.bias
+        return out
+
+    def _product(self, x: Array) -> Array:
         if self.prequant is not None:
             x = x * self.prequant
         if self.input_scale is not None:
             x = to_float8(torch.from_numpy(x), self.input_scale).float().numpy()
         out = np.empty((len(x), self.shape[0]), np.float32)
         self.loop(x, *self.arrays, out)
-        if self.bias is not None:
-            out += self.bias
         return out
+
+
+@dataclass(frozen=True)
+class LoopedInt8(Looped):
+    """A linear layer whose input becomes INT8 too: the same numbers, bit for bit, as torch's product gives."""
+
+    def _product(self, x: Array) -> Array:
+        assert isinstance(self.source, Int8Linear), "made from one"
+        weight, scale = self.arrays
+        numbers, row_scale = int8_input(self.source, torch.from_numpy(x))
+        sums = np.empty((len(x), self.shape[0]), np.int32)
+        self.loop(numbers.float().numpy(), weight, sums)
+        found: Array = sums.astype(np.float32) * row_scale.numpy() * scale
+        return found
 
 
 @linear.register
@@ -119,7 +137,7 @@ def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
 def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
     """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
 
-    With ``loops`` weight-only and FP8 linears stay as they are stored, and a dense one whose numbers all fit BF16 is
+    With ``loops`` quantized linears stay as they are stored, and a dense one whose numbers all fit BF16 is
     kept so; ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several
     tokens read those so. Else a linear is float32, in oneDNN's layout when it is large, column by column when it is
     small.
@@ -188,8 +206,10 @@ def _widened(part: Any, *, loops: bool = False) -> Any:
 def _looped_linear(weight: Dense | Narrow) -> Looped:
     from trtlab.ops import cpu_loops
 
-    loop, prequant, input_scale = cpu_loops.linear, None, None
-    if isinstance(weight, Dense):
+    kind, loop, prequant, input_scale = Looped, cpu_loops.linear, None, None
+    if isinstance(weight, Int8Linear):
+        kind, loop, stored, scale = LoopedInt8, cpu_loops.linear_int8, weight.weight, weight.output_scale.value
+    elif isinstance(weight, Dense):
         stored, scale = weight.weight, torch.ones(len(weight.weight))
     elif isinstance(weight, WeightOnly):
         stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
@@ -201,7 +221,7 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
         stored, input_scale = _float8(weight), weight.input_scale
         scale = (weight.input_scale.value * weight.weight_scale.value).expand(len(stored))
         prequant = weight.groups.prequant if isinstance(weight, Int4Float8Linear) else None
-    return Looped(
+    return kind(
         weight,
         FEW,
         weight.shape,
