@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,8 +93,7 @@ class PagedCache:
         self.scales = scales
         self._dtype = dtype
         stored = scales[0].dtype if scales else dtype
-        self.keys = torch.zeros(shape, dtype=stored, device=device)
-        self.values = torch.zeros(shape, dtype=stored, device=device)
+        self.keys, self.values = _zeros(shape, stored, device), _zeros(shape, stored, device)
         self.layers = list(zip(self.keys, self.values, strict=True))  # views, made once
         self._flat = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self.layers]  # [kv_heads, places, head_size]
 
@@ -126,6 +127,13 @@ class PagedCache:
         for source, target in copies:
             self.keys[:, :, target] = self.keys[:, :, source]
             self.values[:, :, target] = self.values[:, :, source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take no memory, and no time, until a block is written (numpy asks for zeroed pages)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _gather(pool: Tensor, blocks: Tensor | slice, sequences: int) -> Tensor:
