@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,13 @@ HOMES = {
     "plotly": (),
     "IPython": (),
     "triton": ("ops.paged_triton",),
-    "numba": ("ops.cpu_loops",),
+    "numba": ("ops.cpu_loops", "ops.cpu_int4"),
+    "llvmlite": ("ops.cpu_int4",),
 }
 LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {
     "triton",
     "numba",
+    "llvmlite",
 }  # kernels are made as their file is imported
 
 
@@ -195,6 +198,18 @@ def test_importing_trtlab_loads_nothing_heavy():
     heavy = {"transformers", "tokenizers", "huggingface_hub", "tensorrt", "tensorrt_rtx", "mpi4py", "IPython"}
     heavy |= {"ipywidgets", "plotly", "pandas", "scipy", "matplotlib", "onnxruntime"}
     assert not heavy & {name.split(".")[0] for name in loaded.stdout.split()}
+
+
+def test_the_widgets_leave_out_what_takes_plotly_seconds():
+    if find_spec("rfc3987_syntax") is None:
+        pytest.skip("the slow package is not installed")
+    code = """if True:
+        import sys, trtlab.widgets
+        assert "plotly.basewidget" in sys.modules
+        assert "rfc3987_syntax" not in sys.modules
+        import rfc3987_syntax  # whoever wants it still gets it
+    """
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 
 # --- packaging

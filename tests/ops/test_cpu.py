@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, SamplingParams, SessionConfig
-from trtlab.model.quantized import Float8Linear, Int4Float8Linear, KvScales, WeightOnly
+from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, KvScales, WeightOnly
 from trtlab.model.weights import Dense
-from trtlab.ops.cpu import CpuPool
+from trtlab.ops.cpu import CpuPool, loops_on_torchs_threads
 from trtlab.ops.cpu_weights import (
     FEW,
     FEW_OF_CACHED,
@@ -26,16 +27,14 @@ from trtlab.ops.cpu_weights import (
 )
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.quantized import decode_cache, encode_cache, linear
-from trtlab.quantize.primitives import FLOAT8, ToOriginal, pack_int4, to_float8
+from trtlab.quantize.primitives import FLOAT8, ToOriginal, ToQuantized, dequantize, pack_int4, to_float8
 
 pytestmark = pytest.mark.skipif(not has_loops(), reason="Numba has no wheel for this Python")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def loops():
-    from trtlab.ops import cpu_loops
-
-    return cpu_loops
+    return loops_on_torchs_threads()
 
 
 def close(found, expected, bound=2e-6):
@@ -106,14 +105,51 @@ def test_large_inputs_meet_float8_weights_and_stay_finite(loops, tokens):
     assert np.allclose(out, 8e4)
 
 
-def test_four_bits_keep_every_integer(loops):
-    q = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 1)  # an odd number of rows, each with all values
+@pytest.mark.parametrize("width", [16, 64])  # a loop, and vectors of 32
+def test_four_bits_keep_every_integer(loops, width):
+    q = torch.arange(-8, 8, dtype=torch.int8).repeat(3, width // 16)  # an odd number of rows, each with all values
+    q[1] = q[1].roll(3)  # the other half of the first row's bytes
     out = np.empty((1, 3), np.float32)
-    for column in range(16):
-        x = np.zeros((1, 16), np.float32)
+    for column in range(width):
+        x = np.zeros((1, width), np.float32)
         x[0, column] = 1
         loops.linear_int4(x, pack_int4(q).view(torch.int8).numpy(), np.ones((3, 1), np.float32), out)
-        assert out.tolist() == [[column - 8] * 3]
+        assert out.tolist() == [q[:, column].tolist()]
+
+
+@pytest.mark.parametrize(("groups", "shift"), [(1, 0.0), (12, 0.0), (6, 5.0)])
+def test_products_from_four_bits_are_as_exact_as_float32_ones(loops, groups, shift):
+    dice = torch.Generator().manual_seed(groups)
+    weight = weight_only(4, 64, 768, groups, dice)
+    x = torch.randn(1, 768, generator=dice) + shift  # inputs that do not cancel are the hard ones
+    terms = dequantize(weight.integers, weight.scale.value).double() * x.double()
+    found = torch.from_numpy(_looped_linear(weight)(x.numpy()))
+    assert ((found - terms.sum(1)).abs() < 2e-6 * terms.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("width", [48, 1500])  # more than float32 sums exactly
+@pytest.mark.parametrize("form", ["per token", "static", "ModelOpt's"])
+def test_int8_products_are_torchs_bit_for_bit(tokens, width, form):
+    dice = torch.Generator().manual_seed(width)
+    q = torch.randint(-127, 128, (7, width), generator=dice).to(torch.int8)
+    scale = ToOriginal(torch.rand(7, generator=dice) / 100)
+    factor = torch.rand(width, generator=dice) + 0.5
+    weight = {
+        "per token": Int8Linear("w", q, scale, None, torch.arange(7.0), smoother=factor),
+        "static": Int8Linear("w", q, scale, ToQuantized(torch.tensor([40.0]))),
+        "ModelOpt's": Int8Linear("w", q, scale, ToOriginal(torch.tensor([0.02])), prequant=factor),
+    }[form]
+    looped = prepared(weight)
+    assert isinstance(looped, Looped)
+    x = torch.randn(tokens, width, generator=dice) * 2
+    assert torch.equal(torch.from_numpy(looped(x.numpy())), linear(weight, x))
+
+
+def test_loops_leave_torch_its_number_of_threads(loops):
+    assert torch.get_num_threads() == 1  # what conftest.py set, before Numba started threads of its own
+    assert loops_on_torchs_threads() is loops
+    assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)
 
 
 # --- weights as a CPU reads them

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,3 +253,20 @@ def test_what_is_read_is_what_was_written_up_to_the_length():
     keys, values = made.cache.read(0, torch.tensor(made.tables.row(made.slots[0], 3)), 1, 11)
     assert keys.shape == (1, 2, 11, SIZE)
     assert torch.equal(keys[0].transpose(0, 1), made.k[0][0]) and torch.equal(values[0].transpose(0, 1), made.v[0][0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells what is resident")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pool_takes_memory_as_its_blocks_are_written(dtype):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before, size = resident(), 4 * 2 * 64 * 2048 * 128 * dtype.itemsize  # of K, and of V: 0.5 or 0.25 GB
+    cache = PagedCache(
+        layers=4, kv_heads=2, num_blocks=64, tokens_per_block=2048, head_size=128, dtype=dtype, device=CPU
+    )
+    assert cache.keys.nbytes == cache.values.nbytes == size
+    assert resident() - before < size / 8
+    assert not cache.keys[:, :, 5].any()
+    cache.values.fill_(1)
+    assert resident() - before > size / 2
