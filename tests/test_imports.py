@@ -64,7 +64,7 @@ HOMES = {
     "IPython": (),
     "triton": ("ops.paged_triton",),
     "numba": ("ops.cpu_loops", "ops.cpu_int4"),
-    "llvmlite": ("ops.cpu_int4",),
+    "llvmlite": ("ops.cpu_loops", "ops.cpu_int4"),
 }
 LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {
     "triton",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtlab import QuantConfig
+from trtlab.quantize.primitives import unpack_int4
 
 
 def test_worst_lists_the_lowest_ratios_first(checkpoint, texts):
@@ -30,6 +31,21 @@ def test_weight_only_figures_compare_the_weights(checkpoint):
     assert row.scale_max == pytest.approx(float(scale.max()))
     assert row.saturation > 0  # the largest positive weight of a channel ends at 127
     assert row.outliers_before is None
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "end"),
+    [("W8A16", 127), ("W4A16", 7), ("W8A8_SQ_PER_TENSOR_PLUGIN", 127), ("FP8", 448), ("W4A16_AWQ", 7), ("W4A8_AWQ", 7)],
+)
+def test_saturation_is_the_share_of_weights_at_the_end_of_the_range(checkpoint, texts, algorithm, end):
+    quant = QuantConfig(quant_algo=algorithm)
+    made = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
+    for row in made.report.linears:
+        stored = made.tensors[f"{row.name}.weight"].read()
+        numbers = unpack_int4(stored, 2 * len(stored)) if end == 7 else stored
+        expected = (numbers.double().abs() >= end).double().mean().item()
+        assert row.saturation == pytest.approx(expected, rel=1e-6)
+        assert 0 < row.saturation < 0.2
 
 
 def test_smoothing_flattens_the_loud_channels(checkpoint, texts):

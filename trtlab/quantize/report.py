@@ -15,7 +15,7 @@ from trtlab.ops.quantized import linear as run_linear
 from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import FLOAT8_MAX, INT8, dequantize
+from trtlab.quantize.primitives import FLOAT8, FLOAT8_MAX, INT8, dequantize
 from trtlab.quantize.recipes import NORM_BEFORE
 
 
@@ -149,16 +149,19 @@ def _scale(weight: Quantized) -> Tensor:
 
 def _saturation(weight: Quantized) -> float:
     numbers, end = stored_numbers(weight)
-    return float(numbers.float().abs().ge_(end).mean())
+    if numbers.dtype == FLOAT8:  # without its sign, the largest number has the largest bits
+        numbers, end = numbers.view(torch.int8) & 0x7F, int(torch.tensor(float(end)).to(FLOAT8).view(torch.int8))
+    beyond = torch.count_nonzero(numbers >= end) + torch.count_nonzero(numbers <= -end)
+    return float(beyond / numbers.numel())
 
 
-def stored_numbers(weight: Quantized) -> tuple[Tensor, float]:
+def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
     """The integers, or E4M3 numbers, that a linear stores ``[out, in]``, and the largest that its format has."""
     if isinstance(weight, Float8Linear):
-        return weight.weight.float(), FLOAT8_MAX
+        return weight.weight, int(FLOAT8_MAX)
     groups = weight.groups if isinstance(weight, Int4Float8Linear) else weight
     q = groups.integers if isinstance(groups, WeightOnly) else groups.weight
-    return q, 7.0 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127.0
+    return q, 7 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127
 
 
 def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:

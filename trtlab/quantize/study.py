@@ -150,7 +150,7 @@ def _before(layer: Layer, recipe: Recipe, linear: str) -> Spread:
 def _after(layer: Layer, result: QuantizedLayer, linear: str) -> Spread:
     """Stored numbers over the format's end, and the input as it is before it is rounded."""
     numbers, end = stored_numbers(typed_linear(layer, result, linear))
-    return Spread(_histogram(numbers / end), *_inputs(layer, linear, result.smoothing.get(linear)))
+    return Spread(_histogram(numbers.float() / end), *_inputs(layer, linear, result.smoothing.get(linear)))
 
 
 def _inputs(layer: Layer, linear: str, s: Tensor | None) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
