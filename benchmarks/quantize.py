@@ -38,7 +38,7 @@ from trtlab.quantize.texts import batches
 ALGORITHMS = ("W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "FP8", "W4A16_AWQ")
 NEAREST = {"W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "W8A8_SQ_PER_CHANNEL"}  # what ModelOpt has for it
 MEASURED = ("W8A8_SQ_PER_CHANNEL", "FP8")  # peaks; AWQ's search would take minutes at this width
-DECODED = ("W8A16", "W4A16", "W4A16_AWQ")
+DECODED = ("W8A16", "W4A16", "W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN")
 WIDE = trtlab.ModelConfig(
     architecture="LlamaForCausalLM",
     dtype="bfloat16",
@@ -150,7 +150,7 @@ def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: in
     for algorithm, pairs in rounds.items():
         ratio = median(float32 / fast for float32, fast in pairs)
         print(
-            f"{algorithm:12} {new_tokens / median(fast for _, fast in pairs):6.1f} tokens/s, {ratio:.2f} times float32"
+            f"{algorithm:36} {new_tokens / median(fast for _, fast in pairs):6.1f} tokens/s, {ratio:.2f} times float32"
         )
 
 

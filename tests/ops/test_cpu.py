@@ -146,6 +146,16 @@ def test_int8_products_are_torchs_bit_for_bit(tokens, width, form):
     assert torch.equal(torch.from_numpy(looped(x.numpy())), linear(weight, x))
 
 
+def test_a_token_that_is_not_finite_spoils_no_other_and_is_not_hidden(loops):
+    q = torch.ones(3, 16, dtype=torch.int8)
+    looped = _looped_linear(Int8Linear("w", q, ToOriginal(torch.ones(3))))
+    x = np.ones((3, 16), np.float32)
+    x[1, 5] = np.nan
+    found = looped(x)
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+
+
 def test_loops_leave_torch_its_number_of_threads(loops):
     assert torch.get_num_threads() == 1  # what conftest.py set, before Numba started threads of its own
     assert loops_on_torchs_threads() is loops

@@ -39,6 +39,11 @@ def _in_tasks(loop: Loop) -> Loop:
     return numba.njit(fastmath=SUMS_IN_ANY_ORDER, error_model="numpy", nogil=True, cache=True, parallel=PARALLEL)(loop)
 
 
+def _to_the_bit(loop: Loop) -> Loop:
+    """No arithmetic is moved: what comes out is what torch's operations give, one after the other."""
+    return numba.njit(error_model="numpy", nogil=True, cache=True)(loop)
+
+
 def run_on(threads: int) -> None:
     """Let tasks that this thread starts use so many threads, or as many as there are."""
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
@@ -227,6 +232,38 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
                 out[token, top + row] = sums[token, row] * scale[top + row]
 
 
+@_to_the_bit
+def int8_rows(x: Array, out: Array, scale: Array) -> None:
+    """``x`` ``[tokens, in]`` as INT8 numbers in float32, with a ``scale`` to the original a token, ``[tokens, 1]``."""
+    for token in range(x.shape[0]):
+        bits = I32(0)  # a float without its sign compares as an integer; NaN is the largest, and is found
+        for i in range(x.shape[1]):
+            bits = max(bits, I32(F32(x[token, i]).view(I32) & I32(0x7FFFFFFF)))
+        largest = I32(bits).view(F32)
+        if largest < F32(1e-6):
+            largest = F32(1e-6)
+        _round_to_int8(x[token], F32(127) / largest, out[token])
+        scale[token, 0] = largest / F32(127)
+
+
+@_to_the_bit
+def int8_by(x: Array, scale: float, divides: bool, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times ``scale``, or divided by it, as INT8 numbers in float32."""
+    for token in range(x.shape[0]):
+        if divides:
+            for i in range(x.shape[1]):
+                out[token, i] = x[token, i] / F32(scale)
+            _round_to_int8(out[token], F32(1), out[token])
+        else:
+            _round_to_int8(x[token], F32(scale), out[token])
+
+
+@_to_the_bit
+def _round_to_int8(x: Array, factor: float, out: Array) -> None:
+    for i in range(len(x)):
+        out[i] = min(max(np.rint(x[i] * factor), F32(-128)), F32(127))
+
+
 @_in_tasks
 def linear_int8(x: Array, weight: Array, out: Array) -> None:
     """``x`` ``[tokens, in]`` times int8 ``weight`` ``[rows, in]``, exactly: ``out`` is int32 ``[tokens, rows]``.
@@ -238,9 +275,10 @@ def linear_int8(x: Array, weight: Array, out: Array) -> None:
         for row in prange(rows):
             total = I32(0)
             for first in range(0, width, WIDTH):
+                stored, part = weight[row, first : first + WIDTH], x[0, first : first + WIDTH]
                 dot = F32(0)
-                for i in range(first, min(first + WIDTH, width)):
-                    dot += F32(weight[row, i]) * x[0, i]
+                for i in range(len(stored)):
+                    dot += F32(stored[i]) * part[i]
                 total += I32(dot)
             out[0, row] = total
         return

@@ -20,8 +20,8 @@ from trtlab.errors import ConfigError
 from trtlab.machine import cache_bytes
 from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, WeightOnly, tensor_bytes
 from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
-from trtlab.ops.quantized import int8_input, linear
-from trtlab.quantize.primitives import ToOriginal, dequantize, to_float8
+from trtlab.ops.quantized import linear
+from trtlab.quantize.primitives import ToOriginal, ToQuantized, dequantize, to_float8
 
 Array = NDArray[Any]
 Narrow = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear  # what a loop reads, besides BF16
@@ -97,13 +97,25 @@ class Looped:
 class LoopedInt8(Looped):
     """A linear layer whose input becomes INT8 too: the same numbers, bit for bit, as torch's product gives."""
 
+    smoother: Array | None = None
+    static: ToOriginal | ToQuantized | None = None  # without it each token has a scale of its own
+
     def _product(self, x: Array) -> Array:
-        assert isinstance(self.source, Int8Linear), "made from one"
+        from trtlab.ops import cpu_loops
+
         weight, scale = self.arrays
-        numbers, row_scale = int8_input(self.source, torch.from_numpy(x))
-        sums = np.empty((len(x), self.shape[0]), np.int32)
-        self.loop(numbers.float().numpy(), weight, sums)
-        found: Array = sums.astype(np.float32) * row_scale.numpy() * scale
+        if self.smoother is not None:
+            x = x / self.smoother
+        if self.prequant is not None:
+            x = x * self.prequant
+        numbers, sums = np.empty_like(x), np.empty((len(x), self.shape[0]), np.int32)
+        row_scale = np.ones((len(x), 1), np.float32)
+        if self.static is None:
+            cpu_loops.int8_rows(x, numbers, row_scale)
+        else:
+            cpu_loops.int8_by(x, self.static.value.item(), isinstance(self.static, ToOriginal), numbers)
+        self.loop(numbers, weight, sums)
+        found: Array = sums.astype(np.float32) * row_scale * scale
         return found
 
 
@@ -206,10 +218,10 @@ def _widened(part: Any, *, loops: bool = False) -> Any:
 def _looped_linear(weight: Dense | Narrow) -> Looped:
     from trtlab.ops import cpu_loops
 
-    kind, loop, prequant, input_scale = Looped, cpu_loops.linear, None, None
     if isinstance(weight, Int8Linear):
-        kind, loop, stored, scale = LoopedInt8, cpu_loops.linear_int8, weight.weight, weight.output_scale.value
-    elif isinstance(weight, Dense):
+        return _looped_int8(weight)
+    loop, prequant, input_scale = cpu_loops.linear, None, None
+    if isinstance(weight, Dense):
         stored, scale = weight.weight, torch.ones(len(weight.weight))
     elif isinstance(weight, WeightOnly):
         stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
@@ -221,16 +233,28 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
         stored, input_scale = _float8(weight), weight.input_scale
         scale = (weight.input_scale.value * weight.weight_scale.value).expand(len(stored))
         prequant = weight.groups.prequant if isinstance(weight, Int4Float8Linear) else None
-    return kind(
+    arrays = array_of(stored.contiguous()), scale.contiguous().numpy()
+    return Looped(weight, FEW, weight.shape, loop, arrays, _numbers(weight.bias), _numbers(prequant), input_scale)
+
+
+def _looped_int8(weight: Int8Linear) -> LoopedInt8:
+    from trtlab.ops import cpu_loops
+
+    return LoopedInt8(
         weight,
         FEW,
         weight.shape,
-        loop,
-        (array_of(stored.contiguous()), scale.contiguous().numpy()),
-        None if weight.bias is None else weight.bias.numpy(),
-        None if prequant is None else prequant.float().numpy(),
-        input_scale,
+        cpu_loops.linear_int8,
+        (weight.weight.contiguous().numpy(), weight.output_scale.value.contiguous().numpy()),
+        _numbers(weight.bias),
+        _numbers(weight.prequant),
+        smoother=_numbers(weight.smoother),
+        static=weight.input_scale,
     )
+
+
+def _numbers(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else tensor.float().contiguous().numpy()
 
 
 def _float8(weight: Float8Linear | Int4Float8Linear) -> Tensor:

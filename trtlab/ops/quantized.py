@@ -43,20 +43,17 @@ def _weight_only(weight: WeightOnly, x: Tensor) -> Tensor:
 
 @linear.register
 def _int8(weight: Int8Linear, x: Tensor) -> Tensor:
-    q, row_scale = int8_input(weight, x.float())
+    wide = x.float()
+    if weight.smoother is not None:
+        wide = wide / weight.smoother
+    if weight.prequant is not None:
+        wide = wide * weight.prequant.float()
+    if weight.input_scale is None:
+        q, row_scale = quantize_rows(wide)
+    else:
+        q, row_scale = to_int(wide, weight.input_scale, INT8), torch.ones(1, device=x.device)
     y = int_matmul(q, weight.weight).float() * row_scale * weight.output_scale.value
     return _with_bias(y, weight.bias, x.dtype)
-
-
-def int8_input(weight: Int8Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a product reads of float32 inputs, int8 ``[tokens, in]``, and what each row of it is multiplied by."""
-    if weight.smoother is not None:
-        x = x / weight.smoother
-    if weight.prequant is not None:
-        x = x * weight.prequant.float()
-    if weight.input_scale is None:
-        return quantize_rows(x)
-    return to_int(x, weight.input_scale, INT8), torch.ones(1, device=x.device)
 
 
 @linear.register
