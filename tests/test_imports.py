@@ -63,8 +63,8 @@ HOMES = {
     "plotly": (),
     "IPython": (),
     "triton": ("ops.paged_triton",),
-    "numba": ("ops.cpu_loops", "ops.cpu_int4"),
-    "llvmlite": ("ops.cpu_loops", "ops.cpu_int4"),
+    "numba": ("ops.cpu_loops", "ops.cpu_vectors"),
+    "llvmlite": ("ops.cpu_loops", "ops.cpu_vectors"),
 }
 LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {
     "triton",

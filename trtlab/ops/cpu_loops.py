@@ -18,7 +18,7 @@ from numba import prange
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-from trtlab.ops.cpu_int4 import BYTES, CENTRE, ORDER, STEP, two_dots
+from trtlab.ops.cpu_vectors import BYTES, CENTRE, ORDER, STEP, WORD_ORDER, WORDS, dot_bf16, two_dots
 
 Array = NDArray[Any]
 Loop = Callable[..., Any]
@@ -232,6 +232,21 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
                 out[token, top + row] = sums[token, row] * scale[top + row]
 
 
+@_in_tasks
+def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """As ``linear``, from BF16 numbers as uint16 ``[rows, in]``."""
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens > 1 or width % (2 * WORDS):
+        linear(x, weight, scale, out)
+        return
+    ordered = np.empty(width, F32)
+    for first in range(0, width, WORDS):
+        for at in range(WORDS):
+            ordered[first + at] = x[0, first + WORD_ORDER[at]]
+    for row in prange(rows):
+        out[0, row] = dot_bf16(weight[row], ordered) * scale[row]
+
+
 @_to_the_bit
 def int8_rows(x: Array, out: Array, scale: Array) -> None:
     """``x`` ``[tokens, in]`` as INT8 numbers in float32, with a ``scale`` to the original a token, ``[tokens, 1]``."""
@@ -302,13 +317,15 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
     if tokens == 1 and size % BYTES == 0:
-        ordered, starts = np.empty(width, F32), np.zeros(groups, F32)
+        ordered, starts = np.empty(width, F32), np.empty(groups, F32)
         for first in range(0, width, BYTES):
             for at in range(BYTES):
                 ordered[first + at] = x[0, first + ORDER[at]]
         for group in range(groups):
-            for i in range(group * size, group * size + size):
-                starts[group] -= F32(CENTRE) * x[0, i]
+            part, total = x[0, group * size : group * size + size], F32(0)
+            for i in range(size):
+                total += part[i]
+            starts[group] = -F32(CENTRE) * total
         for task in prange(weight.shape[0]):
             low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
             low_sum, high_sum = two_dots(weight[task], ordered, starts, scale[low], scale[high], size)

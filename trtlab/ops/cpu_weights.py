@@ -222,7 +222,7 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
         return _looped_int8(weight)
     loop, prequant, input_scale = cpu_loops.linear, None, None
     if isinstance(weight, Dense):
-        stored, scale = weight.weight, torch.ones(len(weight.weight))
+        stored, scale, loop = weight.weight, torch.ones(len(weight.weight)), cpu_loops.linear_bf16
     elif isinstance(weight, WeightOnly):
         stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
         if stored.dtype == torch.uint8:

@@ -1,13 +1,13 @@
-"""One input times two rows of INT4 that share their bytes, in vector instructions which a compiler does not find alone.
+"""Products of one input with rows of BF16 or INT4, in vector instructions which a compiler does not find alone.
 
-Converting integers to floats is what bounds such a product on most processors, so nothing is converted: four bits put
-into the upper mantissa of 2.0 make ``2 + n / 8``, and a byte gets there by being interleaved, first with the exponent's
-upper byte, then with zeros. Bit 3 is turned beforehand, so that ``n`` counts from 0 to 15, eight too many.
+Converting numbers to floats is what bounds such a product on most processors, so nothing is converted. A BF16 is the
+upper half of a float, and gets there by being interleaved with zeros. Four bits put into the upper mantissa of 2.0 make
+``2 + n / 8``: a byte that holds them is first interleaved with the exponent's upper byte. Bit 3 is turned before that,
+so that ``n`` counts from 0 to 15, eight too many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-BYTES = 32  # that are taken at a time: a vector of 256 bits, in lanes of 128
-# Interleaving stays within the lanes, and so leaves the inputs of 32 bytes in this order, eight to a vector.
+WORDS, BYTES = 16, 32  # that are taken at a time: a vector of 256 bits, in lanes of 128
+# Interleaving stays within the lanes, and so leaves the inputs of 16 words or 32 bytes in this order, 8 to a vector.
+WORD_ORDER = np.arange(WORDS).reshape(2, 2, 4).transpose(1, 0, 2).ravel()
 ORDER = np.arange(BYTES).reshape(2, 2, 2, 4).transpose(1, 2, 0, 3).ravel()
 CENTRE = 3.0  # what zero becomes, 2 + 8 / 8
 STEP = 0.125  # what one more becomes
@@ -47,11 +48,14 @@ def _floats(build: ir.IRBuilder, bits: ir.Value) -> list[ir.Value]:
     found = []
     for half in (0, 1):
         words = _interleaved(build, bits, _all(INT8, BYTES, 0x40), half)
-        words = build.bitcast(words, ir.VectorType(INT16, BYTES // 2))
-        for quarter in (0, 1):
-            whole = _interleaved(build, _all(INT16, BYTES // 2, 0), words, quarter)
-            found.append(build.bitcast(whole, FLOATS))
+        found += _from_upper_halves(build, build.bitcast(words, ir.VectorType(INT16, WORDS)))
     return found
+
+
+def _from_upper_halves(build: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
+    """The floats whose upper halves are these 16 words: two vectors, their inputs in WORD_ORDER."""
+    nothing = _all(INT16, WORDS, 0)
+    return [build.bitcast(_interleaved(build, nothing, words, half), FLOATS) for half in (0, 1)]
 
 
 def _add_product(build: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
@@ -67,6 +71,33 @@ def _sum(build: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return build.extract_element(vector, ir.Constant(INT32, 0))
 
 
+def _dot_bf16(typingctx: Any, stored: Any, inputs: Any) -> tuple[Any, Any]:
+    """The product of BF16 numbers, uint16 ``[in]``, 32 or a multiple, with float32 ``[in]``, each 16 in WORD_ORDER."""
+    return types.float32(stored, inputs), _emit_bf16
+
+
+dot_bf16: Any = intrinsic(_dot_bf16)
+
+
+def _emit_bf16(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    stored, inputs = (
+        context.make_array(kind)(context, build, value) for kind, value in zip(signature.args, arguments, strict=True)
+    )
+    width = cgutils.unpack_tuple(build, stored.shape)[0]
+    chains = [cgutils.alloca_once_value(build, _all(FLOAT, 8, 0.0)) for _ in range(4)]
+    with cgutils.for_range(build, build.udiv(width, INT64(2 * WORDS))) as step:
+        at = build.mul(step.index, INT64(2 * WORDS))
+        for number in (0, 1):
+            first = build.add(at, INT64(number * WORDS))
+            place = build.bitcast(build.gep(stored.data, [first]), ir.VectorType(INT16, WORDS).as_pointer())
+            x = build.bitcast(build.gep(inputs.data, [first]), FLOATS.as_pointer())
+            for half, floats in enumerate(_from_upper_halves(build, build.load(place, align=2))):
+                factor = build.load(build.gep(x, [INT64(half)]), align=4)
+                _add_product(build, chains[2 * number + half], floats, factor)
+    a, b, c, d = (build.load(chain) for chain in chains)
+    return _sum(build, build.fadd(build.fadd(a, b), build.fadd(c, d)))
+
+
 def _two_dots(
     typingctx: Any, stored: Any, inputs: Any, starts: Any, low_scale: Any, high_scale: Any, size: Any
 ) -> tuple[Any, Any]:
@@ -80,7 +111,7 @@ def _two_dots(
     return signature, _emit
 
 
-two_dots: Callable[..., tuple[float, float]] = intrinsic(_two_dots)
+two_dots: Any = intrinsic(_two_dots)
 
 
 def _emit(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
