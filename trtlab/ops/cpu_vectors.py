@@ -108,13 +108,13 @@ def _two_dots(
     from -8.
     """
     signature = types.UniTuple(types.float32, 2)(stored, inputs, starts, low_scale, high_scale, types.intp)
-    return signature, _emit
+    return signature, _emit_two_dots
 
 
 two_dots: Any = intrinsic(_two_dots)
 
 
-def _emit(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+def _emit_two_dots(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
     kinds = signature.args[:-1]
     arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(kinds, arguments, strict=False)]
     stored, inputs, starts, *scales = (array.data for array in arrays)
@@ -138,8 +138,8 @@ def _emit(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> 
 
 def _add_32(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
     """Add the products of 32 bytes, one number of each row in a byte, with 32 inputs."""
-    bytes_ = build.load(build.bitcast(stored, ir.VectorType(INT8, BYTES).as_pointer()), align=1)
-    turned = build.xor(bytes_, _all(INT8, BYTES, -0x78))  # bit 3 of either number
+    both = build.load(build.bitcast(stored, ir.VectorType(INT8, BYTES).as_pointer()), align=1)
+    turned = build.xor(both, _all(INT8, BYTES, -0x78))  # bit 3 of either number
     low = build.and_(build.shl(turned, _all(INT8, BYTES, 3)), _all(INT8, BYTES, 0x78))
     high = build.and_(build.lshr(turned, _all(INT8, BYTES, 1)), _all(INT8, BYTES, 0x78))
     place = build.bitcast(inputs, FLOATS.as_pointer())
