@@ -219,14 +219,8 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
     for task in prange((rows + ROWS - 1) // ROWS):
         top = task * ROWS
         held = min(ROWS, rows - top)
-        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), F32)
-        for first in range(0, width, WIDTH):
-            count = min(WIDTH, width - first)
-            for row in range(held):
-                stored, wide = weight[top + row, first : first + count], tile[row]
-                for i in range(count):
-                    wide[i] = _value(stored[i])
-            _add_tile(x, first, count, tile, sums)
+        sums = np.zeros((tokens + 1, ROWS), F32)
+        _add_rows(x, weight[top : top + held], sums)
         for token in range(tokens):
             for row in range(held):
                 out[token, top + row] = sums[token, row] * scale[top + row]
@@ -300,14 +294,8 @@ def linear_int8(x: Array, weight: Array, out: Array) -> None:
     for task in prange((rows + ROWS - 1) // ROWS):
         top = task * ROWS
         held = min(ROWS, rows - top)
-        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), I32)
-        for first in range(0, width, WIDTH):
-            count = min(WIDTH, width - first)
-            for row in range(held):
-                stored, wide = weight[top + row, first : first + count], tile[row]
-                for i in range(count):
-                    wide[i] = F32(stored[i])
-            _add_tile(x, first, count, tile, sums)
+        sums = np.zeros((tokens + 1, ROWS), I32)
+        _add_rows(x, weight[top : top + held], sums)
         out[:, top : top + held] = sums[:tokens, :held]
 
 
@@ -349,6 +337,19 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
         for token in range(tokens):
             for row in range(held):
                 out[token, top + row] = sums[token, row]
+
+
+@_compiled
+def _add_rows(x: Array, weight: Array, sums: Array) -> None:
+    """Add the products of ``x`` ``[tokens, in]`` with up to ROWS rows ``[rows, in]`` to ``sums``, see ``_add_tile``."""
+    (rows, width), tile = weight.shape, np.zeros((ROWS, WIDTH), F32)
+    for first in range(0, width, WIDTH):
+        count = min(WIDTH, width - first)
+        for row in range(rows):
+            stored, wide = weight[row, first : first + count], tile[row]
+            for i in range(count):
+                wide[i] = _value(stored[i])
+        _add_tile(x, first, count, tile, sums)
 
 
 @_compiled
