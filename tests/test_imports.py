@@ -63,7 +63,7 @@ HOMES = {
     "plotly": (),
     "IPython": (),
     "triton": ("ops.paged_triton",),
-    "numba": ("ops.cpu_loops", "ops.cpu_vectors"),
+    "numba": ("ops.cpu_loops", "ops.cpu_products", "ops.cpu_vectors"),
     "llvmlite": ("ops.cpu_loops", "ops.cpu_vectors"),
 }
 LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, SamplingParams, SessionConfig
 from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, KvScales, WeightOnly
 from trtlab.model.weights import Dense
+from trtlab.ops import cpu_products
 from trtlab.ops.cpu import CpuPool, loops_on_torchs_threads
 from trtlab.ops.cpu_weights import (
     FEW,
@@ -101,7 +102,7 @@ def test_float8_products_are_those_of_torch(tokens, bias):
 def test_large_inputs_meet_float8_weights_and_stay_finite(loops, tokens):
     stored = torch.full((2, 16), 0.5).to(FLOAT8).view(torch.uint8).numpy()
     out = np.empty((tokens, 2), np.float32)
-    loops.linear(np.full((tokens, 16), 1e4, np.float32), stored, np.ones(2, np.float32), out)
+    cpu_products.linear(np.full((tokens, 16), 1e4, np.float32), stored, np.ones(2, np.float32), out)
     assert np.allclose(out, 8e4)
 
 
@@ -113,7 +114,7 @@ def test_four_bits_keep_every_integer(loops, width):
     for column in range(width):
         x = np.zeros((1, width), np.float32)
         x[0, column] = 1
-        loops.linear_int4(x, pack_int4(q).view(torch.int8).numpy(), np.ones((3, 1), np.float32), out)
+        cpu_products.linear_int4(x, pack_int4(q).view(torch.int8).numpy(), np.ones((3, 1), np.float32), out)
         assert out.tolist() == [q[:, column].tolist()]
 
 
@@ -341,7 +342,7 @@ def test_every_e4m3_number_is_read_as_it_is_meant(loops):
     meant = stored.view(FLOAT8).float()
     kept = ~meant.isnan()
     out = np.empty((1, 256), np.float32)
-    loops.linear(np.ones((1, 1), np.float32), stored[:, None].numpy(), np.ones(256, np.float32), out)
+    cpu_products.linear(np.ones((1, 1), np.float32), stored[:, None].numpy(), np.ones(256, np.float32), out)
     assert torch.equal(torch.from_numpy(out[0])[kept], meant[kept])
 
 

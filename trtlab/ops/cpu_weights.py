@@ -101,7 +101,7 @@ class LoopedInt8(Looped):
     static: ToOriginal | ToQuantized | None = None  # without it each token has a scale of its own
 
     def _product(self, x: Array) -> Array:
-        from trtlab.ops import cpu_loops
+        from trtlab.ops import cpu_products
 
         weight, scale = self.arrays
         if self.smoother is not None:
@@ -111,9 +111,9 @@ class LoopedInt8(Looped):
         numbers, sums = np.empty_like(x), np.empty((len(x), self.shape[0]), np.int32)
         row_scale = np.ones((len(x), 1), np.float32)
         if self.static is None:
-            cpu_loops.int8_rows(x, numbers, row_scale)
+            cpu_products.int8_rows(x, numbers, row_scale)
         else:
-            cpu_loops.int8_by(x, self.static.value.item(), isinstance(self.static, ToOriginal), numbers)
+            cpu_products.int8_by(x, self.static.value.item(), isinstance(self.static, ToOriginal), numbers)
         self.loop(numbers, weight, sums)
         found: Array = sums.astype(np.float32) * row_scale * scale
         return found
@@ -216,17 +216,17 @@ def _widened(part: Any, *, loops: bool = False) -> Any:
 
 
 def _looped_linear(weight: Dense | Narrow) -> Looped:
-    from trtlab.ops import cpu_loops
+    from trtlab.ops import cpu_products
 
     if isinstance(weight, Int8Linear):
         return _looped_int8(weight)
-    loop, prequant, input_scale = cpu_loops.linear, None, None
+    loop, prequant, input_scale = cpu_products.linear, None, None
     if isinstance(weight, Dense):
-        stored, scale, loop = weight.weight, torch.ones(len(weight.weight)), cpu_loops.linear_bf16
+        stored, scale, loop = weight.weight, torch.ones(len(weight.weight)), cpu_products.linear_bf16
     elif isinstance(weight, WeightOnly):
         stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
         if stored.dtype == torch.uint8:
-            stored, loop = stored.view(torch.int8), cpu_loops.linear_int4
+            stored, loop = stored.view(torch.int8), cpu_products.linear_int4
         else:
             scale = scale[:, 0]
     else:
@@ -238,13 +238,13 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
 
 
 def _looped_int8(weight: Int8Linear) -> LoopedInt8:
-    from trtlab.ops import cpu_loops
+    from trtlab.ops import cpu_products
 
     return LoopedInt8(
         weight,
         FEW,
         weight.shape,
-        cpu_loops.linear_int8,
+        cpu_products.linear_int8,
         (weight.weight.contiguous().numpy(), weight.output_scale.value.contiguous().numpy()),
         _numbers(weight.bias),
         _numbers(weight.prequant),
