@@ -198,7 +198,7 @@ class CpuOps:
 
 
 def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
-    """Call each loop that this model's steps will call once, on one token of zeros: no step has to wait for a compiler."""
+    """Call each loop of this model's steps once, on a token of zeros: no step has to wait for a compiler."""
     cpu_loops = loops_on_torchs_threads()
 
     def zeros(kind: Any, *shape: int) -> Array:
