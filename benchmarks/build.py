@@ -21,9 +21,9 @@ from convert import memory
 
 import trtlab
 from trtlab.model.weights import tensor_specs
-from trtlab.tensorrt.emit import emit
-from trtlab.tensorrt.plan import builder_config, compile_plan
-from trtlab.tensorrt.watch import Watch
+from trtlab.tensorrt.build.plan import builder_config, compile_plan
+from trtlab.tensorrt.build.watch import Watch
+from trtlab.tensorrt.emit.emission import emit
 
 BOUNDS = trtlab.BuildConfig(max_batch_size=8, max_input_len=1024, max_seq_len=2048)
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import trtlab
-from trtlab.convert.families import HUGGING_FACE_NAMES, source_shapes
+from trtlab.convert.families.tables import HUGGING_FACE_NAMES, source_shapes
 from trtlab.convert.hugging_face import read_config
 
 SHARD_BYTES = 500 * 2**20

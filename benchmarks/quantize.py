@@ -27,13 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trtlab
 from trtlab.bench import random_prompts, timed
-from trtlab.display.card import size
-from trtlab.lazy import LazyTensor
+from trtlab.card import size
 from trtlab.model.weights import tensor_specs
 from trtlab.published import SHAPES
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.peak import Peak, predict
 from trtlab.quantize.texts import batches
+from trtlab.storage.lazy import LazyTensor
 
 ALGORITHMS = ("W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "FP8", "W4A16_AWQ")
 NEAREST = {"W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "W8A8_SQ_PER_CHANNEL"}  # what ModelOpt has for it

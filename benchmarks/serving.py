@@ -18,7 +18,7 @@ import trtlab
 from trtlab import tiny
 from trtlab.runtime.executor import Batch, TorchExecutor
 from trtlab.runtime.loop import Loop
-from trtlab.runtime.request import RequestState
+from trtlab.runtime.request_state import RequestState
 
 
 def long_tailed(count: int, seed: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 
 import trtlab
 from trtlab import tiny
-from trtlab.tensorrt import plans
+from trtlab.tensorrt.build import plans
 
 BOUNDS = {"max_batch_size": 2, "max_input_len": 32, "max_seq_len": 64}
 

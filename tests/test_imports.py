@@ -1,4 +1,4 @@
-"""Who may import whom (shared/design/architecture.md): checked over the source, and by importing with much blocked."""
+"""Who may import whom: checked over the source, and by importing with much blocked."""
 
 from __future__ import annotations
 
@@ -6,126 +6,109 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the ground up; a file imports from lines above its own, and its neighbours within a folder. A folder's line
-# holds for the files in it that have none of their own.
-LAYERS = """
-    version errors progress
-    display display.render display.card
-    machine lazy quantize.primitives quantize.recipes runtime.events runtime.blocks
-    settings
-    quantize.config
-    model_config
+# The rooms (folders, and files beside them) from the ground up. A file imports from floors below its own and from its
+# own room; rooms of one floor do not know each other. An import in a function, or for type checkers alone, counts too.
+FLOORS = """
+    errors version progress hardware
+    card
     config
-    files model.specs model.quantized model.formats model.rope
-    model.weights
-    parallel ops.protocol
-    ops.quantized
-    ops.paged
-    ops
+    storage
     model
-    estimate published fingerprint runtime.request runtime.tokenizer tensorrt.library tensorrt.log tensorrt.dtypes
-    convert quantize
-    runtime
-    tensorrt
-    checkpoint room
+    parallel
+    ops
+    memory
+    convert runtime
+    quantize tensorrt
+    machine session
     engine
-    request
-    session
-    backends
-    evaluate bench serve
-    tiny display.cards display.estimate display.plan display.quantized display.runtime
+    checkpoint
+    published
+    evaluate bench tiny
+    cards
     __init__
     demo
-    cli __main__
+    cli
 """
-ORDER = {name: layer for layer, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
-# Inside a function, and only there: the fluent methods, and the machine that asks the library.
-FLUENT = {
-    ("checkpoint", "engine"),
-    ("engine", "backends"),
-    ("machine", "tensorrt.library"),
-    ("machine", "display.card"),
-}
-# Third-party packages that one place alone may import, and how.
+FLOOR = {room: number for number, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()}
+# Third-party packages that one room alone may import, and those that are imported where they are used, in a function.
 HOMES = {
-    "tensorrt": ("tensorrt.",),
-    "tensorrt_rtx": ("tensorrt.",),
-    "tensorrt_rtx_bindings": ("tensorrt.",),
-    "mpi4py": ("parallel.comm",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt_rtx": ("tensorrt",),
+    "tensorrt_rtx_bindings": ("tensorrt",),
+    "mpi4py": ("parallel",),
+    "triton": ("ops.cuda",),
+    "numba": ("ops.cpu",),
+    "llvmlite": ("ops.cpu",),
     "ipywidgets": (),
     "anywidget": (),
     "plotly": (),
     "IPython": (),
-    "triton": ("ops.paged_triton",),
-    "numba": ("ops.cpu_loops", "ops.cpu_products", "ops.cpu_vectors"),
-    "llvmlite": ("ops.cpu_loops", "ops.cpu_vectors"),
+    "fcntl": ("storage",),
 }
-LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {
-    "triton",
-    "numba",
-    "llvmlite",
-}  # kernels are made as their file is imported
+LAZY = {"transformers", "modelopt", "tokenizers", *HOMES} - {"triton", "numba", "llvmlite"}  # kernels: their files are
 
 
 def module_name(path: Path) -> str:
-    """``runtime.executor`` for trtlab/runtime/executor.py; a package is its folder, trtlab itself ``__init__``."""
+    """``runtime.loop`` for trtlab/runtime/loop.py; a package is its folder, trtlab itself ``__init__``."""
     parts = path.relative_to(ROOT / "trtlab").with_suffix("").parts
     if parts[-1] == "__init__" and len(parts) > 1:
         parts = parts[:-1]
     return ".".join(parts)
 
 
-def layer_of(name: str) -> int:
-    while name not in ORDER:
-        assert "." in name, f"{name} has no layer: give it one, in architecture.md too"
-        name = name.rsplit(".", 1)[0]
-    return ORDER[name]
+def room(name: str) -> str:
+    """The folder of a module, or the module itself where it lies beside the folders."""
+    return name.split(".")[0]
 
 
 def imports(path: Path) -> list[tuple[str, bool, int]]:
-    """(what is imported, whether at the top of the file, line); what is for type checkers alone is left out."""
-    found = []
+    """Every import of a file: (what, whether at the top of the file, line)."""
+    listed = []
 
     def walk(node: ast.AST, top: bool) -> None:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-                continue
             if isinstance(child, ast.Import):
-                found.extend((alias.name, top, child.lineno) for alias in child.names)
+                listed.extend((alias.name, top, child.lineno) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path}:{child.lineno} imports relatively"
-                # ``from trtlab.display import cards`` is of the module, ``from trtlab.display.card import Card`` too
-                for alias in child.names:
+                for alias in child.names:  # ``from trtlab.tensorrt import dtypes`` is of that module
                     whole = f"{child.module}.{alias.name}"
                     is_module = (ROOT / whole.replace(".", "/")).with_suffix(".py").exists()
-                    found.append((whole if is_module else str(child.module), top, child.lineno))
+                    listed.append((whole if is_module else str(child.module), top, child.lineno))
             walk(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
     walk(ast.parse(path.read_text(encoding="utf-8")), True)
-    return found
+    return listed
+
+
+def ours(target: str) -> str | None:
+    """The name within trtlab of what is imported, None for another package."""
+    if target != "trtlab" and not target.startswith("trtlab."):
+        return None
+    return target.removeprefix("trtlab").lstrip(".") or "__init__"
 
 
 SOURCES = sorted((ROOT / "trtlab").rglob("*.py"))
 
 
+def test_the_floors_name_every_room_and_no_other():
+    assert set(FLOOR) == {room(module_name(path)) for path in SOURCES}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_a_file_imports_from_lines_above_it(path):
-    name = module_name(path)
-    wrong = []
-    for target, top, line in imports(path):
-        if not target.startswith("trtlab"):
-            continue
-        other = target.removeprefix("trtlab").lstrip(".") or "__init__"
-        neighbours = other.split(".")[0] == name.split(".")[0]
-        allowed = layer_of(other) < layer_of(name) or (neighbours and layer_of(other) == layer_of(name))
-        if not allowed and not (not top and (name, other) in FLUENT):
-            wrong.append(f"line {line}: {name} ({layer_of(name)}) imports {other} ({layer_of(other)})")
+def test_a_file_imports_from_floors_below(path):
+    name, wrong = module_name(path), []
+    for target, _, line in imports(path):
+        other = ours(target)
+        if other is not None and room(other) != room(name) and FLOOR[room(other)] >= FLOOR[room(name)]:
+            wrong.append(f"line {line}: {name} (floor {FLOOR[room(name)]}) imports {other} ({FLOOR[room(other)]})")
     assert not wrong, "\n".join(wrong)
 
 
@@ -136,26 +119,25 @@ def test_what_is_heavy_or_optional_is_imported_where_it_is_used(path):
         package = target.split(".")[0]
         if package in LAZY and top:
             wrong.append(f"line {line}: {package} at the top of the file")
-        if package in HOMES and not any(f"{name}.".startswith(f"{home}".rstrip(".") + ".") for home in HOMES[package]):
+        if package in HOMES and not any(f"{name}.".startswith(f"{home}.") for home in HOMES[package]):
             wrong.append(f"line {line}: {package} outside its home")
     assert not wrong, "\n".join(wrong)
 
 
-def test_neighbours_do_not_import_each_other_in_circles():
-    graph = {
-        module_name(path): {t.removeprefix("trtlab.") for t, top, _ in imports(path) if top and t.startswith("trtlab.")}
-        for path in SOURCES
-    }
+def test_no_two_files_import_each_other_in_a_circle():
+    graph = defaultdict(set)
+    for path in SOURCES:
+        graph[module_name(path)] |= {other for target, _, _ in imports(path) if (other := ours(target)) is not None}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " imports ".join((*trail[trail.index(name) :], name))
-        if name in graph and name not in done:
-            for other in graph[name]:
+        if name not in done:
+            for other in sorted(graph[name]):
                 visit(other, (*trail, name))
             done.add(name)
 
-    for name in graph:
+    for name in sorted(graph):
         visit(name, ())
 
 
@@ -166,7 +148,7 @@ def test_nothing_imports_the_widgets():
 BLOCKED = '''
 import sys
 for name in """transformers tokenizers tensorrt tensorrt_rtx tensorrt_rtx_bindings tensorrt_bindings mpi4py modelopt
-IPython ipywidgets anywidget plotly pandas matplotlib onnxruntime""".split():
+IPython ipywidgets anywidget plotly pandas matplotlib onnxruntime fcntl msvcrt""".split():
     sys.modules[name] = None  # an import of it fails, as where it is not installed
 import trtlab
 from trtlab import BuildConfig, Checkpoint, Mapping, SamplingParams

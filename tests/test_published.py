@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trtlab.display.estimate import v100_card
-from trtlab.display.render import text
-from trtlab.estimate import estimate
+from trtlab.card import text
+from trtlab.cards.estimate import v100_card
+from trtlab.memory.estimate import estimate
 from trtlab.published import GIB, SHAPES, V100
 
 

@@ -1,10 +1,15 @@
 """TensorRT-LLM's workflow as four notebook objects: Checkpoint, QuantizedCheckpoint, Engine, Session."""
 
 from trtlab.bench import benchmark
+from trtlab.card import card
+from trtlab.cards import objects as _cards  # noqa: F401 - registers how each object shows itself
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
-from trtlab.config import BuildConfig, Mapping, ModelConfig, RotaryScaling, SamplingParams, SessionConfig
-from trtlab.display import cards as _cards  # noqa: F401 - registers how each object shows itself
-from trtlab.display.card import card
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig, RotaryScaling
+from trtlab.config.quant import QuantConfig
+from trtlab.config.sampling import SamplingParams
+from trtlab.config.session import SessionConfig
 from trtlab.engine import Engine
 from trtlab.errors import (
     CheckpointError,
@@ -15,11 +20,10 @@ from trtlab.errors import (
     RequestError,
     TrtlabError,
 )
-from trtlab.estimate import estimate
 from trtlab.machine import machine
-from trtlab.quantize.config import QuantConfig
-from trtlab.request import Completion, Request
-from trtlab.session import Session
+from trtlab.memory.estimate import estimate
+from trtlab.session.request import Completion, Request
+from trtlab.session.session import Session
 from trtlab.version import VERSION as __version__
 
 __all__ = [

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from trtlab.config import SamplingParams
-from trtlab.display.card import Shown
+from trtlab.card import Shown
+from trtlab.config.sampling import SamplingParams
 from trtlab.errors import ConfigError, RequestError
 from trtlab.progress import progress
-from trtlab.session import Session
+from trtlab.session.session import Session
 
 COLUMNS = {
     "peak_memory_gb": "gpu_peak_mem(gb)",

@@ -5,42 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
+from collections import abc
 from collections.abc import Iterator
-from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.card import Shown
+from trtlab.config.base import require
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.meta import read_meta
 from trtlab.convert.trtllm import config_to_json, rank_file, read_checkpoint
-from trtlab.display.card import Shown
+from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError, ConfigError
-from trtlab.files import TensorFile, replacing, write_safetensors
-from trtlab.lazy import LazyTensor, held
 from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
-from trtlab.parallel.comm import on_rank_zero
+from trtlab.parallel.launch import on_rank_zero
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
-from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
 from trtlab.quantize.report_file import REPORT, read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
-from trtlab.settings import require
-
-if TYPE_CHECKING:
-    from trtlab.engine import Engine
-
-PathLike = str | os.PathLike[str]
+from trtlab.storage.files import PathLike, TensorFile, replacing, write_safetensors
+from trtlab.storage.lazy import LazyTensor, held
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +48,7 @@ class Checkpoint(Shown):
     """
 
     config: ModelConfig
-    tensors: MappingOf[str, LazyTensor]
+    tensors: abc.Mapping[str, LazyTensor]
     source: str
     tokenizer_dir: Path | None = None
     mapping: Mapping = field(default_factory=Mapping)
@@ -82,7 +78,7 @@ class Checkpoint(Shown):
         return cls(config, tensors, f"Meta folder {folder.name}", find_tokenizer(folder))
 
     @classmethod
-    def from_weights(cls, config: ModelConfig, weights: MappingOf[str, Tensor]) -> Checkpoint:
+    def from_weights(cls, config: ModelConfig, weights: abc.Mapping[str, Tensor]) -> Checkpoint:
         """A checkpoint from tensors in memory, by TensorRT-LLM's names (``tensor_specs(config)`` lists them).
 
         Raises CheckpointError listing every missing, surplus and mis-shaped tensor with the shape expected.
@@ -187,8 +183,6 @@ class Checkpoint(Shown):
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
     ) -> Engine:
         """An engine with these bounds; ``plan=False`` leaves the TensorRT plan out. The checkpoint does not change."""
-        from trtlab.engine import build
-
         bounds = require(
             BuildConfig, BuildConfig() if build_config is None else build_config, "BuildConfig(max_seq_len=2048)"
         )
@@ -281,8 +275,3 @@ class QuantizedCheckpoint(Checkpoint):
 def _is_ours(name: str) -> bool:
     known = name in TOKENIZER_FILES or name in ("config.json", REPORT)
     return known or (name.startswith("rank") and name.endswith(".safetensors"))
-
-
-def provenance_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What an engine records of the checkpoint that it was built from."""
-    return {"source": checkpoint.source}

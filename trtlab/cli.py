@@ -9,7 +9,9 @@ from pathlib import Path
 
 from trtlab.bench import benchmark
 from trtlab.checkpoint import Checkpoint
-from trtlab.config import BuildConfig, Mapping, SamplingParams
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.sampling import SamplingParams
 from trtlab.engine import Engine
 from trtlab.errors import TrtlabError
 from trtlab.machine import machine

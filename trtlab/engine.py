@@ -6,40 +6,41 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from trtlab.checkpoint import Checkpoint, PathLike
-from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
+from trtlab.card import Shown
+from trtlab.config.base import require
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.session import SessionConfig
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
 from trtlab.convert.trtllm import config_from_json, config_to_json, rank_dtypes, rank_file, rank_shapes
-from trtlab.display.card import Shown
 from trtlab.errors import EngineError, MissingDependency
-from trtlab.files import read_json, replacing, write_safetensors
-from trtlab.fingerprint import fingerprint
-from trtlab.lazy import LazyTensor, open_safetensors
+from trtlab.memory.fits import require_room_to_build
 from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
-from trtlab.room import require_room_to_build
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
-from trtlab.settings import require
+from trtlab.session.open import open_session
+from trtlab.session.session import Session
+from trtlab.storage.files import PathLike, read_json, replacing, write_safetensors
+from trtlab.storage.fingerprint import fingerprint
+from trtlab.storage.lazy import LazyTensor, open_safetensors
+from trtlab.tensorrt.build.plans import Plans
 from trtlab.tensorrt.compare import Comparison, compare
-from trtlab.tensorrt.emit import Emission, emit
-from trtlab.tensorrt.interpreter import LayerTable, Network
-from trtlab.tensorrt.ops import TensorRTOps
-from trtlab.tensorrt.plans import Plans
+from trtlab.tensorrt.emit.emission import Emission, emit
+from trtlab.tensorrt.emit.ops import TensorRTOps
+from trtlab.tensorrt.read.interpreter import LayerTable, Network
 from trtlab.version import VERSION
 
 logger = logging.getLogger("trtlab")
-
-if TYPE_CHECKING:
-    from trtlab.session import Session
 
 WEIGHTS = ("link", "copy", "none")
 BUILD_KINDS = {
@@ -49,6 +50,49 @@ BUILD_KINDS = {
     "a text": "dtype",
     "a list of texts": "compute_capabilities notes",
 }
+
+
+class WeightSource(Protocol):
+    """What an engine is built from, and compared with: a checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        ...
+
+    @property
+    def tensors(self) -> abc.Mapping[str, LazyTensor]:
+        """Its whole tensors by TensorRT-LLM's names."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Where it came from, in words."""
+        ...
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The folder of its tokenizer."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the tensors lie in TensorRT-LLM's format, if they do."""
+        ...
+
+    @property
+    def mapping(self) -> Mapping:
+        """How they lie there over ranks."""
+        ...
+
+    @property
+    def layout(self) -> EmbeddingLayout:
+        """How the token table lies there over ranks."""
+        ...
+
+    def require_whole(self, what: str) -> None:
+        """CheckpointError when this is a single rank of several."""
+        ...
 
 
 @dataclass(eq=False, repr=False)
@@ -76,8 +120,6 @@ class Engine(Shown):
         self, session_config: SessionConfig | None = None, backend: str = "auto", device: str | None = None
     ) -> Session:
         """A session that generates with this engine; ``backend`` is auto, tensorrt, torch or interpreter."""
-        from trtlab.backends import open_session
-
         config = SessionConfig() if session_config is None else session_config
         require(SessionConfig, config, "SessionConfig(enable_block_reuse=True), and the backend as backend=...")
         return open_session(self, config, backend, device)
@@ -100,7 +142,7 @@ class Engine(Shown):
 
     def compare(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         prompt: str | Sequence[int],
         steps: int = 4,
         op_set: type[TensorRTOps] = TensorRTOps,
@@ -224,7 +266,7 @@ class Engine(Shown):
         self.close()
 
 
-def build(checkpoint: Checkpoint, build_config: BuildConfig, mapping: Mapping, *, plan: bool) -> Engine:
+def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping, *, plan: bool) -> Engine:
     """An engine from a checkpoint, which does not change and can be built again.
 
     With ``plan`` every rank is compiled by TensorRT; where there is none, a line says so and the engine has no plan.
@@ -279,7 +321,7 @@ def _to_json(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _build_config_from_json(raw: MappingOf[str, Any]) -> BuildConfig:
+def _build_config_from_json(raw: abc.Mapping[str, Any]) -> BuildConfig:
     """The inverse of ``dataclasses.asdict``; EngineError for keys that this version does not know."""
     check_kinds("config.json", raw, BUILD_KINDS)
     unknown = sorted(set(raw) - {field.name for field in dataclasses.fields(BuildConfig)})

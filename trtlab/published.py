@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from trtlab.config import ModelConfig, RotaryScaling
-from trtlab.display.card import Shown
+from trtlab.card import Shown
+from trtlab.config.model import ModelConfig, RotaryScaling
 
 GIB = 2**30
 
@@ -50,7 +50,7 @@ def _shape(
 
 
 # Source: the config.json of each model on Hugging Face.
-SHAPES: MappingOf[str, ModelConfig] = MappingProxyType(
+SHAPES: abc.Mapping[str, ModelConfig] = MappingProxyType(
     {
         "LLaMA-2-7B": _shape(_LLAMA_2, 32, 4096, 11008, 32, 32),
         "LLaMA-2-13B": _shape(_LLAMA_2, 40, 5120, 13824, 40, 40),
@@ -63,7 +63,7 @@ SHAPES: MappingOf[str, ModelConfig] = MappingProxyType(
 )
 
 # Bytes a second between a GPU and its memory. Source: the vendor's data sheets.
-BANDWIDTH: MappingOf[str, float] = MappingProxyType({"V100": 900e9, "A100": 2039e9, "H100": 3350e9, "H200": 4800e9})
+BANDWIDTH: abc.Mapping[str, float] = MappingProxyType({"V100": 900e9, "A100": 2039e9, "H100": 3350e9, "H200": 4800e9})
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class V100Table(Shown):
     prompt. ``setups`` names the weights for each ``tp_size``.
     """
 
-    setups: MappingOf[int, str]
+    setups: abc.Mapping[int, str]
     runs: tuple[V100Run, ...]
     limit_gib: float
     shape: ModelConfig

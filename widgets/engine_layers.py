@@ -8,11 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 from ipywidgets import HTML, HBox, IntSlider, Label, ToggleButtons, VBox
 
-from trtlab.display.card import Card, Table, bar, count, size
-from trtlab.display.render import html
+from trtlab.card import Card, Table, bar, count, html, size
 from trtlab.engine import Engine
 from trtlab.tensorrt.bindings import profiles
-from trtlab.tensorrt.interpreter import LayerTable
+from trtlab.tensorrt.read.interpreter import LayerTable
 
 from .layer_groups import GROUPINGS, MEASURES, groups, known
 from .live import Dashboard, LiveFigure, fitted, show_in

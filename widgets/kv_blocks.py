@@ -10,11 +10,10 @@ from typing import Any
 
 from ipywidgets import HTML, HBox, IntSlider, Label, Play, ToggleButton, VBox, link
 
-from trtlab.display.card import Card, Table, bar
-from trtlab.display.render import html
+from trtlab.card import Card, Table, bar, html
 from trtlab.errors import ConfigError
 from trtlab.runtime.events import Block, StepEvent
-from trtlab.session import Session
+from trtlab.session.session import Session
 
 from .kv_figure import KvView, block_words, change, ids_text, kv_figure, label, moving, title
 from .kv_moment import DRAWN, History, cells, history, moment_after, moment_now

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtlab.display.card import count, size
+from trtlab.card import count, size
 from trtlab.errors import ConfigError
-from trtlab.tensorrt.interpreter import LayerRow, LayerTable
+from trtlab.tensorrt.read.interpreter import LayerRow, LayerTable
 
 # These belong to no weight; by name they would count as part of the weight before them.
 ATTENTION = ("rotary_embedding", "kv_cache_update", "attention_input", "attention_output")

@@ -11,8 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from ipywidgets import VBox
 
-from trtlab.display.card import Card
-from trtlab.display.render import html
+from trtlab.card import Card, html
 
 from .width import Width
 

@@ -10,16 +10,15 @@ from typing import Any
 
 from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, ToggleButtons, VBox
 
+from trtlab.card import Card, Table, bar, html, size
 from trtlab.checkpoint import QuantizedCheckpoint
-from trtlab.display.card import Card, Table, bar, size
-from trtlab.display.render import html
+from trtlab.config.algorithms import LINEARS
+from trtlab.config.base import written
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
 from trtlab.evaluate.quantization import recipe_title
-from trtlab.quantize.config import QuantConfig
-from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.report import Row
 from trtlab.quantize.study import Study, study
-from trtlab.settings import written
 
 from .live import Dashboard, LiveFigure, fitted
 from .scale_figure import Moving, change, figure, moving, short

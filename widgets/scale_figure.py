@@ -14,8 +14,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from trtlab.display.card import size
-from trtlab.quantize.recipes import LINEARS
+from trtlab.card import size
+from trtlab.config.algorithms import LINEARS
 from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
 from .live import LiveFigure

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtlab.model.quantized import KvScales
+from trtlab.model.quantized_weights import KvScales
 from trtlab.model.rope import RotaryTable
+from trtlab.model.scales import FLOAT8, ToOriginal
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
-from trtlab.ops.quantized import decode_cache, encode_cache
-from trtlab.quantize.primitives import FLOAT8, ToOriginal
+from trtlab.ops.quantized_linear import decode_cache, encode_cache
 
 CPU = torch.device("cpu")
 SIZE = 8  # head size

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from trtlab.config import Mapping, ModelConfig
-from trtlab.display.estimate import op_table_card
-from trtlab.display.render import html, text
-from trtlab.estimate import op_table
-from trtlab.lazy import held
+from trtlab.card import html, text
+from trtlab.cards.estimate import op_table_card
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.memory.estimate import op_table
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights, tensor_specs
@@ -27,6 +27,7 @@ from trtlab.ops.table import Span, TableOps
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.parallel.shard import EmbeddingLayout, shard
+from trtlab.storage.lazy import held
 
 CPU = torch.device("cpu")
 PLAIN = ModelConfig("LlamaForCausalLM", "float32", 99, 32, 2, 4, 2, 8, 48, 64)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from trtlab import MissingDependency, QuantizeError
-from trtlab.parallel import comm
-from trtlab.parallel.comm import RankFailed, on_rank_zero
+from trtlab.parallel import launch
+from trtlab.parallel.comm import RankFailed
+from trtlab.parallel.launch import on_rank_zero
 
 BESIDE = Path(sys.prefix) / "bin" / "mpirun"  # the wheel's, which needs no activated environment
 MPIRUN = str(BESIDE) if BESIDE.exists() else shutil.which("mpirun")
@@ -31,7 +32,7 @@ try:
     print(f"{worst.name} {worst.snr_db:.3f} {made.tensors['lm_head.weight'].read().sum():.4f}")
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
-from trtlab.parallel.comm import _mpi_world
+from trtlab.parallel.launch import _mpi_world
 print("rank", _mpi_world().Get_rank())
 """
 
@@ -79,7 +80,7 @@ class TestUnderMpirun:
 
 
 def test_a_process_alone_does_the_work_and_never_touches_mpi(monkeypatch):
-    for name in comm.MPI_SIZES:
+    for name in launch.MPI_SIZES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     done = []
@@ -98,9 +99,9 @@ def test_without_mpi4py_the_install_line_is_given(monkeypatch):
 
 def test_an_error_travels_whole_and_one_that_cannot_by_its_words():
     error = QuantizeError("wrong", got=3, expected="2", remedy="take 2")
-    told = comm._portable(error)
+    told = launch._portable(error)
     assert isinstance(told, QuantizeError)
     assert str(told) == str(error)
     error = ValueError(lambda: None)
-    assert isinstance(comm._portable(error), RankFailed)
-    assert comm._portable(None) is None
+    assert isinstance(launch._portable(error), RankFailed)
+    assert launch._portable(None) is None

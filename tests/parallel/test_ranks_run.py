@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from trtlab import BuildConfig, Checkpoint, Engine, Mapping, SamplingParams
-from trtlab.backends import open_session as start
-from trtlab.config import SessionConfig
+from trtlab.config.session import SessionConfig
 from trtlab.parallel.shard import EmbeddingLayout, shard
+from trtlab.session.open import open_session as start
 
 SPLITS = [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 PROMPT = [5, 17, 3, 0, 96, 41, 98, 8, 23, 64]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from trtlab import Checkpoint, ConfigError, Mapping, ModelConfig
-from trtlab.lazy import held
 from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
+from trtlab.storage.lazy import held
 
 LAYOUTS = {"replicated": {}, "rows": {"use_parallel_embedding": True}}
 LAYOUTS["columns"] = {"use_parallel_embedding": True, "embedding_sharding_dim": 1}

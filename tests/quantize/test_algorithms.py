@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from trtlab import QuantConfig
+from trtlab.config.algorithms import LINEARS, RECIPES
+from trtlab.model.scales import dequantize, pack_int4, unpack_int4
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, weight_only
 from trtlab.quantize.layer import InputStatistics, Layer, LayerStatistics
-from trtlab.quantize.primitives import dequantize, pack_int4, unpack_int4
-from trtlab.quantize.recipes import LINEARS, RECIPES
 
 from .conftest import CONFIG, random_checkpoint
 

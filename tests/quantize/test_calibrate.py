@@ -6,9 +6,9 @@ import transformers
 from packaging.version import Version
 
 from trtlab import Checkpoint
+from trtlab.config.algorithms import INPUT_OF
 from trtlab.model.weights import EMBEDDING
 from trtlab.quantize.calibrate import Calibration
-from trtlab.quantize.recipes import INPUT_OF
 from trtlab.quantize.texts import SAMPLE_ROWS, batches
 
 HF_PARTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtlab import Checkpoint, ConfigError, Mapping, QuantConfig, QuantizedCheckpoint, TrtlabError
-from trtlab.files import TensorFile
+from trtlab.storage.files import TensorFile
 
 from .conftest import CONFIG, EVERY_CONFIG, random_checkpoint
 

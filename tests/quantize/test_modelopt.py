@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from trtlab import Checkpoint, CheckpointError, MissingDependency, QuantConfig, QuantizedCheckpoint, QuantizeError
+from trtlab.model.scales import dequantize, unpack_int4
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
-from trtlab.quantize.primitives import dequantize, unpack_int4
 
 ALGORITHMS = ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]
 

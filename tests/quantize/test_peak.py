@@ -6,12 +6,12 @@ import weakref
 import torch
 
 from trtlab import QuantConfig
-from trtlab.lazy import LazyTensor
 from trtlab.model.weights import tensor_specs
 from trtlab.published import SHAPES
 from trtlab.quantize.peak import predict
 from trtlab.quantize.run import Quantization
 from trtlab.quantize.texts import batches
+from trtlab.storage.lazy import LazyTensor
 
 
 def test_70_billion_parameters_need_a_fraction_of_the_usual_210_gigabytes():

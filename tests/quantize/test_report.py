@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtlab import QuantConfig
-from trtlab.quantize.primitives import unpack_int4
+from trtlab.model.scales import unpack_int4
 
 
 def test_worst_lists_the_lowest_ratios_first(checkpoint, texts):

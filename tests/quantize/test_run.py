@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from trtlab import BuildConfig, Mapping, QuantConfig
-from trtlab.model.quantized import Int8Linear, KvScales
-from trtlab.ops.quantized import decode_cache, encode_cache, linear
-from trtlab.quantize.primitives import FLOAT8, ToOriginal
+from trtlab.model.quantized_weights import Int8Linear, KvScales
+from trtlab.model.scales import FLOAT8, ToOriginal
+from trtlab.ops.quantized_linear import decode_cache, encode_cache, linear
 
 from .conftest import EVERY_CONFIG
 

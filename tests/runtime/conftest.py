@@ -13,7 +13,7 @@ from trtlab import BuildConfig, SamplingParams, SessionConfig
 from trtlab.runtime.executor import StepInputs
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.pool import Bound, PoolSize
-from trtlab.runtime.request import RequestState
+from trtlab.runtime.request_state import RequestState
 
 VOCAB = 61
 END = 7

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtlab import SamplingParams
-from trtlab.runtime.request import RequestState
+from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import filtered_probabilities, penalize, sample
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=40).map(torch.tensor)

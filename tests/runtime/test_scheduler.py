@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trtlab import RequestError, SamplingParams
 from trtlab.ops.paged import BlockTables
 from trtlab.runtime.blocks import BlockManager
-from trtlab.runtime.request import PRIORITY_STEPS, RequestState
+from trtlab.runtime.request_state import PRIORITY_STEPS, RequestState
 from trtlab.runtime.scheduler import Scheduler
 
 

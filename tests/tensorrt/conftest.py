@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
 from trtlab.model.weights import tensor_specs
 from trtlab.runtime.executor import TorchExecutor
 from trtlab.tensorrt import dtypes
-from trtlab.tensorrt.interpreter import Network
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
+from trtlab.tensorrt.read.interpreter import Network
 
 
 class ByHand:

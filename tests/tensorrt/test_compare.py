@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtlab.config import Mapping
+from trtlab.config.mapping import Mapping
 from trtlab.errors import EngineError, RequestError
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.compare import compare
-from trtlab.tensorrt.emit import emit
-from trtlab.tensorrt.ops import TensorRTOps
+from trtlab.tensorrt.emit.emission import emit
+from trtlab.tensorrt.emit.ops import TensorRTOps
 
 PROMPT = [3, 14, 15, 92, 65, 35]
 

@@ -13,9 +13,9 @@ import pytest
 
 import trtlab.tensorrt.library as finder
 from trtlab.errors import EngineError, MissingDependency
+from trtlab.tensorrt.emit.ops import ACTIVATIONS
 from trtlab.tensorrt.library import NAMES, NAMES_FOR_RTX, Library, check_names, library
-from trtlab.tensorrt.ops import ACTIVATIONS
-from trtlab.tensorrt.readback import PARAMETERS
+from trtlab.tensorrt.read.readback import PARAMETERS
 
 bundled = pytest.mark.skipif(library().source != finder.BINDINGS, reason="TensorRT is not from the PyPI wheels")
 
@@ -29,7 +29,7 @@ def full() -> Library:
 
 
 def test_every_name_the_package_uses_is_listed():
-    source = "".join(path.read_text() for path in Path(finder.__file__).parent.glob("*.py"))
+    source = "".join(path.read_text() for path in Path(finder.__file__).parent.rglob("*.py"))
     used = set(re.findall(r"\btrt\.([A-Z]\w*(?:\.[A-Za-z]\w*)?)", source))
     used |= {f"ElementWiseOperation.{name}" for name in re.findall(r'_elementwise\(\s*"\w+", "([A-Z]+)"', source)}
     used |= {f"ActivationType.{name}" for name in ACTIVATIONS.values()}

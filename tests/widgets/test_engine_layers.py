@@ -11,7 +11,7 @@ from trtlab.widgets.layer_groups import GROUPINGS, MEASURES, decoder_layer, grou
 
 from trtlab import BuildConfig, Checkpoint, Mapping
 from trtlab.errors import ConfigError
-from trtlab.tensorrt.interpreter import LayerRow, LayerTable
+from trtlab.tensorrt.read.interpreter import LayerRow, LayerTable
 from trtlab.tiny import llama_dir
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trtlab.errors import CheckpointError
-from trtlab.lazy import LazyTensor
+from trtlab.storage.lazy import LazyTensor
 
 LISTED = 8  # differences that an error spells out
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
+from trtlab.config.model import DTYPES, ModelConfig, RotaryScaling, torch_dtype
 from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
-from trtlab.convert.families import FAMILIES, HUGGING_FACE_NAMES, Family
+from trtlab.convert.families.tables import FAMILIES, HUGGING_FACE_NAMES, Family
 from trtlab.errors import CheckpointError
-from trtlab.files import read_json
-from trtlab.lazy import LazyTensor, cat, open_pickle, open_safetensors
 from trtlab.ops.torch import ACTIVATIONS
+from trtlab.storage.files import read_json
+from trtlab.storage.lazy import LazyTensor, cat, open_pickle, open_safetensors
 
 HANDLED_KEYS = frozenset(
     """

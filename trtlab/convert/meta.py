@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trtlab.config import DTYPES, ModelConfig, RotaryScaling, torch_dtype
+from trtlab.config.model import DTYPES, ModelConfig, RotaryScaling, torch_dtype
 from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
-from trtlab.convert.families import META_NAMES
+from trtlab.convert.families.tables import META_NAMES
 from trtlab.errors import CheckpointError
-from trtlab.files import read_json
-from trtlab.lazy import LazyTensor, cat, open_pickle
+from trtlab.storage.files import read_json
+from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
 PARAMS = frozenset(
     """

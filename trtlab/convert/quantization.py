@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from typing import Any
 
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import CheckpointError, ConfigError
-from trtlab.quantize.config import QuantConfig
 
 KNOWN = (
     "quant_algo",
@@ -38,7 +38,7 @@ def quantization_extras(quant: QuantConfig) -> dict[str, Any]:
     return {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}
 
 
-def quantization_from_json(raw: MappingOf[str, Any], ours: MappingOf[str, Any]) -> QuantConfig:
+def quantization_from_json(raw: abc.Mapping[str, Any], ours: abc.Mapping[str, Any]) -> QuantConfig:
     """The inverse; ``ours`` is the config's ``trtlab`` part. A cache whose part does not say is merged.
 
     Raises CheckpointError for a key that changes the numbers and is not understood, or an unknown algorithm.

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trtlab.config import Mapping, ModelConfig, RotaryScaling
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig, RotaryScaling
 from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
-from trtlab.convert.families import FAMILIES
+from trtlab.convert.families.tables import FAMILIES
 from trtlab.convert.quantization import quantization_extras, quantization_from_json, quantization_to_json
 from trtlab.errors import CheckpointError
-from trtlab.files import read_json
-from trtlab.lazy import LazyTensor, open_safetensors
-from trtlab.model.specs import layer_name
+from trtlab.model.tensor_specs import layer_name
 from trtlab.model.weights import tensor_specs
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
+from trtlab.storage.files import read_json
+from trtlab.storage.lazy import LazyTensor, open_safetensors
 from trtlab.version import VERSION
 
 FORMAT = 1  # raised when an older trtlab could no longer read what this one writes
@@ -88,7 +89,7 @@ def rank_file(rank: int) -> str:
 
 
 def config_to_json(
-    config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: MappingOf[str, Any]
+    config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: abc.Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json as TensorRT-LLM lays it out; ``trtlab`` holds what is ours: format number and provenance."""
     scaling = config.rotary_scaling
@@ -116,7 +117,7 @@ def _scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
     return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}
 
 
-def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
+def config_from_json(raw: abc.Mapping[str, Any]) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
     """The inverse of ``config_to_json``; keys that a checkpoint of TensorRT-LLM's own lacks take its defaults."""
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
@@ -162,7 +163,7 @@ def config_from_json(raw: MappingOf[str, Any]) -> tuple[ModelConfig, Mapping, Em
     return config, mapping, layout
 
 
-def _refuse_unknown_keys(raw: MappingOf[str, Any]) -> None:
+def _refuse_unknown_keys(raw: abc.Mapping[str, Any]) -> None:
     known = {*" ".join(KINDS.values()).split(), *FIXED, *NEUTRAL}
     odd = [f"{k}={v!r}" for k, v in raw.items() if k not in known and v not in (None, False, 0, {}, [], "")]
     odd += [f"{key}={raw[key]!r}" for key, value in FIXED.items() if key in raw and raw[key] != value]
@@ -175,7 +176,7 @@ def _refuse_unknown_keys(raw: MappingOf[str, Any]) -> None:
         )
 
 
-def _scaling_from_json(raw: MappingOf[str, Any] | None) -> RotaryScaling | None:
+def _scaling_from_json(raw: abc.Mapping[str, Any] | None) -> RotaryScaling | None:
     if not raw:
         return None
     fields = dict(raw)
@@ -232,7 +233,7 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     return StoredCheckpoint(config, mapping, layout, tensors, dict(raw.get("trtlab") or {}))
 
 
-def _check_scales(where: str, config: ModelConfig, found: MappingOf[str, LazyTensor]) -> None:
+def _check_scales(where: str, config: ModelConfig, found: abc.Mapping[str, LazyTensor]) -> None:
     """Say which step was left out when the config names an algorithm and no tensor holds a scale."""
     algorithm = config.quantization.quant_algo
     if algorithm is not None and not any("scal" in name for name in found):
@@ -249,7 +250,7 @@ def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 
 
-def _with_dense_bias(config: ModelConfig, ranks: MappingOf[int, MappingOf[str, LazyTensor]]) -> ModelConfig:
+def _with_dense_bias(config: ModelConfig, ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]]) -> ModelConfig:
     """TensorRT-LLM's ``attn_bias`` does not tell whether the output projection has one: the tensors do."""
     has = any(layer_name(0, "attention.dense.bias") in found for found in ranks.values())
     return config if has == config.dense_bias else config.replace(dense_bias=has)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.checkpoint import Checkpoint
-from trtlab.config import SamplingParams
+from trtlab.config.sampling import SamplingParams
 from trtlab.errors import RequestError
-from trtlab.session import Session
+from trtlab.session.session import Session
 
 SPARE_TOKENS = 8  # beyond the longest expected answer
 Model = Session | Checkpoint

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trtlab.card import Card, Shown, Table, card, size
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
-from trtlab.display.card import Card, Shown, Table, card, size
+from trtlab.config.quant import QuantConfig
 from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence_of, encoded, opened, perplexity_of
-from trtlab.quantize.config import QuantConfig
-from trtlab.session import Session
+from trtlab.session.session import Session
 
 
 @dataclass(frozen=True)

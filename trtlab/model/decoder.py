@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trtlab.config import ModelConfig
+from trtlab.config.model import ModelConfig
+from trtlab.model.verbs import Ops, T
 from trtlab.model.weights import LayerWeights, ModelWeights
-from trtlab.ops.protocol import Ops, T
 
 
 def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -> T:

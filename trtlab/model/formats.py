@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -56,7 +56,7 @@ def _smoothed(row_scales: tuple[str, ...], scalars: int) -> WeightFormat:
     )
 
 
-WEIGHT_FORMATS: MappingOf[str, WeightFormat] = MappingProxyType(
+WEIGHT_FORMATS: abc.Mapping[str, WeightFormat] = MappingProxyType(
     {
         "W8A16": WeightFormat(8, row_scales=LINEARS),
         "W4A16": WeightFormat(4, row_scales=LINEARS),
@@ -74,7 +74,7 @@ WEIGHT_FORMATS: MappingOf[str, WeightFormat] = MappingProxyType(
         ),
     }
 )
-KV_CACHE_BYTES: MappingOf[str, int] = MappingProxyType({"INT8": 1, "FP8": 1})
+KV_CACHE_BYTES: abc.Mapping[str, int] = MappingProxyType({"INT8": 1, "FP8": 1})
 
 
 def weight_format(quant_algo: str | None) -> WeightFormat | None:

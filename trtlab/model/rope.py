@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config import ModelConfig, RotaryScaling
+from trtlab.config.model import ModelConfig, RotaryScaling
 
 
 @dataclass(frozen=True)

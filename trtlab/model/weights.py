@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from trtlab.config import Mapping, ModelConfig
-from trtlab.model.quantized import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
-from trtlab.model.specs import TensorSpec, layer_name, quantized_layer_specs
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.model.quantized_weights import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
+from trtlab.model.tensor_specs import TensorSpec, layer_name, quantized_layer_specs
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"
@@ -131,7 +132,7 @@ def _layer_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     return specs
 
 
-def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: MappingOf[str, Tensor]) -> ModelWeights:
+def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, Tensor]) -> ModelWeights:
     """The parts of one rank from its tensors, whose layer numbers count from 0 within the stage.
 
     How an embedding was cut is read from its shape. A row-parallel bias is kept by the group's first rank alone, so
@@ -179,19 +180,19 @@ def map_linears(weights: ModelWeights, function: Callable[[Linear], Any]) -> Mod
     )
 
 
-def _embedding(config: ModelConfig, mapping: Mapping, rank: int, tensors: MappingOf[str, Tensor]) -> Embedding:
+def _embedding(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, Tensor]) -> Embedding:
     table = tensors[EMBEDDING]
     cut_by_rows = table.shape[0] < config.vocab_size
     return Embedding(EMBEDDING, table, mapping.tp_rank(rank) * table.shape[0] if cut_by_rows else None)
 
 
-def _head(tensors: MappingOf[str, Tensor]) -> Dense:
+def _head(tensors: abc.Mapping[str, Tensor]) -> Dense:
     name = HEAD if HEAD in tensors else EMBEDDING
     return Dense(name, tensors[name])
 
 
 def layer_weights(
-    config: ModelConfig, tensors: MappingOf[str, Tensor], layer: int, number: int, *, keep_bias: bool = True
+    config: ModelConfig, tensors: abc.Mapping[str, Tensor], layer: int, number: int, *, keep_bias: bool = True
 ) -> LayerWeights:
     """Layer ``layer`` of these tensors, which is layer ``number`` of the model."""
 

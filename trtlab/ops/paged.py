@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtlab.model.quantized import KvScales
+from trtlab.model.quantized_weights import KvScales
 from trtlab.model.rope import RotaryTable
-from trtlab.ops.quantized import decode_cache, encode_cache
+from trtlab.ops.quantized_linear import decode_cache, encode_cache
 
 Kernel = Callable[..., Tensor]  # trtlab.ops.paged_triton.paged_attention
 

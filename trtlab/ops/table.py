@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from trtlab.display.card import Shown
+from trtlab.card import Shown
 from trtlab.model.weights import Embedding, Linear, Norm
 
 RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain

@@ -12,7 +12,7 @@ from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.weights import Dense, Embedding, Linear, Norm
 from trtlab.ops.paged import PackedBatch, PagedCache
-from trtlab.ops.quantized import linear
+from trtlab.ops.quantized_linear import linear
 from trtlab.parallel.comm import Comm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 
-from trtlab.config import Mapping, ModelConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError
-from trtlab.lazy import LazyTensor, cat
-from trtlab.model.specs import TensorSpec, check_quantized, layer_name
+from trtlab.model.tensor_specs import TensorSpec, check_quantized, layer_name
 from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, tensor_specs
+from trtlab.storage.lazy import LazyTensor, cat
 
 LAYER_PREFIX = layer_name(0, "").removesuffix("0.")
 
@@ -64,7 +65,7 @@ def shared_where_possible(config: ModelConfig, mapping: Mapping) -> EmbeddingLay
 
 
 def shard(
-    config: ModelConfig, mapping: Mapping, rank: int, tensors: MappingOf[str, LazyTensor], layout: EmbeddingLayout
+    config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, LazyTensor], layout: EmbeddingLayout
 ) -> dict[str, LazyTensor]:
     """The tensors of one rank, lazily; layer numbers count from 0 within its stage.
 
@@ -149,7 +150,7 @@ def unshard(
     config: ModelConfig,
     mapping: Mapping,
     layout: EmbeddingLayout,
-    rank: Callable[[int], MappingOf[str, LazyTensor]],
+    rank: Callable[[int], abc.Mapping[str, LazyTensor]],
 ) -> dict[str, LazyTensor]:
     """Whole tensors from those of all ranks, lazily: the inverse of ``shard``; ``rank(r)`` gives one rank's."""
     whole: dict[str, LazyTensor] = {}

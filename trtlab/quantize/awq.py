@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trtlab.model.scales import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.fp8 import float8_scale
 from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, Layer, QuantizedLayer
-from trtlab.quantize.primitives import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.smoothquant import SITES
 
 ALPHAS = tuple(step / 10 for step in range(11))

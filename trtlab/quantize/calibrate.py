@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtlab.config import ModelConfig
+from trtlab.config.algorithms import INPUT_OF
+from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
 from trtlab.model.decoder import attention, mlp
 from trtlab.model.rope import rotary_table
-from trtlab.model.specs import layer_name
+from trtlab.model.scales import all_finite, amax
+from trtlab.model.tensor_specs import layer_name
 from trtlab.model.weights import Dense, Linear, ModelWeights, layer_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, LayerStatistics
-from trtlab.quantize.primitives import all_finite, amax
-from trtlab.quantize.recipes import INPUT_OF
 from trtlab.quantize.texts import TextBatch
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trtlab.model.scales import FLOAT8_MAX, ToOriginal, amax, positive, to_float8
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import FLOAT8_MAX, ToOriginal, amax, positive, to_float8
 
 
 def float8_scale(largest: Tensor) -> ToOriginal:

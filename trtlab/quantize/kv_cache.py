@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trtlab.model.scales import INT8, ToOriginal, positive
 from trtlab.quantize.layer import LayerStatistics
-from trtlab.quantize.primitives import INT8, ToOriginal, positive
 
 
 def kv_scales(algorithm: str, granularity: str, seen: LayerStatistics | None) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trtlab.config import ModelConfig
+from trtlab.config.algorithms import INPUT_OF, LINEARS
+from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.specs import layer_name
-from trtlab.quantize.primitives import all_finite
-from trtlab.quantize.recipes import INPUT_OF, LINEARS
+from trtlab.model.scales import all_finite
+from trtlab.model.tensor_specs import layer_name
 
 GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together: it is symmetric, one triangle of blocks will do
 

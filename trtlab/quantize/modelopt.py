@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from trtlab.config import ModelConfig
+from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import MissingDependency, QuantizeError
-from trtlab.quantize.config import QuantConfig
 
 Recipe = dict[str, Any]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from trtlab.config import ModelConfig
-from trtlab.display.card import size
-from trtlab.lazy import LazyTensor
-from trtlab.model.specs import layer_name
+from trtlab.card import size
+from trtlab.config.algorithms import INPUT_OF, LINEARS
+from trtlab.config.model import ModelConfig
+from trtlab.model.tensor_specs import layer_name
 from trtlab.model.weights import EMBEDDING, tensor_specs
-from trtlab.quantize.recipes import INPUT_OF, LINEARS
 from trtlab.quantize.texts import TextBatch
+from trtlab.storage.lazy import LazyTensor
 
 FLOAT = 4  # bytes: blocks are computed in float32
 WORKING_COPIES = 4  # of the largest linear, while its scales are searched

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.display.card import Card, Shown, Table, bar, card, size
-from trtlab.model.quantized import Float8Linear, Int4Float8Linear, Int8Linear, Quantized, WeightOnly, quantized_linear
-from trtlab.model.specs import layer_name
-from trtlab.ops.quantized import linear as run_linear
-from trtlab.quantize.config import QuantConfig
+from trtlab.card import Card, Shown, Table, bar, card, size
+from trtlab.config.algorithms import NORM_BEFORE
+from trtlab.config.quant import QuantConfig
+from trtlab.model.quantized_weights import (
+    Float8Linear,
+    Int4Float8Linear,
+    Int8Linear,
+    Quantized,
+    WeightOnly,
+    quantized_linear,
+)
+from trtlab.model.scales import FLOAT8, FLOAT8_MAX, INT8, dequantize
+from trtlab.model.tensor_specs import layer_name
+from trtlab.ops.quantized_linear import linear as run_linear
 from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import FLOAT8, FLOAT8_MAX, INT8, dequantize
-from trtlab.quantize.recipes import NORM_BEFORE
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import CheckpointError
-from trtlab.files import read_json
-from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.report import KvRow, QuantizationReport, Row
+from trtlab.storage.files import read_json
 
 REPORT = "report.json"
 REMEDY = "delete the file: the weights are whole without it"

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config import ModelConfig
+from trtlab.config.algorithms import LINEARS
+from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import QuantizeError
-from trtlab.lazy import LazyTensor, held
-from trtlab.model.specs import TensorSpec, layer_name
+from trtlab.model.tensor_specs import TensorSpec, layer_name
 from trtlab.model.weights import EMBEDDING, tensor_specs
 from trtlab.progress import progress
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, smoothquant_modelopt, weight_only
 from trtlab.quantize.calibrate import Calibration
-from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.layer import Layer, QuantizedLayer, require_finite
 from trtlab.quantize.peak import Peak, predict
-from trtlab.quantize.recipes import LINEARS
 from trtlab.quantize.report import QuantizationReport, Row, report_kv, report_linears
 from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
 from trtlab.runtime.tokenizer import Tokenizer
+from trtlab.storage.lazy import LazyTensor, held
 
 Sink = Callable[[str, LazyTensor], None]
 ALGORITHMS: dict[str, Callable[[Layer], QuantizedLayer]] = {

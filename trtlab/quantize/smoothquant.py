@@ -8,18 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtlab.config.algorithms import NORM_BEFORE, STATIC_SCALE, Recipe
+from trtlab.model.scales import INT8, INT8_SYMMETRIC, ToQuantized, amax, int_matmul, positive, quantize_rows, to_int
 from trtlab.quantize.layer import InputStatistics, Layer, QuantizedLayer
-from trtlab.quantize.primitives import (
-    INT8,
-    INT8_SYMMETRIC,
-    ToQuantized,
-    amax,
-    int_matmul,
-    positive,
-    quantize_rows,
-    to_int,
-)
-from trtlab.quantize.recipes import NORM_BEFORE, STATIC_SCALE, Recipe
 
 ALPHAS = tuple(step / 20 for step in range(21))
 SMALLEST = 1e-5  # TensorRT-LLM's floor of a smoothing factor

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trtlab.model.scales import INT8, ToOriginal, amax, positive, to_int
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import INT8, ToOriginal, amax, positive, to_int
 from trtlab.quantize.smoothquant import SITES, search_alpha
 
 LIMITS = (1e-4, 1e4)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.model.specs import layer_name
+from trtlab.config.algorithms import KV_SCALES, LINEARS, Recipe
+from trtlab.config.quant import QuantConfig
+from trtlab.model.scales import amax, by_group, positive
+from trtlab.model.tensor_specs import layer_name
 from trtlab.progress import progress
-from trtlab.quantize.config import QuantConfig
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import amax, by_group, positive
-from trtlab.quantize.recipes import KV_SCALES, LINEARS, Recipe
 from trtlab.quantize.report import KvRow, Row, report_kv, report_linears, stored_numbers, typed_linear
 from trtlab.quantize.run import Quantization, quantize_layer
 from trtlab.quantize.smoothquant import ALPHAS

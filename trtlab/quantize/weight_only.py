@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.primitives import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
 
 RANGES: dict[int, IntRange] = {8: INT8, 4: INT4}
 

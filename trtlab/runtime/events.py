@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
-from trtlab.display.card import Shown
+from trtlab.card import Shown
 
 
 @dataclass(frozen=True)

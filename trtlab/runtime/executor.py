@@ -11,12 +11,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig, SessionConfig
+from trtlab.config.build import BuildConfig, compute_dtype
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.session import SessionConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
-from trtlab.ops.cpu import CpuBatch, CpuOps, CpuPool, compile_loops
-from trtlab.ops.cpu_weights import cpu_weights, has_loops
+from trtlab.ops.cpu.ops import CpuBatch, CpuOps, CpuPool, compile_loops
+from trtlab.ops.cpu.weights import cpu_weights, has_loops
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
@@ -60,11 +63,6 @@ class Executor(Protocol):
     def close(self) -> None:
         """Free what the executor holds; a second call is harmless."""
         ...
-
-
-def compute_dtype(build: BuildConfig, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, whatever the storage: bfloat16 ties break differently from machine to machine."""
-    return torch.float32 if device.type == "cpu" else getattr(torch, build.dtype or "float32")
 
 
 Batch = PackedBatch | CpuBatch
@@ -229,6 +227,6 @@ def _kernel(device: torch.device) -> Kernel | None:
     """The kernel that reads blocks in place, on a GPU where Triton is installed."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from trtlab.ops.paged_triton import paged_attention
+    from trtlab.ops.cuda.paged_attention import paged_attention
 
     return paged_attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trtlab.display.card import Shown
+from trtlab.card import Shown
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import Block
 from trtlab.runtime.pool import PoolSize

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trtlab.config import BuildConfig, SessionConfig
+from trtlab.config.build import BuildConfig
+from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
 from trtlab.ops.paged import BlockTables
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
 from trtlab.runtime.executor import Chunk, Executor, StepInputs
 from trtlab.runtime.kv_cache import KvCache
-from trtlab.runtime.request import RequestState
+from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
 from trtlab.runtime.scheduler import Plan, Scheduler
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trtlab.config import BuildConfig, SessionConfig
-from trtlab.display.card import Shown
+from trtlab.card import Shown
+from trtlab.config.build import BuildConfig
+from trtlab.config.session import SessionConfig
 from trtlab.errors import ConfigError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtlab.config import SamplingParams
-from trtlab.runtime.request import RequestState
+from trtlab.config.sampling import SamplingParams
+from trtlab.runtime.request_state import RequestState
 
 NOT_A_NUMBER = "the logits hold no best token: one is not a number"
 

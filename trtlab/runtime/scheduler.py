@@ -13,7 +13,7 @@ from trtlab.ops.paged import BlockTables
 from trtlab.runtime.blocks import BlockManager, Chain
 from trtlab.runtime.events import Admission
 from trtlab.runtime.executor import Chunk
-from trtlab.runtime.request import RequestState
+from trtlab.runtime.request_state import RequestState
 
 LOGITS_OWNER = 0  # requests count from 1
 

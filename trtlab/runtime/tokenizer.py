@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trtlab.errors import RequestError
-from trtlab.files import read_json
+from trtlab.storage.files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -6,10 +6,12 @@ allocates by them, so that the three cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from dataclasses import dataclass, field, replace
 
-from trtlab.config import BuildConfig, Mapping, ModelConfig
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
 
 INPUT_IDS, HIDDEN_STATES = "input_ids", "hidden_states"
 POSITION_IDS, WRITE_INDICES, MASK, LAST_TOKENS = "position_ids", "write_indices", "attention_mask", "last_token_ids"
@@ -37,7 +39,7 @@ class Binding:
         """The shape as TensorRT is told it, -1 for what a profile decides."""
         return tuple(-1 if isinstance(size, str) else size for size in self.shape)
 
-    def sized(self, dims: MappingOf[str, int]) -> tuple[int, ...]:
+    def sized(self, dims: abc.Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given sizes of batch, tokens and wanted."""
         return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
 
@@ -96,8 +98,8 @@ class Bindings:
 
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
-    caches: MappingOf[str, str]  # present_k_0 -> cache_k_0: bound to one address
-    updates: MappingOf[str, str] = field(default_factory=dict)  # new_k_0 -> cache_k_0: to be written there
+    caches: abc.Mapping[str, str]  # present_k_0 -> cache_k_0: bound to one address
+    updates: abc.Mapping[str, str] = field(default_factory=dict)  # new_k_0 -> cache_k_0: to be written there
 
     @property
     def first(self) -> Binding:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from trtlab.config import Mapping, ModelConfig
-from trtlab.display.card import Shown
+from trtlab.card import Shown
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError, RequestError
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
+from trtlab.ops.named import TappedOps
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
 from trtlab.runtime.executor import Chunk
-from trtlab.tensorrt.batching import Run, plan_inputs, write_updates
-from trtlab.tensorrt.emit import Emission
-from trtlab.tensorrt.executor import allocate
-from trtlab.tensorrt.taps import TappedOps
+from trtlab.tensorrt.emit.emission import Emission
+from trtlab.tensorrt.run.batching import Run, plan_inputs, write_updates
+from trtlab.tensorrt.run.executor import allocate
 
 # Relative differences that rounding alone explains in a model of a few dozen layers.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -108,7 +109,7 @@ def suspect(name: str) -> str:
 def compare(
     emission: Emission,
     config: ModelConfig,
-    weights: MappingOf[str, torch.Tensor],
+    weights: abc.Mapping[str, torch.Tensor],
     token_ids: Sequence[int],
     *,
     steps: int = 4,
@@ -150,7 +151,7 @@ def compare(
 class Reference:
     """The decoder in torch, float32, one request, every result recorded by name."""
 
-    def __init__(self, config: ModelConfig, capacity: int, weights: MappingOf[str, torch.Tensor]) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, weights: abc.Mapping[str, torch.Tensor]) -> None:
         self._config = config
         self._device = torch.device("cpu")
         half = (torch.float16, torch.bfloat16)  # integers, FP8 and scales stay as they are stored

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtlab.config import ModelConfig
-from trtlab.convert.families import HUGGING_FACE_NAMES, META_NAMES
+from trtlab.config.model import ModelConfig
+from trtlab.convert.families.tables import HUGGING_FACE_NAMES, META_NAMES
 from trtlab.convert.hugging_face import read_hugging_face
-from trtlab.lazy import open_safetensors
+from trtlab.storage.lazy import open_safetensors
 
 
 def write_meta_ckpt(model_dir: Path, ckpt_dir: Path, shards: int = 1) -> Path:

@@ -1,0 +1,90 @@
+"""Every public object shows itself: the same facts as text and as HTML, and nothing that changes from run to run."""
+
+import re
+from html import unescape
+
+import pytest
+
+import trtlab
+from trtlab import tiny
+from trtlab.card import Card, Shown, Table, bar, count, html, size, text
+from trtlab.published import SHAPES, V100
+
+
+@pytest.fixture(scope="module")
+def objects():
+    checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
+    engine = checkpoint.build(trtlab.BuildConfig(max_batch_size=2, max_seq_len=64, dtype="float32"))
+    with engine, engine.session(backend="torch", device="cpu") as session:
+        yield {
+            "checkpoint": checkpoint,
+            "config": checkpoint.config,
+            "engine": engine,
+            "layers": engine.layers,
+            "network": engine.network(),
+            "comparison": engine.compare(checkpoint, [5, 6, 7], steps=1),
+            "session": session,
+            "completion": session.generate([5, 6, 7], trtlab.SamplingParams(max_new_tokens=4)),
+            "benchmark": trtlab.benchmark(session, [1], [(4, 2)], warm_up=0, num_runs=1),
+            "machine": trtlab.machine(),
+            "estimate": trtlab.estimate(SHAPES["LLaMA-2-7B"]),
+            "published": V100,
+        }
+
+
+NAMES = (
+    "checkpoint config engine layers network comparison session completion benchmark machine estimate published".split()
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_more_than_a_class_name(objects, name):
+    shown = trtlab.card(objects[name])
+    assert shown.facts or shown.tables
+    assert isinstance(objects[name], Shown)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_and_html_hold_the_same_words(objects, name):
+    page = unescape(re.sub(r"<[^>]+>", " ", objects[name]._repr_html_()))
+    for word in set(re.findall(r"[\w.]+", repr(objects[name]))) - {"─"}:
+        if word.strip("─"):
+            assert word in page, word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_holds_no_address_and_no_style(objects, name):
+    shown = repr(objects[name]) + objects[name]._repr_html_()
+    assert not re.search(r"0x[0-9a-f]{6,}", shown)
+    assert "<script" not in shown and "<style" not in shown and " id=" not in shown
+    assert shown == repr(objects[name]) + objects[name]._repr_html_()
+
+
+def test_what_a_user_typed_cannot_become_markup():
+    shown = Card("<b>", (("<i>", "<script>"),), (Table(("<u>",), (("<p>",),)),), next="<a>")
+    for tag in ("<i>", "<script>", "<u>", "<a>"):
+        assert tag not in html(shown)
+        assert tag in text(shown)
+
+
+def test_columns_align_by_their_heads():
+    shown = text(Card("t", tables=(Table(("name", " number"), (("a", "1"), ("bbb", "22"))),)))
+    assert shown.splitlines()[-2:] == ["  a          1", "  bbb       22"]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 << 30, "3.00 GiB"), (5 << 40, "5120.00 GiB")],
+)
+def test_sizes_are_binary(nbytes, shown):
+    assert size(nbytes) == shown
+
+
+@pytest.mark.parametrize(("number", "shown"), [(7, "7"), (4.2e6, "4.20 M"), (8.03e9, "8.03 B"), (1500, "1.50 K")])
+def test_counts_are_decimal(number, shown):
+    assert count(number) == shown
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0, ""), (1, "████"), (0.5, "██"), (2, "████"), (-1, ""), (1 / 32, "▏")])
+def test_bars_have_eighths_and_stay_in_range(share, shown):
+    assert bar(share, 4) == shown

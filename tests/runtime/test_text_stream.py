@@ -1,0 +1,135 @@
+"""Text piece by piece: whatever the tokens and however they arrive, the pieces join to the whole text."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtlab.runtime.text_stream import TextStream
+from trtlab.runtime.tokenizer import Tokenizer
+
+WORDS = ["the", "cat", "größe", "日本", "🙂", "a", "b", ".", "é", "ab"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(talking_model) -> Tokenizer:
+    return Tokenizer(talking_model)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory) -> Tokenizer:
+    """Llama 2's kind: pieces with a mark for the space, 256 byte tokens, a first space that is dropped."""
+    from tokenizers import AddedToken, Tokenizer as Inner, decoders, models, normalizers  # noqa: I001
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, *(f"▁{word}" for word in WORDS), "▁"]
+    inner = Inner(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    folder = tmp_path_factory.mktemp("fallback")
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+def stream(tokenizer, ids, stop=(), sizes=(1,)):
+    """The text, and the pieces that came, when the ids arrive in groups of the given sizes."""
+    text, pieces, start = TextStream(tokenizer, stop), [], 0
+    while start < len(ids):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(text.feed(ids[start : start + size]))
+        start += size
+    pieces.append(text.finish())
+    assert "".join(pieces) == text.text
+    assert text.finish() == ""
+    return text
+
+
+@cache
+def vocabulary(tokenizer: Tokenizer) -> int:
+    return len(tokenizer._inner)
+
+
+@given(st.data())
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_any_ids_in_any_groups_join_to_what_the_tokenizer_says_of_the_whole(kind, request, data):
+    tokenizer = request.getfixturevalue(kind)
+    ids = data.draw(st.lists(st.integers(0, vocabulary(tokenizer) - 1), max_size=30))
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    assert stream(tokenizer, ids, sizes=sizes).text == tokenizer.decode(ids)
+
+
+@given(st.lists(st.sampled_from([*WORDS, " ", "\n", "😀", "ñ", "한"]) | st.characters(codec="utf-8"), max_size=12))
+def test_text_of_many_byte_characters_comes_back_whole(byte_level, parts):
+    text = "".join(parts)
+    assert stream(byte_level, byte_level.encode(text)).text == text
+
+
+def test_runs_of_byte_tokens_wait_until_no_later_byte_can_spoil_them(byte_fallback):
+    euro = [1 + byte for byte in "€".encode()]
+    text = TextStream(byte_fallback)
+    assert [text.feed([i]) for i in euro] == ["", "", ""]
+    assert text.feed([1 + 0x82]) == ""
+    assert text.finish() == text.text == byte_fallback.decode([*euro, 1 + 0x82])
+
+
+def test_a_special_token_within_a_run_of_bytes_does_not_settle_it(byte_fallback):
+    end = byte_fallback._inner.eos_token_id
+    ids = [1 + 0x41, end, 1 + 0xE2]
+    assert stream(byte_fallback, ids).text == byte_fallback.decode(ids) == "\ufffd\ufffd"
+
+
+def test_a_special_token_between_words_swallows_no_space(byte_fallback):
+    vocab = byte_fallback._inner.get_vocab()
+    ids = [vocab["▁the"], vocab["</s>"], vocab["▁cat"]]
+    assert byte_fallback.decode(ids) == "the cat"
+    assert stream(byte_fallback, ids).text == "the cat"
+
+
+def test_plain_text_is_given_out_at_once(byte_level):
+    text = TextStream(byte_level)
+    ids = byte_level.encode("the cat sat")
+    assert [text.feed([token]) for token in ids] == [byte_level.decode([token]) for token in ids]
+
+
+stops = st.lists(st.text(alphabet="ab é日", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@given(st.text(alphabet="ab é日", max_size=25), stops)
+def test_a_stop_word_never_appears_and_nothing_before_it_is_lost(byte_level, text, stop):
+    found = stream(byte_level, byte_level.encode(text), stop)
+    assert not any(word in found.text for word in stop)
+    assert text.startswith(found.text)
+    if found.stopped_by is None:
+        assert found.text == text
+    else:
+        assert found.stopped_by in stop
+        assert text[len(found.text) :].startswith(found.stopped_by)
+
+
+@given(st.text(alphabet="ab", max_size=20), stops)
+def test_what_was_given_out_is_never_taken_back(byte_level, text, stop):
+    whole = stream(byte_level, byte_level.encode(text), stop).text
+    running, so_far = TextStream(byte_level, stop), ""
+    for token in byte_level.encode(text):
+        so_far += running.feed([token])
+        assert whole.startswith(so_far)
+
+
+def test_an_ended_stream_stays_ended(byte_level):
+    text = TextStream(byte_level, ("cat",))
+    for token in byte_level.encode("the cat sat"):
+        text.feed([token])
+    assert (text.text, text.stopped_by) == ("the ", "cat")
+    assert text.feed(byte_level.encode(" more")) == text.finish() == ""
+
+
+def test_a_beginning_of_a_stop_word_that_does_not_go_on_is_given_out(byte_level):
+    text = TextStream(byte_level, ("cattle",))
+    pieces = [text.feed([token]) for token in byte_level.encode("the cat sat")]
+    assert "".join(pieces) == "the cat sat"

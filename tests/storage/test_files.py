@@ -1,0 +1,339 @@
+"""Folders and files are replaced whole or not at all: after an error, on a full disk, after a kill."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from trtlab import BuildConfig, Checkpoint, CheckpointError, Engine, EngineError, TrtlabError
+from trtlab.storage.files import replacing, write_safetensors
+from trtlab.storage.lazy import LazyTensor, held, open_safetensors
+
+
+def ours(name: str) -> bool:
+    return name in ("config.json", "data")
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"marker": text}))
+    (folder / "data").write_text(text)
+
+
+def replace(folder: Path):
+    return replacing(folder, ours=ours, marker="marker", error=CheckpointError)
+
+
+def test_a_new_folder_appears_whole_with_its_parents(tmp_path, files_of):
+    with replace(tmp_path / "a" / "b") as scratch:
+        fill(scratch, "new")
+        assert not (tmp_path / "a" / "b").exists()
+    assert set(files_of(tmp_path)) == {"a/b/config.json", "a/b/data"}
+
+
+def test_an_old_folder_is_replaced_and_none_of_it_is_left(tmp_path, files_of):
+    for text in ("old", "new"):
+        with replace(tmp_path / "x") as scratch:
+            fill(scratch, text)
+            if text == "old":
+                (scratch / "data").rename(scratch / "data")
+    assert files_of(tmp_path) == {"x/config.json": b'{"marker": "new"}', "x/data": b"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_without_an_atomic_exchange_two_renames_do(tmp_path, files_of, monkeypatch):
+    monkeypatch.setattr("trtlab.storage.files.ctypes.CDLL", lambda *_, **__: object())
+    test_an_old_folder_is_replaced_and_none_of_it_is_left(tmp_path, files_of)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), CheckpointError("x")])
+def test_an_error_midway_leaves_the_old_folder_as_it_was(error, tmp_path, files_of):
+    with replace(tmp_path / "x") as scratch:
+        fill(scratch, "old")
+    before = files_of(tmp_path)
+    with pytest.raises(type(error)), replace(tmp_path / "x") as scratch:
+        fill(scratch, "new")
+        raise error
+    assert files_of(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_system_error_midway_is_explained(tmp_path):
+    with pytest.raises(CheckpointError, match=r"No space left.*free some space"), replace(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+FOREIGN = {
+    "another file beside": {"config.json": '{"marker": 1}', "thesis.tex": "x"},
+    "a config of something else": {"config.json": '{"editor": "vi"}'},
+    "a config that is damaged": {"config.json": '{"marker"'},
+    "no config": {"data": "precious"},
+    "a hidden file": {"config.json": '{"marker": 1}', ".git": "x"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_folder_is_refused_and_nothing_in_it_is_lost(name, tmp_path, files_of):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for file, text in FOREIGN[name].items():
+        (folder / file).write_text(text)
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match="may replace") as caught, replace(folder) as scratch:
+        fill(scratch, "new")
+    assert caught.value.remedy and files_of(tmp_path) == before
+
+
+def test_a_folder_within_is_foreign(tmp_path):
+    (tmp_path / "x" / "sub").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="sub"), replace(tmp_path / "x"):
+        pass
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(CheckpointError, match="x"), replace(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_text() == "precious"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "x").mkdir()
+    with replace(tmp_path / "x") as scratch:
+        fill(scratch, "new")
+    assert (tmp_path / "x" / "data").read_text() == "new"
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    with replace(tmp_path / "real") as scratch:
+        fill(scratch, "old")
+    (tmp_path / "link").symlink_to("real")
+    with replace(tmp_path / "link") as scratch:
+        fill(scratch, "new")
+    assert (tmp_path / "real" / "data").read_text() == "old"
+    assert (tmp_path / "link" / "data").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_new_folder_has_the_rights_that_mkdir_gives(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with replace(tmp_path / "x") as scratch:
+        fill(scratch, "new")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# --- safetensors
+
+dtypes = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.int64]
+)
+shapes = st.lists(st.integers(0, 5), max_size=3)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), st.tuples(dtypes, shapes), max_size=6
+    )
+)
+def test_what_is_written_is_what_the_library_reads(tmp_path, specs):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        n: torch.randint(0, 100, s, generator=generator).to(d) for n, (d, s) in specs.items() if n != "__metadata__"
+    }
+    seen = []
+    write_safetensors(
+        tmp_path / "f", {n: held(t) for n, t in tensors.items()}, on_tensor=lambda t: seen.append(t.nbytes)
+    )
+    for found in (load_file(tmp_path / "f"), {n: t.read() for n, t in open_safetensors(tmp_path / "f").items()}):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert sum(seen) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_views_and_parameters_are_written_by_their_values(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    parts = {"turned": base.T, "cut": base[:, 1:3], "learned": torch.nn.Parameter(base.clone())}
+    write_safetensors(tmp_path / "f", {name: held(tensor) for name, tensor in parts.items()})
+    found = load_file(tmp_path / "f")
+    assert all(torch.equal(found[name], tensor) for name, tensor in parts.items())
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    readings, most = [], []
+
+    def read():
+        most.append(sum(reference() is not None for reference in readings))
+        tensor = torch.ones(4)
+        readings.append(weakref.ref(tensor))
+        return tensor
+
+    write_safetensors(tmp_path / "f", {str(i): LazyTensor((4,), torch.float32, read) for i in range(5)})
+    assert most == [0] * 5
+
+
+def test_a_file_that_is_replaced_while_open_is_noticed(tmp_path):
+    write_safetensors(tmp_path / "f", {"x": held(torch.zeros(4))})
+    opened = open_safetensors(tmp_path / "f")
+    assert opened["x"].read().tolist() == [0.0] * 4
+    write_safetensors(tmp_path / "g", {"x": held(torch.ones(4))})
+    (tmp_path / "g").replace(tmp_path / "f")
+    with pytest.raises(CheckpointError, match="changed since it was opened") as caught:
+        opened["x"].read()
+    assert caught.value.remedy
+    (tmp_path / "f").unlink()
+    with pytest.raises(CheckpointError, match="changed since"):
+        opened["x"].read()
+
+
+# --- saving through it all
+
+
+@pytest.fixture
+def saved(random_model, tmp_path):
+    checkpoint = Checkpoint.from_hugging_face(random_model())
+    checkpoint.save(tmp_path / "ckpt")
+    return checkpoint
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(after, saved, tmp_path, files_of, monkeypatch):
+    before = files_of(tmp_path)
+    writes = iter(range(1000))
+
+    def full(value):
+        if next(writes) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    monkeypatch.setattr("trtlab.storage.files._bytes", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*nothing was changed") as caught:
+        saved.save(tmp_path / "ckpt")
+    assert caught.value.remedy
+    with pytest.raises(EngineError, match=r"No space left"):
+        saved.build(BuildConfig(), plan=False).save(tmp_path / "engine")
+    assert files_of(tmp_path) == before
+    Checkpoint.load(tmp_path / "ckpt")
+
+
+def in_another_process(code: str, *words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+LIMITED = """
+import resource, sys
+from trtlab import Checkpoint, CheckpointError
+checkpoint = Checkpoint.from_hugging_face(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save(sys.argv[2])
+except CheckpointError as error:
+    print(error)
+"""
+KILLED = """
+import sys, time
+from trtlab import Checkpoint
+from trtlab.storage.lazy import LazyTensor
+checkpoint = Checkpoint.from_hugging_face(sys.argv[1])
+slow = {}
+def later(read):
+    def slowly():
+        print("tensor", flush=True)
+        time.sleep(0.3)
+        return read()
+    return slowly
+for name, tensor in checkpoint.tensors.items():
+    slow[name] = LazyTensor(tensor.shape, tensor.dtype, later(tensor.read))
+import dataclasses
+dataclasses.replace(checkpoint, tensors=slow).save(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_a_file_that_the_system_cuts_off_leaves_the_old_checkpoint_whole(saved, random_model, tmp_path, files_of):
+    before = files_of(tmp_path)
+    process = in_another_process(LIMITED, random_model(seed=5), tmp_path / "ckpt")
+    out, err = process.communicate(timeout=60)
+    assert "could not be written: File too large" in out and not err
+    assert files_of(tmp_path) == before
+
+
+def test_a_kill_midway_leaves_the_old_checkpoint_whole(saved, random_model, tmp_path, files_of):
+    before = files_of(tmp_path / "ckpt")
+    process = in_another_process(KILLED, random_model(seed=5), tmp_path / "ckpt")
+    for _ in range(4):
+        assert process.stdout.readline() == "tensor\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert files_of(tmp_path / "ckpt") == before
+    assert Checkpoint.load(tmp_path / "ckpt").parameters == saved.parameters
+    assert [path.name.startswith(".ckpt-") for path in tmp_path.iterdir()].count(True) == 1
+    saved.save(tmp_path / "ckpt")
+    assert files_of(tmp_path / "ckpt") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"], "what the dead process left is gone"
+
+
+def test_what_living_saves_and_others_hold_is_left_alone(tmp_path):
+    for name in (".x-not-ours", ".x-abcdefgh", ".y-abcdefgh.partial"):
+        (tmp_path / name).mkdir()
+    with replace(tmp_path / "x") as first:
+        with replace(tmp_path / "x") as second:
+            assert first.is_dir() and first != second
+            fill(second, "second")
+        fill(first, "first")
+    assert (tmp_path / "x" / "data").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x-not-ours", ".x-abcdefgh", ".y-abcdefgh.partial"}
+
+
+def test_a_folder_that_cannot_be_written_is_named(saved, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written") as caught:
+        saved.save(tmp_path / "file" / "ckpt")
+    assert caught.value.remedy
+
+
+def test_each_kind_of_folder_replaces_only_its_own(saved, random_model, tmp_path, files_of):
+    engine = saved.build(BuildConfig(), plan=False)
+    engine.save(tmp_path / "engine")
+    before = files_of(tmp_path)
+    source = files_of(random_model())
+    for save, place in (
+        (saved.save, tmp_path / "engine"),
+        (engine.save, tmp_path / "ckpt"),
+        (saved.save, random_model()),
+        (engine.save, random_model()),
+    ):
+        with pytest.raises(TrtlabError, match="may replace") as caught:
+            save(place)
+        assert caught.value.remedy == "choose a new folder"
+    assert files_of(tmp_path) == before and files_of(random_model()) == source
+    saved.save(tmp_path / "ckpt")
+    engine.save(tmp_path / "engine")
+    assert Engine.load(tmp_path / "engine").config == engine.config
+
+
+def test_saving_over_its_own_source_is_safe_and_the_old_object_says_so(saved, tmp_path):
+    from trtlab import Mapping
+
+    opened = Checkpoint.load(tmp_path / "ckpt")
+    expected = {name: tensor.read().clone() for name, tensor in opened.tensors.items()}
+    opened.save(tmp_path / "ckpt", Mapping(tp_size=2))
+    again = Checkpoint.load(tmp_path / "ckpt")
+    assert all(torch.equal(again.tensors[name].read(), tensor) for name, tensor in expected.items())
+    with pytest.raises(CheckpointError, match=r"changed since it was opened.*open its folder again"):
+        opened.save(tmp_path / "other")
+    with pytest.raises(TrtlabError, match="changed since it was opened"):
+        opened.build(BuildConfig(), plan=False).save(tmp_path / "engine")

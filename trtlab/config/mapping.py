@@ -1,0 +1,96 @@
+"""How a model is laid over processes, by TensorRT-LLM's names: tensor parallel ranks and pipeline stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtlab.config.base import Settings, check_types
+from trtlab.config.model import ModelConfig, require_positive
+from trtlab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mapping(Settings):
+    """How a model is laid over processes: ``tp_size`` ranks share each layer, ``pp_size`` stages share the layers.
+
+    Tensor-parallel ranks are neighbours: ``tp_rank = rank % tp_size``, ``pp_rank = rank // tp_size``.
+    ``world_size`` may be left out; if given it must equal ``tp_size * pp_size``.
+    """
+
+    world_size: int | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive("Mapping", tp_size=self.tp_size, pp_size=self.pp_size)
+        check_types(self)
+        product = self.tp_size * self.pp_size
+        if self.world_size is None:
+            object.__setattr__(self, "world_size", product)
+        elif self.world_size != product:
+            raise ConfigError(
+                f"world_size {self.world_size} is not tp_size {self.tp_size} x pp_size {self.pp_size}",
+                expected=f"world_size={product}",
+                remedy="leave world_size out, or start that many processes",
+            )
+
+    @property
+    def ranks(self) -> range:
+        """All ranks, 0 to world_size - 1."""
+        return range(self.tp_size * self.pp_size)
+
+    def tp_rank(self, rank: int) -> int:
+        """The place of a rank within its tensor-parallel group."""
+        return rank % self.tp_size
+
+    def pp_rank(self, rank: int) -> int:
+        """The pipeline stage of a rank."""
+        return rank // self.tp_size
+
+    def tp_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share this rank's layers, itself among them."""
+        first = self.pp_rank(rank) * self.tp_size
+        return tuple(range(first, first + self.tp_size))
+
+    def layers(self, rank: int, num_hidden_layers: int) -> range:
+        """The global layer numbers of this rank's stage."""
+        per_stage = num_hidden_layers // self.pp_size
+        first = self.pp_rank(rank) * per_stage
+        return range(first, first + per_stage)
+
+    def is_first_stage(self, rank: int) -> bool:
+        """Whether the rank holds the token embedding."""
+        return self.pp_rank(rank) == 0
+
+    def is_last_stage(self, rank: int) -> bool:
+        """Whether the rank holds the final norm and the head."""
+        return self.pp_rank(rank) == self.pp_size - 1
+
+    def check(self, config: ModelConfig) -> None:
+        """ConfigError when the model cannot be split this way, naming the sizes that would work."""
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+
+        def fits(n: int) -> bool:
+            return heads % n == 0 and config.intermediate_size % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+        if not fits(self.tp_size):
+            raise ConfigError(
+                f"{heads} query heads, {kv_heads} key/value heads and intermediate size {config.intermediate_size} "
+                f"cannot be split over tp_size={self.tp_size}",
+                remedy=f"use {_one_of([n for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n)])}",
+            )
+        layers = config.num_hidden_layers
+        if layers % self.pp_size:
+            stages = [n for n in range(1, min(layers, MOST_RANKS) + 1) if layers % n == 0]
+            raise ConfigError(
+                f"{config.num_hidden_layers} layers cannot be split over pp_size={self.pp_size}",
+                remedy=f"use {_one_of(stages)}",
+            )
+
+
+MOST_RANKS = 1024  # sizes above it are not proposed
+
+
+def _one_of(values: list[int]) -> str:
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,302 @@
+"""Bytes and FLOPs before you spend them: weights, KV and activations of each rank, from shapes alone. Reads no weight.
+
+An estimate counts what an executor keeps: the rank's tensors, a KV pool of ``max_batch_size * max_seq_len`` tokens, and
+the activations of its largest step. It leaves out what lies outside the model: the CUDA context, the libraries' own
+workspace, memory that an allocator holds back, and scratch space within an op.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NoReturn, Protocol
+
+from torch import Tensor
+
+from trtlab.card import Shown, size
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
+from trtlab.errors import ConfigError, EngineError
+from trtlab.model.decoder import decoder
+from trtlab.model.formats import WeightFormat, kv_itemsize, weight_format
+from trtlab.model.weights import EMBEDDING, HEAD, ModelWeights, rank_weights, tensor_specs
+from trtlab.ops.table import OpTable, Span, TableOps
+from trtlab.parallel.shard import LAYER_PREFIX, EmbeddingLayout, shard, shared_where_possible
+from trtlab.storage.lazy import LazyTensor
+
+# The kind of a weight is that of the first fragment that its name holds.
+KINDS = {EMBEDDING: "embedding", HEAD: "head", "norm": "norms", "ln_f": "norms", "attention": "attention", "mlp": "mlp"}
+
+
+class HasConfig(Protocol):
+    """A checkpoint or an engine: anything that knows its model's shape."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """What one rank takes. ``weights`` are bytes by kind: embedding, attention, mlp, norms, head.
+
+    ``step_weight_bytes`` are those that every step reads: all but the lookup table, unless it serves as the head too.
+    FLOPs are a token's share of one prompt of ``max_input_len`` tokens, and of the token generated after it.
+    """
+
+    rank: int
+    layers: range
+    weights: abc.Mapping[str, int]
+    step_weight_bytes: int
+    kv_bytes_per_token: int
+    kv_pool_bytes: int
+    activation_bytes: int
+    prefill_flops_per_token: float
+    generation_flops_per_token: float
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.weights.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, the whole KV pool and the activations of the largest step."""
+        return self.weight_bytes + self.kv_pool_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
+    """Each rank's memory and work, and what follows from it. ``build_config`` is resolved for the model.
+
+    ``whole`` is the same model on one rank with its embedding as ``layout`` keeps it.
+    """
+
+    config: ModelConfig
+    build_config: BuildConfig
+    mapping: Mapping
+    layout: EmbeddingLayout
+    quant_algo: str | None
+    kv_cache_quant_algo: str | None
+    ranks: tuple[RankEstimate, ...]
+    whole: RankEstimate
+
+    @property
+    def largest(self) -> RankEstimate:
+        """The rank that needs most memory."""
+        return max(self.ranks, key=lambda rank: rank.total_bytes)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has learned; a tied table counts once."""
+        return sum(prod(spec.shape) for spec in tensor_specs(self.config).values())
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes on the largest rank of one block of ``tokens_per_block`` tokens."""
+        return self.build_config.tokens_per_block * self.largest.kv_bytes_per_token
+
+    @property
+    def divided_evenly_bytes(self) -> float:
+        """The usual formula (weights + KV + activations) / ranks.
+
+        It is low where ranks keep the same thing: a replicated embedding, norms, a key head held twice, and the
+        activations between the linears.
+        """
+        return self.whole.total_bytes / len(self.ranks)
+
+    def kv_tokens(self, memory_bytes: float, *, reserve_bytes: float | None = None) -> int:
+        """Tokens of KV that fit every rank's ``memory_bytes`` beside its weights, in whole blocks.
+
+        ``reserve_bytes`` is kept free for all else; None keeps the estimated activations.
+        """
+        block = self.build_config.tokens_per_block
+        blocks = [
+            int(memory_bytes - r.weight_bytes - (r.activation_bytes if reserve_bytes is None else reserve_bytes))
+            // (block * r.kv_bytes_per_token)
+            for r in self.ranks
+        ]
+        return max(0, min(blocks)) * block
+
+    def step_seconds(self, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
+        """The least time of a generation step when memory of ``bandwidth`` bytes a second limits it.
+
+        A step reads every weight once, whatever the batch, and the K and V of ``context`` tokens a request. The ranks
+        of a stage read side by side, stages follow one another; communication is not counted.
+        """
+        tp = self.mapping.tp_size
+        reads = [r.step_weight_bytes + batch * context * r.kv_bytes_per_token for r in self.ranks]
+        return sum(max(reads[first : first + tp]) for first in range(0, len(reads), tp)) / bandwidth
+
+    def tokens_per_second(self, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
+        """The ceiling on generated tokens a second that ``step_seconds`` sets."""
+        return batch / self.step_seconds(bandwidth, batch=batch, context=context)
+
+    def require_fits(self, available_bytes: float, where: str = "this machine") -> None:
+        """EngineError when the largest rank needs more, with what it needs it for and what would fit."""
+        if self.largest.total_bytes > available_bytes:
+            self._refuse(available_bytes, where)
+
+    def _refuse(self, available_bytes: float, where: str) -> NoReturn:
+        need = self.largest
+        build = self.build_config
+        tokens = self.kv_tokens(available_bytes)
+        batch = tokens // build.seq_len
+        if batch:
+            remedy = f"lower max_batch_size to {batch}, or max_seq_len"
+        elif tokens:
+            remedy = f"use max_batch_size=1 with max_seq_len={tokens} or less"
+        else:
+            remedy = "split the weights over more ranks (tp_size), quantize them, or lower max_num_tokens"
+        raise EngineError(
+            f"rank {need.rank} needs {size(need.total_bytes)}: {size(need.weight_bytes)} of weights, "
+            f"{size(need.kv_pool_bytes)} of KV for max_batch_size {build.max_batch_size} x max_seq_len "
+            f"{build.seq_len} tokens, {size(need.activation_bytes)} of activations",
+            expected=f"at most {size(available_bytes)}, what {where} has free",
+            remedy=remedy,
+        )
+
+
+def estimate(
+    model: ModelConfig | HasConfig,
+    build_config: BuildConfig | None = None,
+    mapping: Mapping | None = None,
+    *,
+    quant_algo: str | None = None,
+    kv_cache_quant_algo: str | None = None,
+    group_size: int = 128,
+    layout: EmbeddingLayout | None = None,
+) -> Estimate:
+    """Memory and work of a model within these bounds, rank by rank.
+
+    ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's names; a quantized weight counts with its scales.
+    ``layout=None`` lays the embedding as ``build`` does. Raises ConfigError as ``build`` would.
+
+    >>> estimate(SHAPES["LLaMA-2-7B"], quant_algo="W8A16").largest.weight_bytes / 2**30
+    6.522...
+    """
+    source = model if isinstance(model, ModelConfig) else model.config
+    quant = source.quantization
+    if quant.active:
+        quant_algo = quant_algo or quant.quant_algo
+        kv_cache_quant_algo = kv_cache_quant_algo or quant.kv_cache_quant_algo
+        group_size, source = quant.group_size, source.replace(quantization=QuantConfig())
+    build = (build_config or BuildConfig()).resolve(source)
+    config = source.replace(dtype=build.dtype)
+    mapping = mapping or Mapping()
+    layout = layout or shared_where_possible(config, mapping)
+    if layout.use_embedding_sharing and not config.tie_word_embeddings:
+        raise ConfigError("use_embedding_sharing needs a tied model", remedy="leave use_embedding_sharing out")
+    sizes = _Sizes(weight_format(quant_algo), group_size, kv_itemsize(kv_cache_quant_algo, config.torch_dtype.itemsize))
+    ranks = tuple(_rank_estimate(config, build, mapping, rank, layout, sizes) for rank in mapping.ranks)
+    whole = ranks[0] if len(ranks) == 1 else _rank_estimate(config, build, Mapping(), 0, layout, sizes)
+    return Estimate(config, build, mapping, layout, quant_algo, kv_cache_quant_algo, ranks, whole)
+
+
+def op_table(
+    model: ModelConfig | HasConfig,
+    spans: Sequence[Span] = (Span(0, 1),),
+    mapping: Mapping | None = None,
+    rank: int = 0,
+    *,
+    layout: EmbeddingLayout | None = None,
+    every_token: bool = False,
+) -> OpTable:
+    """One row an op of the step that these requests make on one rank."""
+    config = model if isinstance(model, ModelConfig) else model.config
+    mapping = mapping or Mapping()
+    layout = layout or shared_where_possible(config, mapping)
+    weights = _meta_weights(config, mapping, rank, rank_tensors(config, mapping, rank, layout))
+    return _trace(config, mapping, weights, spans, every_token=every_token)
+
+
+def _meta_weights(
+    config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, LazyTensor]
+) -> ModelWeights:
+    return rank_weights(config, mapping, rank, {name: tensor.meta() for name, tensor in tensors.items()})
+
+
+def _trace(
+    config: ModelConfig, mapping: Mapping, weights: ModelWeights, spans: Sequence[Span], *, every_token: bool = False
+) -> OpTable:
+    ops = TableOps(spans, dtype=config.torch_dtype, tp_size=mapping.tp_size, every_token=every_token)
+    decoder(ops, config, weights, ops.tokens())
+    return ops.table
+
+
+def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
+    """The tensors of one rank's file by name: shape and dtype, with nothing behind them."""
+    whole = {
+        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _no_data)
+        for name, spec in tensor_specs(config).items()
+    }
+    return shard(config, mapping, rank, whole, layout)
+
+
+def _no_data() -> Tensor:
+    raise AssertionError("a shape has no data")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    format: WeightFormat | None
+    group_size: int
+    kv_itemsize: int
+
+    def weight_bytes(self, config: ModelConfig, stage: range, name: str, tensor: LazyTensor) -> int:
+        """Bytes of one tensor of a rank file, with its scales."""
+        if self.format is None or not name.startswith(LAYER_PREFIX):
+            return tensor.nbytes
+        number, part = name.removeprefix(LAYER_PREFIX).removesuffix(".weight").split(".", 1)
+        at_an_end = stage.start + int(number) in (0, config.num_hidden_layers - 1)
+        if part not in self.format.linears or (self.format.keeps_end_layers and at_an_end):
+            return tensor.nbytes
+        rows, columns = tensor.shape
+        return self.format.nbytes(part, (rows, columns), tensor.dtype.itemsize, self.group_size)
+
+
+def _rank_estimate(
+    config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout, sizes: _Sizes
+) -> RankEstimate:
+    tensors = rank_tensors(config, mapping, rank, layout)
+    stage = mapping.layers(rank, config.num_hidden_layers)
+    weights = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    for name, tensor in tensors.items():
+        weights[_kind(name)] += sizes.weight_bytes(config, stage, name, tensor)
+    looked_up_only = not mapping.is_last_stage(rank) or HEAD in tensors
+    kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
+    per_token = 2 * len(stage) * kv_heads * config.head_size * sizes.kv_itemsize  # K and V
+    model = _meta_weights(config, mapping, rank, tensors)
+    prompt, past = build.max_input_len, min(build.max_input_len, build.seq_len - 1)
+    return RankEstimate(
+        rank=rank,
+        layers=stage,
+        weights=weights,
+        step_weight_bytes=sum(weights.values()) - (weights["embedding"] if looked_up_only else 0),
+        kv_bytes_per_token=per_token,
+        kv_pool_bytes=build.max_batch_size * build.seq_len * per_token,
+        activation_bytes=_trace(config, mapping, model, largest_step(build)).peak_bytes,
+        prefill_flops_per_token=_trace(config, mapping, model, [Span(0, prompt)]).flops / prompt,
+        generation_flops_per_token=float(_trace(config, mapping, model, [Span(past, 1)]).flops),
+    )
+
+
+def largest_step(build: BuildConfig) -> list[Span]:
+    """The step whose activations are estimated: ``max_num_tokens`` new tokens over ``max_batch_size`` prompts.
+
+    There are fewer tokens where the prompts at ``max_input_len`` do not make as many. Logits are those of the last
+    tokens; asking for every token's takes ``tokens * vocab_size * 4`` bytes more.
+    """
+    tokens = min(build.max_num_tokens, build.max_batch_size * build.max_input_len)
+    rows = min(build.max_batch_size, tokens)
+    share, rest = divmod(tokens, rows)
+    return [Span(0, share + (place < rest)) for place in range(rows)]
+
+
+def _kind(name: str) -> str:
+    return next(kind for fragment, kind in KINDS.items() if fragment in name)

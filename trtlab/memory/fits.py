@@ -1,0 +1,69 @@
+"""Whether this machine can hold what is asked of it; asked before a weight is read, answered with the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from trtlab.card import size
+from trtlab.config.build import BuildConfig, compute_dtype
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.session import SessionConfig
+from trtlab.errors import EngineError
+from trtlab.hardware import memory_bytes
+from trtlab.memory.estimate import RankEstimate, estimate
+from trtlab.parallel.shard import EmbeddingLayout
+
+BUILD_COPIES = 2  # TensorRT holds a rank's weights while it writes them into the plan, which is in memory too
+
+
+def require_room_to_build(config: ModelConfig, build: BuildConfig, mapping: Mapping, layout: EmbeddingLayout) -> None:
+    """EngineError when the largest rank's weights and its plan do not fit this machine's memory side by side."""
+    largest = estimate(config, build, mapping, layout=layout).largest
+    memory = memory_bytes()
+    if memory and BUILD_COPIES * largest.weight_bytes > memory:
+        raise EngineError(
+            f"the plan of rank {largest.rank} needs {size(BUILD_COPIES * largest.weight_bytes)} while it is built: its "
+            f"weights, {size(largest.weight_bytes)}, and the plan beside them",
+            expected=f"at most {size(memory)}, what this machine has",
+            remedy="split the weights over more ranks (tp_size), quantize them, or build with plan=False",
+        )
+
+
+def require_room_to_run(
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    layout: EmbeddingLayout,
+    session: SessionConfig,
+    device: torch.device,
+) -> None:
+    """EngineError when weights, KV pool and activations of all ranks do not fit the device's memory.
+
+    A CPU's pool is allocated whole, in float32; a GPU's takes what is left, so that one block must be.
+    """
+    found = estimate(config, build, mapping, layout=layout)
+    widening = compute_dtype(build, device).itemsize / config.torch_dtype.itemsize
+    kv_widening = 1.0 if config.quantization.kv_cache_quant_algo else widening
+    tokens = build.max_batch_size * build.seq_len
+    if session.max_tokens_in_paged_kv_cache is not None:
+        tokens = session.max_tokens_in_paged_kv_cache
+    if device.type == "cuda":
+        tokens, memory = build.tokens_per_block, torch.cuda.mem_get_info(device)[0]
+    else:
+        memory = memory_bytes()
+
+    def held(rank: RankEstimate) -> RankEstimate:
+        per_token = round(rank.kv_bytes_per_token * kv_widening)
+        return dataclasses.replace(
+            rank,
+            kv_bytes_per_token=per_token,
+            kv_pool_bytes=tokens * per_token,
+            activation_bytes=round(rank.activation_bytes * widening),
+        )
+
+    ranks = tuple(held(rank) for rank in found.ranks)
+    if memory:
+        dataclasses.replace(found, ranks=ranks).require_fits(memory / len(ranks))

@@ -1,0 +1,194 @@
+"""The loops that multiply: few tokens with a linear layer's weights, read as they are stored. See ``cpu_loops``.
+
+Numba keeps compiled code until this file changes: after a change in ``cpu_vectors`` or of ``value``, touch it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from trtlab.ops.cpu.loops import F32, I32, Array, compiled, in_tasks, to_the_bit, value
+from trtlab.ops.cpu.vectors import BYTES, CENTRE, ORDER, STEP, WORD_ORDER, WORDS, dot_bf16, two_dots
+
+ROWS = 4  # outputs that one task computes together when there are several tokens
+WIDTH = 512  # inputs that it widens at a time: ROWS * WIDTH * 4 bytes stay in the first cache
+
+
+@in_tasks
+def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times ``weight`` ``[rows, in]`` times ``scale`` ``[rows]``: ``out`` ``[tokens, rows]``."""
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens == 1:
+        for row in prange(rows):
+            dot = F32(0)
+            for i in range(width):
+                dot += value(weight[row, i]) * x[0, i]
+            out[0, row] = dot * scale[row]
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        sums = np.zeros((tokens + 1, ROWS), F32)
+        _add_rows(x, weight[top : top + held], sums)
+        for token in range(tokens):
+            for row in range(held):
+                out[token, top + row] = sums[token, row] * scale[top + row]
+
+
+@in_tasks
+def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """As ``linear``, from BF16 numbers as uint16 ``[rows, in]``."""
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens > 1 or width % (2 * WORDS):
+        linear(x, weight, scale, out)
+        return
+    ordered = np.empty(width, F32)
+    for first in range(0, width, WORDS):
+        for at in range(WORDS):
+            ordered[first + at] = x[0, first + WORD_ORDER[at]]
+    for row in prange(rows):
+        out[0, row] = dot_bf16(weight[row], ordered) * scale[row]
+
+
+@to_the_bit
+def int8_rows(x: Array, out: Array, scale: Array) -> None:
+    """``x`` ``[tokens, in]`` as INT8 numbers in float32, with a ``scale`` to the original a token, ``[tokens, 1]``."""
+    for token in range(x.shape[0]):
+        bits = I32(0)  # a float without its sign compares as an integer; NaN is the largest, and is found
+        for i in range(x.shape[1]):
+            bits = max(bits, I32(F32(x[token, i]).view(I32) & I32(0x7FFFFFFF)))
+        largest = I32(bits).view(F32)
+        if largest < F32(1e-6):
+            largest = F32(1e-6)
+        _round_to_int8(x[token], F32(127) / largest, out[token])
+        scale[token, 0] = largest / F32(127)
+
+
+@to_the_bit
+def int8_by(x: Array, scale: float, divides: bool, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times ``scale``, or divided by it, as INT8 numbers in float32."""
+    for token in range(x.shape[0]):
+        if divides:
+            for i in range(x.shape[1]):
+                out[token, i] = x[token, i] / F32(scale)
+            _round_to_int8(out[token], F32(1), out[token])
+        else:
+            _round_to_int8(x[token], F32(scale), out[token])
+
+
+@to_the_bit
+def _round_to_int8(x: Array, factor: float, out: Array) -> None:
+    for i in range(len(x)):
+        out[i] = min(max(np.rint(x[i] * factor), F32(-128)), F32(127))
+
+
+@in_tasks
+def linear_int8(x: Array, weight: Array, out: Array) -> None:
+    """``x`` ``[tokens, in]`` times int8 ``weight`` ``[rows, in]``, exactly: ``out`` is int32 ``[tokens, rows]``.
+
+    ``x`` holds INT8 numbers as float32, which has room for the sum of WIDTH products; those sums are added as integers.
+    """
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens == 1:
+        for row in prange(rows):
+            total = I32(0)
+            for first in range(0, width, WIDTH):
+                stored, part = weight[row, first : first + WIDTH], x[0, first : first + WIDTH]
+                dot = F32(0)
+                for i in range(len(stored)):
+                    dot += F32(stored[i]) * part[i]
+                total += I32(dot)
+            out[0, row] = total
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        sums = np.zeros((tokens + 1, ROWS), I32)
+        _add_rows(x, weight[top : top + held], sums)
+        out[:, top : top + held] = sums[:tokens, :held]
+
+
+@in_tasks
+def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``."""
+    (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
+    size = width // groups
+    if tokens == 1 and size % BYTES == 0:
+        ordered, starts = np.empty(width, F32), np.empty(groups, F32)
+        for first in range(0, width, BYTES):
+            for at in range(BYTES):
+                ordered[first + at] = x[0, first + ORDER[at]]
+        for group in range(groups):
+            part, total = x[0, group * size : group * size + size], F32(0)
+            for i in range(size):
+                total += part[i]
+            starts[group] = -F32(CENTRE) * total
+        for task in prange(weight.shape[0]):
+            low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
+            low_sum, high_sum = two_dots(weight[task], ordered, starts, scale[low], scale[high], size)
+            out[0, high] = high_sum / F32(STEP)
+            out[0, low] = low_sum / F32(STEP)
+        return
+    for task in prange((rows + ROWS - 1) // ROWS):
+        top = task * ROWS
+        held = min(ROWS, rows - top)
+        tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), F32)
+        for group in range(groups):
+            for first in range(group * size, group * size + size, WIDTH):
+                count = min(WIDTH, group * size + size - first)
+                for row in range(held):
+                    stored, wide = weight[(top + row) // 2, first : first + count], tile[row]
+                    one, up = scale[top + row, group], I32(28 - 28 * (row % 2))
+                    for i in range(count):  # the lower half is shifted to the top first, so that its sign comes along
+                        shifted = I32(I32(I32(stored[i]) << up) >> up)
+                        wide[i] = F32(shifted if up else shifted >> 4) * one
+                _add_tile(x, first, count, tile, sums)
+        for token in range(tokens):
+            for row in range(held):
+                out[token, top + row] = sums[token, row]
+
+
+@compiled
+def _add_rows(x: Array, weight: Array, sums: Array) -> None:
+    """Add the products of ``x`` ``[tokens, in]`` with up to ROWS rows ``[rows, in]`` to ``sums``, see ``_add_tile``."""
+    (rows, width), tile = weight.shape, np.zeros((ROWS, WIDTH), F32)
+    for first in range(0, width, WIDTH):
+        count = min(WIDTH, width - first)
+        for row in range(rows):
+            stored, wide = weight[row, first : first + count], tile[row]
+            for i in range(count):
+                wide[i] = value(stored[i])
+        _add_tile(x, first, count, tile, sums)
+
+
+@compiled
+def _add_tile(x: Array, first: int, width: int, tile: Array, sums: Array) -> None:
+    """Add the products of ``x[:, first : first + width]`` with ``tile`` ``[ROWS, width]`` to ``sums``.
+
+    Two tokens and four rows at a time, so that each number that is loaded serves several products. ``sums``
+    ``[tokens + 1, ROWS]`` has a row to spare: an odd last token is taken twice.
+    """
+    w0, w1, w2, w3 = tile[0], tile[1], tile[2], tile[3]
+    last = x.shape[0] - 1
+    for token in range(0, last + 1, 2):
+        one, two = x[token, first : first + width], x[min(token + 1, last), first : first + width]
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = F32(0)
+        for i in range(width):
+            a, b = one[i], two[i]
+            a0 += w0[i] * a
+            a1 += w1[i] * a
+            a2 += w2[i] * a
+            a3 += w3[i] * a
+            b0 += w0[i] * b
+            b1 += w1[i] * b
+            b2 += w2[i] * b
+            b3 += w3[i] * b
+        sums[token, 0] += a0
+        sums[token, 1] += a1
+        sums[token, 2] += a2
+        sums[token, 3] += a3
+        sums[token + 1, 0] += b0
+        sums[token + 1, 1] += b1
+        sums[token + 1, 2] += b2
+        sums[token + 1, 3] += b3

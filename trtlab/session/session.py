@@ -1,0 +1,365 @@
+"""The fourth object of the workflow: takes prompts, runs the engine step by step, gives text."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import abc
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from torch import Tensor
+
+from trtlab.card import Shown
+from trtlab.config.base import require
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.sampling import SamplingParams
+from trtlab.config.session import SessionConfig
+from trtlab.errors import RequestError
+from trtlab.parallel.shard import EmbeddingLayout
+from trtlab.runtime.events import EventLog, StepEvent
+from trtlab.runtime.executor import Executor
+from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.loop import Loop
+from trtlab.runtime.request_state import RequestState
+from trtlab.runtime.text_stream import TextStream
+from trtlab.runtime.tokenizer import Message, Tokenizer
+from trtlab.session.request import Completion, Request
+from trtlab.tensorrt.build.plans import Plans
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class RunnableEngine(Protocol):
+    """What a session needs of an engine."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        ...
+
+    @property
+    def build_config(self) -> BuildConfig:
+        """The bounds, resolved for the model."""
+        ...
+
+    @property
+    def mapping(self) -> Mapping:
+        """How the model lies over ranks."""
+        ...
+
+    @property
+    def layout(self) -> EmbeddingLayout:
+        """How its token table does."""
+        ...
+
+    @property
+    def plans(self) -> Plans | None:
+        """Its TensorRT plans, if it has any."""
+        ...
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The folder of its tokenizer."""
+        ...
+
+    def weights(self, rank: int) -> dict[str, Tensor]:
+        """One rank's tensors, read."""
+        ...
+
+    def require_open(self) -> None:
+        """EngineError after ``close``."""
+        ...
+
+
+class Session(Shown):
+    """Generates with one engine. Use it as a context manager, or call ``close()``.
+
+    Two sessions can live side by side: nothing is shared but the engine's weights on disk.
+    """
+
+    def __init__(self, engine: RunnableEngine, executor: Executor, config: SessionConfig, reason: str) -> None:
+        self.engine = engine
+        self.config = config
+        self.backend_reason = reason
+        self._tokenizer = Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None
+        self._loop = Loop(executor, engine.build_config, config)
+        self._numbers = itertools.count(1)
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def backend(self) -> str:
+        """Which executor runs: tensorrt, torch or interpreter."""
+        return self._loop.executor.name
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._loop.scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot or for blocks."""
+        return len(self._loop.scheduler.waiting)
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """The pool of KV blocks as it is at any moment: its size and why, whose blocks are whose, what is reused."""
+        return self._loop.kv_cache
+
+    @property
+    def events(self) -> EventLog:
+        """What every step did, oldest first."""
+        return self._loop.events
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called."""
+        return self._loop.closed
+
+    @overload
+    def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
+    @overload
+    def generate(
+        self, prompts: Sequence[int] | Sequence[Message], params: SamplingParams | None = None
+    ) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Answer one prompt or many; many run together and come back in their order.
+
+        A prompt is text, token ids, or a conversation (``[{"role": "user", "content": ...}]``, by the tokenizer's
+        chat template). Raises RequestError for an empty prompt, an id outside the vocabulary, or a request beyond
+        the engine's bounds or the KV pool, before anything runs.
+        """
+        params = _given(params)
+        one = _is_single(prompts)
+        batch: Sequence[Any] = [prompts] if one else prompts
+        checked = [self._checked(prompt, params) for prompt in batch]
+        requests: list[Request] = []
+        try:
+            requests += (self._submit(self._state(ids, params)) for ids in checked)
+            completions = [request.result() for request in requests]
+        finally:
+            for request in requests:  # what an error or an interrupt left under way
+                request.cancel()
+        return completions[0] if one else completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer's text as it comes; the pieces join to exactly ``generate``'s text. Arguments as for it."""
+        params = _given(params)
+        ids = self._checked(prompt, params)
+        if self._tokenizer is None:
+            raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
+        return self._pieces(ids, params)
+
+    def _pieces(self, ids: tuple[int, ...], params: SamplingParams) -> Iterator[str]:
+        """The request joins at the first ``next``, so that a stream which nobody reads takes no slot."""
+        request = self._submit(self._state(ids, params))
+        try:
+            yield from request.stream()
+        finally:
+            request.cancel()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        allotted_time_ms: float | None = None,
+    ) -> Request:
+        """Queue a prompt and come back at once; it runs whenever the session steps.
+
+        A higher ``priority`` goes first (one level counts as 1,000 steps of waiting, so that nobody waits for ever).
+        After ``allotted_time_ms`` the request ends with what it has, as ``"timed_out"``. Raises as ``generate``.
+        """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError("priority must be a whole number", got=repr(priority))
+        timed = allotted_time_ms is not None
+        if timed and not (isinstance(allotted_time_ms, int | float) and allotted_time_ms > 0):
+            raise RequestError("allotted_time_ms must be a positive number", got=repr(allotted_time_ms))
+        params = _given(params)
+        state = self._state(self._checked(prompt, params), params)
+        state.priority = priority
+        if allotted_time_ms is not None:
+            state.deadline_s = self._loop.clock() + allotted_time_ms / 1e3
+        return self._submit(state)
+
+    def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
+        """A second answer that goes on from where ``request`` stands, sharing its blocks; both run on by themselves.
+
+        ``params`` count from the beginning of the answer. A block that both would write is copied first. Raises
+        RequestError for a request that has ended.
+        """
+        parent = request.state
+        params = parent.params if params is None else _given(params)
+        with self._loop.lock:
+            if request.done:
+                raise RequestError(
+                    f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
+                )
+            self._refuse_beyond_bounds(parent.prompt_ids, params)
+            if params.max_new_tokens <= len(parent.output_ids):
+                raise RequestError(
+                    f"request {request.number} has generated {len(parent.output_ids)} tokens already",
+                    got=f"max_new_tokens {params.max_new_tokens}",
+                    remedy="max_new_tokens counts from the beginning of the answer: raise it",
+                )
+            if params.logprobs and not parent.params.logprobs:
+                raise RequestError("the log-probabilities before the fork were not kept", remedy="leave logprobs out")
+            state = self._state(parent.prompt_ids, params)
+            state.priority, state.deadline_s = parent.priority, parent.deadline_s
+            state.token_ids += parent.output_ids
+            state.logprobs += parent.logprobs
+            return self._submit(state, parent)
+
+    def step(self) -> StepEvent | None:
+        """Run one step for all requests under way and tell what it did; None when there is nothing to do."""
+        return self._loop.step()
+
+    def run(self) -> list[StepEvent]:
+        """Step until nothing is under way; gives the events."""
+        return list(iter(self.step, None))
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits that follow each token of a prompt: [tokens, vocab], float32, on the CPU."""
+        self._require_open()
+        return self._loop.logits(self._checked_ids(token_ids))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, special tokens in front as the model expects them."""
+        return self._require_tokenizer().encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._require_tokenizer().decode(token_ids)
+
+    def _state(self, ids: tuple[int, ...], params: SamplingParams) -> RequestState:
+        return RequestState(
+            next(self._numbers), ids, params, self._tokenizer.end_ids if self._tokenizer else frozenset()
+        )
+
+    def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
+        text = TextStream(self._tokenizer, state.params.stop or ()) if self._tokenizer else None
+        request = Request(state, text, self._loop, self._worker)
+        listener = request.look_for_stop if state.params.stop else None
+        if parent is None:
+            self._loop.submit(state, listener)
+        else:
+            self._loop.fork(parent, state, listener)
+        return request
+
+    def _worker(self) -> ThreadPoolExecutor:
+        """The one thread in which steps run while an event loop waits for them."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="trtlab-step")
+        return self._thread
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
+        """The prompt's token ids; RequestError when this engine could not serve it."""
+        self._require_open()
+        if params.stop and self._tokenizer is None:
+            raise RequestError(
+                "stop words need a tokenizer", remedy="leave stop out, or put tokenizer.json in the folder"
+            )
+        ids = self._checked_ids(self._ids(prompt))
+        self._refuse_beyond_bounds(ids, params)
+        return ids
+
+    def _refuse_beyond_bounds(self, ids: tuple[int, ...], params: SamplingParams) -> None:
+        build = self.engine.build_config
+        room = build.seq_len - len(ids)
+        if params.max_new_tokens > room:
+            shorter = f"lower max_new_tokens to {room}" if room else "shorten the prompt"
+            raise RequestError(
+                f"prompt of {len(ids)} and max_new_tokens {params.max_new_tokens} exceed max_seq_len {build.seq_len}",
+                remedy=f"{shorter}, or build with a larger max_seq_len",
+            )
+        if len(ids) > build.max_num_tokens and not self.config.enable_chunked_context:
+            raise RequestError(
+                f"prompt of {len(ids)} tokens exceeds max_num_tokens {build.max_num_tokens}",
+                remedy="set SessionConfig(enable_chunked_context=True), or build with a larger max_num_tokens",
+            )
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty", remedy="give at least one character")
+            return self._require_tokenizer().encode(prompt)
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], abc.Mapping):
+            return self._require_tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
+        return prompt  # type: ignore[return-value]
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        try:
+            ids = tuple(operator.index(token) for token in token_ids)
+        except TypeError as error:
+            raise RequestError(
+                f"this prompt is no sequence of token ids: {error}", remedy="give text, or a list of whole numbers"
+            ) from error
+        vocab, limit = self.engine.config.vocab_size, self.engine.build_config.max_input_len
+        if not ids:
+            raise RequestError("the prompt is empty", remedy="give at least one token")
+        outside = next((token for token in ids if not 0 <= token < vocab), None)
+        if outside is not None:
+            raise RequestError(
+                f"token id {outside} is outside the vocabulary",
+                expected=f"0 to {vocab - 1}",
+                remedy="use this engine's own tokenizer: session.encode(text)",
+            )
+        if len(ids) > limit:
+            raise RequestError(
+                f"prompt of {len(ids)} tokens exceeds max_input_len {limit}",
+                remedy="shorten the prompt, or build with a larger max_input_len",
+            )
+        return ids
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(
+                "this engine has no tokenizer", remedy="give token ids, or put tokenizer.json in its folder"
+            )
+        return self._tokenizer
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RequestError("this session is closed", remedy="open another with engine.session()")
+
+    def close(self) -> None:
+        """End what is under way as cancelled, free the weights and the cache; a second close is harmless."""
+        self._loop.close()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def __enter__(self) -> Session:
+        self._require_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _given(params: SamplingParams | None) -> SamplingParams:
+    return require(SamplingParams, SamplingParams() if params is None else params, "SamplingParams(max_new_tokens=32)")
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt: a text, ids (a list, an array, a tensor), or a conversation; not a list of such."""
+    if isinstance(prompts, abc.Mapping) or not hasattr(prompts, "__len__"):
+        raise RequestError(
+            "this is no prompt",
+            got=repr(prompts),
+            expected="a text, token ids, a list of messages, or a list of prompts",
+        )
+    if isinstance(prompts, str) or len(prompts) == 0:
+        return True
+    first = prompts[0]
+    return isinstance(first, abc.Mapping) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0)

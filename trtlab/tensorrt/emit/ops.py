@@ -1,0 +1,219 @@
+"""The op set that adds layers to an ``INetworkDefinition``: strongly typed, padded ``[batch, tokens, hidden]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trtlab.errors import ConfigError
+from trtlab.model.quantized_weights import KvScales
+from trtlab.model.scales import ToOriginal
+from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.tensorrt import bindings as io
+from trtlab.tensorrt.emit.quantized import QuantizedLinears
+
+# TensorRT's ActivationType by Hugging Face's name; silu is x * sigmoid(x), for which there is no single layer.
+ACTIVATIONS = {"silu": "SIGMOID", "gelu": "GELU_ERF", "gelu_pytorch_tanh": "GELU_TANH", "relu": "RELU"}
+
+
+class TensorRTOps(QuantizedLinears):
+    """``Ops[ITensor]``. ``inputs`` are the network's, by the names of ``bindings``; ``group`` the TP ranks.
+
+    ``kv_scales``, one a layer, belong to a cache in INT8 or FP8.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        network: Any,
+        inputs: Mapping[str, Any],
+        dtype: str,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        group: Sequence[int],
+        kv_scales: Sequence[KvScales] = (),
+    ) -> None:
+        super().__init__(trt, network, dtype)
+        self.presents: list[Any] = []
+        self._inputs = inputs
+        self._group = list(group)
+        self._kv_scales = kv_scales
+        self._joined_mask: Any = None
+        # The tables stay in float32 and so does the rotation: a rounded cosine is an error at every position.
+        self._cos = self._constant("rotary.cos", rotary[0], tuple(rotary[0].shape))
+        self._sin = self._constant("rotary.sin", rotary[1], tuple(rotary[1].shape))
+
+    def embedding(self, tokens: Any, weight: Embedding) -> Any:
+        """See Ops."""
+        self._enter(weight.name)
+        table = self._weight(weight.name, weight.weight, tuple(weight.weight.shape))
+        if weight.first_row is None:
+            return self._add("gather", self._network.add_gather(table, tokens, 0))
+        # Ids of other ranks are clamped into the table and their rows replaced by zero.
+        first, last = weight.first_row, weight.first_row + weight.weight.shape[0] - 1
+        low, high = self._scalar("first", first, 2, torch.int32), self._scalar("last", last, 2, torch.int32)
+        held = self._elementwise("clamp_low", "MAX", tokens, low)
+        held = self._elementwise("clamp_high", "MIN", held, high)
+        inside = self._elementwise("inside", "EQUAL", tokens, held)
+        rows = self._network.add_gather(table, self._elementwise("local", "SUB", held, low), 0)
+        inside = self._reshape("inside_rows", inside, (0, 0, 1))
+        zero = self._weight("zero", torch.zeros(1, 1, 1), (1, 1, 1))
+        return self._add("select", self._network.add_select(inside, self._add("gather", rows), zero))
+
+    def rms_norm(self, x: Any, weight: Norm) -> Any:
+        """See Ops. TensorRT's own normalization subtracts the mean, so this one is written out."""
+        self._enter(weight.name)
+        rank = len(x.shape)
+        wide = self._cast("wide", x, self._trt.float32)
+        square = self._elementwise("square", "PROD", wide, wide)
+        mean = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
+        shifted = self._elementwise(
+            "add_epsilon", "SUM", self._add("mean", mean), self._scalar("epsilon", weight.epsilon, rank, torch.float32)
+        )
+        root = self._add("sqrt", self._network.add_unary(shifted, self._trt.UnaryOperation.SQRT))
+        narrow = self._cast("narrow", self._elementwise("divide", "DIV", wide, root), self._dtype)
+        gain = self._weight(weight.name, weight.weight, (1,) * (rank - 1) + tuple(weight.weight.shape))
+        return self._elementwise("gain", "PROD", narrow, gain)
+
+    def linear(self, x: Any, weight: Linear) -> Any:
+        """See Ops."""
+        self._enter(weight.name)
+        return self._product(weight, x)
+
+    def split_heads(self, qkv: Any, heads: int, kv_heads: int) -> tuple[Any, Any, Any]:
+        """See Ops. Head tensors are ``[batch, heads, tokens, head_size]``."""
+        total = heads + 2 * kv_heads
+        layer = self._network.add_shuffle(qkv)
+        layer.reshape_dims = self._trt.Dims((0, 0, total, qkv.shape[-1] // total))
+        layer.second_transpose = self._trt.Permutation([0, 2, 1, 3])
+        rows = self._add("heads", layer)  # [batch, heads + 2 kv_heads, tokens, head_size]
+        return (
+            self._slice("q", rows, 1, 0, heads),
+            self._slice("k", rows, 1, heads, kv_heads),
+            self._slice("v", rows, 1, heads + kv_heads, kv_heads),
+        )
+
+    def rotary(self, q: Any, k: Any) -> tuple[Any, Any]:
+        """See Ops. Queries stay in float32, because the softmax scale is multiplied in next."""
+        return self._rotate("rotary_q", q), self._cast("narrow_k", self._rotate("rotary_k", k), self._dtype)
+
+    def attention(self, layer: int, q: Any, k: Any, v: Any) -> Any:
+        """See Ops. The mask is explicit: key lengths give wrong tokens on a cache of fixed capacity."""
+        head_size, heads = q.shape[-1], q.shape[1]
+        # The attention layer has no scale. Rounded to BF16 it would flip near ties, so it meets Q in float32.
+        wide = self._cast("wide_q", q, self._trt.float32)
+        scaled = self._elementwise("scale_q", "PROD", wide, self._scalar("scale", head_size**-0.5, 4, torch.float32))
+        keys, values, mask = self._cached(layer, k, v)
+        softmax, kind = self._trt.AttentionNormalizationOp.SOFTMAX, self._trt.CausalMaskKind.NONE
+        narrow = self._cast("narrow_q", scaled, self._dtype)
+        attention = self._network.add_attention_v2(narrow, keys, values, softmax, kind)
+        attention.mask = mask
+        attention.decomposable = True  # without it FP32 never builds and BF16 not everywhere
+        out = self._add("attention", attention)  # [batch, heads, tokens, head_size]
+        merge = self._network.add_shuffle(out)
+        merge.first_transpose = self._trt.Permutation([0, 2, 1, 3])
+        merge.reshape_dims = self._trt.Dims((0, 0, heads * head_size))
+        return self._add("merge_heads", merge)
+
+    def activation(self, kind: str, x: Any) -> Any:
+        """See Ops. silu is computed in float32 and rounded once."""
+        if kind not in ACTIVATIONS:
+            raise ConfigError("unknown activation", got=repr(kind), expected=" | ".join(ACTIVATIONS))
+        wide = self._cast("wide", x, self._trt.float32) if kind == "silu" else x
+        function = getattr(self._trt.ActivationType, ACTIVATIONS[kind])
+        y = self._add(ACTIVATIONS[kind].lower(), self._network.add_activation(wide, function))
+        if kind == "silu":
+            y = self._elementwise("silu", "PROD", wide, y)
+        return self._cast("narrow", y, self._dtype)
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        """See Ops."""
+        return self._elementwise("multiply", "PROD", a, b)
+
+    def add(self, a: Any, b: Any) -> Any:
+        """See Ops."""
+        return self._elementwise("add", "SUM", a, b)
+
+    def all_reduce(self, x: Any) -> Any:
+        """See Ops."""
+        return self._collective("all_reduce", x, "ALL_REDUCE", "SUM")
+
+    def all_gather(self, x: Any) -> Any:
+        """See Ops. TensorRT joins along the first axis, so the last one goes there and back."""
+        if len(self._group) == 1:
+            return x
+        front = self._transpose("columns_first", x, (2, 0, 1))
+        return self._transpose("columns_last", self._collective("all_gather", front, "ALL_GATHER", "NONE"), (1, 2, 0))
+
+    def receive(self, tokens: Any, hidden_size: int) -> Any:
+        """See Ops. They are the network's first input, in the place of token ids."""
+        return tokens
+
+    def send(self, x: Any) -> Any:
+        """See Ops. They are the network's first output, in the place of logits."""
+        return x
+
+    def last_tokens(self, x: Any) -> Any:
+        """See Ops. Which rows is an input, ``last_token_ids [batch, wanted]``."""
+        layer = self._network.add_gather(x, self._inputs[io.LAST_TOKENS], 1)
+        layer.num_elementwise_dims = 1
+        return self._add("last_tokens", layer)  # [batch, wanted, hidden]
+
+    def logits(self, x: Any, vocab_size: int) -> Any:
+        """See Ops."""
+        kept = x if x.shape[-1] == vocab_size else self._slice("vocabulary", x, 2, 0, vocab_size)
+        return self._cast("logits", kept, self._trt.float32)
+
+    def _rotate(self, suffix: str, x: Any) -> Any:
+        wide = self._cast(f"{suffix}_wide", x, self._trt.float32)
+        layer = self._network.add_rotary_embedding(wide, self._cos, self._sin, False, x.shape[-1])
+        layer.set_input(3, self._inputs[io.POSITION_IDS])
+        return self._add(suffix, layer)
+
+    def _cached(self, layer: int, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        """Every key and value that is there after this step, and which of them each token sees."""
+        if not self._kv_scales:
+            return self._written("k", layer, k), self._written("v", layer, v), self._inputs[io.MASK]
+        scales = self._kv_scales[layer]
+        keys, values = self._joined("k", layer, k, scales.keys), self._joined("v", layer, v, scales.values)
+        if self._joined_mask is None:
+            self._joined_mask = self._concatenate(
+                "join_masks", self._inputs[io.CACHED_MASK], self._inputs[io.NEW_MASK], 3
+            )
+        return keys, values, self._joined_mask
+
+    def _written(self, kind: str, layer: int, update: Any) -> Any:
+        """The whole cache with the new keys or values in it: an output, bound to the input's address."""
+        cache, starts = self._inputs[io.cache_name(kind, layer)], self._inputs[io.WRITE_INDICES]
+        written = self._network.add_kv_cache_update(cache, update, starts, self._trt.KVCacheMode.LINEAR)
+        tensor = self._add(f"cache_{kind}", written)
+        tensor.name = io.present_name(kind, layer)
+        self.presents.append(tensor)
+        return tensor
+
+    def _joined(self, kind: str, layer: int, update: Any, scale: ToOriginal) -> Any:
+        """The quantized cache followed by the new tokens, both turned back; the new ones, quantized, are an output."""
+        cache, values = self._inputs[io.cache_name(kind, layer)], scale.stored(torch.float32).reshape(-1, 1)
+        wide = self._cast(f"wide_{kind}", update, self._trt.float32)
+        new = self._quantize(f"quantize_{kind}", wide, values, cache.dtype)
+        new.name = io.update_name(kind, layer)
+        self.presents.append(new)
+        joined = self._concatenate(f"join_{kind}", cache, new, 2)
+        return self._dequantize(f"dequantize_{kind}", joined, values, self._dtype)
+
+    def _collective(self, suffix: str, x: Any, operation: str, reduction: str) -> Any:
+        if len(self._group) == 1:
+            return x
+        kinds, reductions = self._trt.CollectiveOperation, self._trt.ReduceOperation
+        layer = self._network.add_dist_collective(
+            x, getattr(kinds, operation), getattr(reductions, reduction), -1, self._group
+        )
+        out = self._add(suffix, layer)
+        layer.num_ranks = len(self._group)
+        # A collective shows nothing but its number of ranks when it is read back.
+        layer.metadata = json.dumps(
+            {"operation": operation.lower(), "reduce": reduction.lower(), "groups": self._group}
+        )
+        return out

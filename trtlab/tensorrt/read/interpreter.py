@@ -1,0 +1,210 @@
+"""A TensorRT network as an object to walk through and to run with torch, one layer at a time. Needs no GPU.
+
+What it runs is what TensorRT compiles: every layer is read back from the ``INetworkDefinition``, nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trtlab.card import Shown
+from trtlab.errors import EngineError
+from trtlab.parallel.comm import Comm
+from trtlab.tensorrt import dtypes
+from trtlab.tensorrt.read import kernels
+from trtlab.tensorrt.read.readback import Layer, Tensor, read_layer, read_tensor
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of a layer table: what a layer is, how large its result and its weights, how much it computes."""
+
+    name: str
+    kind: str
+    precision: str
+    shape: tuple[int, ...]
+    weight_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, repr=False)
+class LayerTable(Shown):
+    """The rows of a network's layers, in the order in which they run; a sequence."""
+
+    rows: tuple[LayerRow, ...]
+
+    def __iter__(self) -> Iterator[LayerRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LayerRow:
+        return self.rows[index]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(row.weight_bytes for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Arithmetic of one run."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def mix(self) -> dict[str, int]:
+        """How many layers there are of each kind, the most frequent first."""
+        return dict(Counter(row.kind for row in self.rows).most_common())
+
+
+@dataclass(frozen=True, repr=False)
+class Network(Shown):
+    """The layers of a network in the order in which they run, with its inputs and outputs."""
+
+    layers: tuple[Layer, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    # Constants are views of memory that belongs to whoever emitted the network.
+    alive: object = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def read(cls, trt: Any, network: Any, constants: Mapping[str, torch.Tensor] | None = None) -> Network:
+        """Read an ``INetworkDefinition`` back.
+
+        ``constants`` maps a constant layer's name to its tensor, for the types that TensorRT does not give back (BF16,
+        FP8, INT4, this one packed two per byte). Raises EngineError for a kind of layer that has no kernel here.
+        """
+        table = constants or {}
+        layers = tuple(read_layer(trt, network.get_layer(i), table) for i in range(network.num_layers))
+        inputs = tuple(t for i in range(network.num_inputs) if (t := read_tensor(network.get_input(i))))
+        outputs = tuple(t for i in range(network.num_outputs) if (t := read_tensor(network.get_output(i))))
+        return cls(layers, inputs, outputs, (network, table))
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        """The layer of that name, or the one that writes the tensor of that name."""
+        for layer in self.layers:
+            if name == layer.name or any(name == output.name for output in layer.outputs):
+                return layer
+        raise EngineError(f"the network has no layer or tensor named {name!r}", remedy="network.layers lists them")
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], keep: Iterable[str] = (), comm: Comm | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The outputs by name, and the tensors named in ``keep``, each by its own name or by its layer's.
+
+        A cache given as input is written in place, and the output that stands for it is the same tensor. A network
+        that is split over ranks needs ``comm``, and every rank has to run at the same time.
+        """
+        wanted = {name: self.tensor_name(name) for name in keep}
+        wanted |= {output.name: output.name for output in self.outputs}
+        kept = {name: inputs[name] for name in wanted.values() if name in inputs}
+        for layer, result in self.steps(inputs, comm):
+            if layer.outputs[0].name in wanted.values():
+                kept[layer.outputs[0].name] = result
+        return {name: kept[tensor] for name, tensor in wanted.items()}
+
+    def steps(
+        self, inputs: Mapping[str, torch.Tensor], comm: Comm | None = None
+    ) -> Iterator[tuple[Layer, torch.Tensor]]:
+        """Run layer by layer, yielding each layer with its result; a tensor is dropped after its last reader."""
+        self.check_inputs(inputs)
+        last = {tensor.name: i for i, layer in enumerate(self.layers) for tensor in layer.inputs if tensor}
+        tensors = dict(inputs)
+        for i, layer in enumerate(self.layers):
+            read = [None if tensor is None else tensors[tensor.name] for tensor in layer.inputs]
+            result = kernels.compute(layer, read, comm)
+            check_result(layer, result)
+            tensors[layer.outputs[0].name] = result
+            yield layer, result
+            for name in {tensor.name for tensor in layer.inputs if tensor}:
+                if last[name] == i:
+                    tensors.pop(name, None)
+
+    def table(self, shapes: Mapping[str, tuple[int, ...]]) -> LayerTable:
+        """One row a layer for inputs of the given shapes; only shapes are computed, no numbers."""
+        meta = Network(tuple(on_meta(layer) for layer in self.layers), self.inputs, self.outputs)
+        inputs = {t.name: empty(t, shapes.get(t.name, t.shape)) for t in self.inputs}
+        sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        rows = []
+        for layer, result in meta.steps(inputs):
+            sizes[layer.outputs[0].name] = tuple(result.shape)
+            read = [() if t is None else sizes[t.name] for t in layer.inputs]
+            work = flops(layer, read, tuple(result.shape))
+            rows.append(
+                LayerRow(layer.name, layer.kind, layer.precision, tuple(result.shape), layer.weight_bytes, work)
+            )
+        return LayerTable(tuple(rows))
+
+    def tensor_name(self, name: str) -> str:
+        """The tensor that a name stands for: an input, a tensor, or what a layer of that name writes."""
+        if any(name == tensor.name for tensor in self.inputs):
+            return name
+        return self[name].outputs[0].name
+
+    def check_inputs(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Refuse inputs that are missing, unknown, or of another type or shape than the network declares."""
+        declared = {tensor.name: tensor for tensor in self.inputs}
+        if set(inputs) != set(declared):
+            missing, unknown = sorted(set(declared) - set(inputs)), sorted(set(inputs) - set(declared))
+            raise EngineError(f"inputs do not match the network: missing {missing}, unknown {unknown}")
+        for name, tensor in declared.items():
+            given, dtype = inputs[name], dtypes.from_torch(inputs[name].dtype)
+            if dtype != tensor.dtype or not fits(tuple(given.shape), tensor.shape):
+                raise EngineError(
+                    f"input {name!r} does not fit",
+                    got=f"{dtype} {list(given.shape)}",
+                    expected=f"{tensor.dtype} {list(tensor.shape)}",
+                )
+
+
+def fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    """Whether a shape has the declared rank and sizes, -1 standing for any."""
+    return len(shape) == len(declared) and all(size in (-1, got) for got, size in zip(shape, declared, strict=True))
+
+
+def check_result(layer: Layer, result: torch.Tensor) -> None:
+    """Our kernel and TensorRT's shape inference agree, or one of the two is wrong."""
+    declared = layer.outputs[0]
+    assert fits(tuple(result.shape), declared.shape), (layer.name, tuple(result.shape), declared)
+    assert result.dtype == dtypes.to_torch(declared.dtype), (layer.name, result.dtype, declared)
+
+
+def on_meta(layer: Layer) -> Layer:
+    """The same layer with a constant's shape in place of its numbers."""
+    if layer.value is None:
+        return layer
+    return Layer(layer.name, layer.kind, layer.inputs, layer.outputs, {}, layer.metadata, layer.value.to("meta"))
+
+
+def empty(tensor: Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with a shape and no numbers; every dimension has to be known."""
+    if min(shape, default=0) < 0:
+        raise EngineError(f"input {tensor.name!r} has no shape", got=list(shape), remedy="name it in shapes=")
+    return torch.empty(shape, dtype=dtypes.to_torch(tensor.dtype), device="meta")
+
+
+def flops(layer: Layer, inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
+    """Arithmetic of a layer: 2 for a multiply-add, 1 for each element of any other floating-point result."""
+    if layer.kind == "matrix_multiply":
+        inner = inputs[0][-2 if layer.attributes["op0"] == "transpose" else -1]
+        return 2 * inner * math.prod(output)
+    if layer.kind == "attention_input":
+        keys = inputs[1][2]
+        return 2 * 2 * math.prod(output) * keys  # Q Kᵀ and P V
+    moves = ("constant", "shuffle", "slice", "concatenation", "gather", "select", "identity", "kv_cache_update")
+    if layer.kind in (*moves, "attention_output", "dist_collective") or layer.precision not in dtypes.FLOATS:
+        return 0
+    return math.prod(output)

@@ -1,0 +1,205 @@
+"""The calls that touch TensorRT's runtime, and nothing else: open a plan, bind, run, replay a CUDA graph.
+
+This file needs a GPU that the plan runs on. Everything around it (slots, masks, runs, guards) is shared with the
+interpreter and tested on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import abc
+from collections.abc import Sequence
+
+import torch
+
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig
+from trtlab.config.session import SessionConfig
+from trtlab.errors import EngineError
+from trtlab.tensorrt import dtypes
+from trtlab.tensorrt.bindings import Bindings, bindings, profiles
+from trtlab.tensorrt.build.plan import PlanRecord
+from trtlab.tensorrt.library import library
+from trtlab.tensorrt.log import log
+from trtlab.tensorrt.run.executor import TensorRTExecutor
+
+
+class PlanRunner:
+    """A deserialized plan with one execution context a profile, on one stream, in one block of activation memory.
+
+    ``streaming_budget_bytes`` is how much of the weights stays on the GPU; None lets TensorRT choose.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        table: Bindings,
+        build: BuildConfig,
+        device: torch.device,
+        streaming_budget_bytes: int | None = None,
+    ) -> None:
+        trt = library().trt
+        self.device = device
+        self._table = table
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._runtime = trt.Runtime(log(trt).native)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError("TensorRT could not open the plan on this GPU", remedy="build it again on this machine")
+        if build.weight_streaming:  # before a context exists, and before memory is asked for
+            automatic = self._engine.get_weight_streaming_automatic_budget()
+            self._engine.weight_streaming_budget_v2 = (
+                automatic if streaming_budget_bytes is None else streaming_budget_bytes
+            )
+        # The two profiles never run at the same time, so they share their memory.
+        size = max(1, int(self._engine.device_memory_size_v2))
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._contexts = {}
+        for index, profile in enumerate(profiles(build)):
+            context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context.set_optimization_profile_async(index, self._stream.cuda_stream)
+            context.set_device_memory(self._memory.data_ptr(), size)
+            self._contexts[profile.name] = context
+            largest = profile.dims("max")
+            for binding in (*table.inputs, *table.outputs):
+                if binding.name not in table.caches and binding not in table.cache_inputs:
+                    kind, count = dtypes.to_torch(binding.dtype), torch.Size(binding.sized(largest)).numel()
+                    self._buffers[profile.name, binding.name] = torch.empty(count, dtype=kind, device=device)
+        self._stream.synchronize()
+        # Streamed weights are copied while the plan runs, which a graph would not repeat.
+        self._may_capture = not build.weight_streaming
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_key: object = None
+
+    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """See Runner. A generation run that repeats the one before in shape and slots is replayed as a CUDA graph."""
+        (given,) = inputs
+        # What the caller queued on torch's stream, a fresh cache above all, comes first.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            bound = {name: self._staged(profile, name, tensor) for name, tensor in given.items()}
+            outputs = self._outputs(profile, given)
+            key = tuple((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in bound.items())
+            if self._graph is not None and key == self._graph_key:
+                self._graph.replay()
+            else:
+                self._bind(profile, bound, outputs)
+                self._enqueue(profile)
+                if profile == "generation" and self._may_capture:
+                    self._capture(key)
+            name = self._table.result.name
+            outputs[name] = outputs[name].clone()  # the buffer is written again by the next run
+        self._stream.synchronize()
+        return [outputs]
+
+    def close(self) -> None:
+        """See Runner."""
+        self._graph = None
+        self._contexts, self._buffers = {}, {}
+        self._engine = self._runtime = None
+        self._memory = torch.empty(0)
+
+    def _staged(self, profile: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """An input at an address that stays, as a graph needs it; a cache is where it is."""
+        if any(name == binding.name for binding in self._table.cache_inputs):
+            return tensor
+        buffer = self._buffers[profile, name][: tensor.numel()].view(tensor.shape)
+        buffer.copy_(tensor, non_blocking=True)
+        return buffer
+
+    def _outputs(self, profile: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The buffers of everything that is not a cache, in the shapes that these inputs lead to."""
+        sizes = {}
+        for binding in self._table.inputs:
+            for axis, size in enumerate(binding.shape):
+                if isinstance(size, str):
+                    sizes[size] = given[binding.name].shape[axis]
+        outputs = {}
+        for output in self._table.outputs:
+            if output.name not in self._table.caches:
+                shape = output.sized(sizes)
+                buffer = self._buffers[profile, output.name]
+                outputs[output.name] = buffer[: torch.Size(shape).numel()].view(shape)
+        return outputs
+
+    def _bind(self, profile: str, bound: dict[str, torch.Tensor], outputs: abc.Mapping[str, torch.Tensor]) -> None:
+        context = self._contexts[profile]
+        for name, tensor in bound.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        for name, tensor in outputs.items():
+            context.set_tensor_address(name, tensor.data_ptr())
+        for present, cache in self._table.caches.items():
+            context.set_tensor_address(present, bound[cache].data_ptr())
+
+    def _enqueue(self, profile: str) -> None:
+        if not self._contexts[profile].execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise EngineError(f"TensorRT could not run the {profile} profile", remedy="see logger trtlab.tensorrt")
+
+    def _capture(self, key: object) -> None:
+        """Capture a generation run the second time it comes, so that a batch that changes each step costs nothing."""
+        if key == self._graph_key and self._graph is None:
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._enqueue("generation")
+            self._graph = graph
+        elif key != self._graph_key:
+            self._graph, self._graph_key = None, key
+
+
+def plan_executor(
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    plan: bytes,
+    record: PlanRecord,
+    device: torch.device,
+    session: SessionConfig | None = None,
+    streaming_budget_bytes: int | None = None,
+) -> TensorRTExecutor:
+    """An executor for a plan on a GPU.
+
+    Raises EngineError, before the plan is opened, when it is damaged, of another TensorRT, or not for this GPU.
+    """
+    check_plan(plan, record, torch.cuda.get_device_capability(device))
+    if len(mapping.ranks) > 1:
+        raise EngineError(
+            "plans of several ranks do not run in one process yet",
+            got=f"{len(mapping.ranks)} ranks",
+            remedy='use backend="torch" or "interpreter"',
+        )
+    resolved = build.resolve(config)
+    table = bindings(config, resolved, mapping, 0)
+    runner = PlanRunner(plan, table, resolved, device, streaming_budget_bytes)
+    return TensorRTExecutor("tensorrt", runner, [table], resolved, session)
+
+
+def check_plan(plan: bytes, record: PlanRecord, gpu: tuple[int, int]) -> None:
+    """Whether a plan is whole, and made by and for what is here; EngineError with the cause and the way out if not."""
+    found = library()
+    if hashlib.sha256(plan).hexdigest() != record.digest:
+        raise EngineError(
+            "the plan is damaged: its digest differs from the build's",
+            got=f"{len(plan)} bytes",
+            expected=f"{record.plan_bytes} bytes",
+            remedy="copy the engine folder again, or build again",
+        )
+    if (found.flavour, found.version) != (record.flavour, record.version):
+        raise EngineError(
+            "the plan was built by another TensorRT",
+            got=f"{record.flavour} {record.version}",
+            expected=f"{found.flavour} {found.version}",
+            remedy="build again with the TensorRT that is installed",
+        )
+    name = f"{gpu[0]}.{gpu[1]}"
+    if record.targets and name not in record.targets:
+        raise EngineError(
+            f"the plan was built for compute capability {', '.join(record.targets)}",
+            got=f"a GPU of {name}",
+            remedy=f'build with compute_capabilities=("{name}",)',
+        )
+    if not (verdict := found.runs_on(gpu, record.dtypes)):
+        raise EngineError(verdict.reason, remedy='use backend="torch"')
