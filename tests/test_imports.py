@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # own room; rooms of one floor do not know each other. An import in a function, or for type checkers alone, counts too.
 FLOORS = """
     errors version progress hardware
+    validation
     card
     config
     storage

@@ -15,17 +15,17 @@ import time
 import pytest
 import torch
 
-import trtlab.tensorrt.plan as plan_module
+import trtlab.tensorrt.build.plan as plan_module
 from trtlab.config.mapping import Mapping
 from trtlab.errors import ConfigError, EngineError
-from trtlab.storage.lazy import held
 from trtlab.parallel.shard import shard, shared_where_possible
+from trtlab.storage.lazy import held
+from trtlab.tensorrt.build.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
+from trtlab.tensorrt.build.watch import Heard, Watch
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.library import Library, library
 from trtlab.tensorrt.log import log
-from trtlab.tensorrt.build.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
 from trtlab.tensorrt.run.plan_runner import check_plan
-from trtlab.tensorrt.build.watch import Heard, Watch
 
 pytestmark = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
 from collections import abc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,11 +19,11 @@ from trtlab.errors import EngineError
 from trtlab.hardware import gpus, memory_bytes
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import profiles
+from trtlab.tensorrt.build.watch import Heard, Watch, Writer, run_watched
 from trtlab.tensorrt.emit.emission import Emission, emit
+from trtlab.tensorrt.emit.quantized import check_algorithm, quantized_types
 from trtlab.tensorrt.library import Capability, Library, library
 from trtlab.tensorrt.log import log
-from trtlab.tensorrt.emit.quantized import check_algorithm, quantized_types
-from trtlab.tensorrt.build.watch import Heard, Watch, Writer, run_watched
 
 # The layers whose types decide where a plan can run; a cast or a norm in float32 is possible everywhere.
 COMPUTING = ("matrix_multiply", "attention_input", "quantize")

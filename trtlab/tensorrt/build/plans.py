@@ -20,8 +20,8 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError, TrtlabError
 from trtlab.storage.lazy import LazyTensor
-from trtlab.tensorrt.library import Verdict, library
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan
+from trtlab.tensorrt.library import Verdict, library
 from trtlab.tensorrt.run.plan_runner import check_plan
 
 BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(folder, plan=False) to run the weights"

@@ -1,0 +1,226 @@
+"""Says in trtlab's words what pydantic found wrong, one line a problem. Knows no setting and no file format."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from trtlab.errors import ConfigError, TrtlabError
+
+T = TypeVar("T")
+E = TypeVar("E", bound=TrtlabError)
+NAMES: dict[Any, str] = {float: "number", Any: "value"}
+BOUNDS = {  # the constraint of annotated_types, its attribute, and how it is said
+    annotated_types.Ge: ("ge", "at least"),
+    annotated_types.Gt: ("gt", "above"),
+    annotated_types.Le: ("le", "at most"),
+    annotated_types.Lt: ("lt", "below"),
+}
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+LONGEST_VALUE = 80  # characters of a refused value that an error repeats
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: ``str(problem)`` is a line such as "size is 'x', expected an int of at least 1"."""
+
+    field: str
+    """Where: ``size``, ``rotary_scaling.factor``, ``stop[1]``; empty when it is about the whole."""
+    what: str
+    """What is wrong with the field, as the rest of a sentence: ``is missing``."""
+    got: str | None = None
+    """The refused value, as Python writes it."""
+    expected: str | None = None
+    """What would have been right."""
+    remedy: str | None = None
+    """What to do next."""
+
+    def __str__(self) -> str:
+        what = f"is {self.got}" if self.what == "is not valid" else self.what
+        parts = [f"{self.field} {what}".strip()]
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.remedy is not None:
+            parts.append(self.remedy)
+        return ", ".join(parts)
+
+
+def problems(error: ValidationError, hint: Any) -> list[Problem]:
+    """Every problem of one validation, a field that may be of several types once.
+
+    Args:
+        error: What pydantic raised.
+        hint: The type that was validated: a class with fields, or an annotation such as ``dict[str, int]``.
+    """
+    entries: dict[str, tuple[Any, ErrorDetails]] = {}
+    for entry in error.errors(include_url=False):
+        field, at = _place(entry["loc"], hint)
+        if field not in entries or len(entry["loc"]) < len(entries[field][1]["loc"]):
+            entries[field] = at, entry  # the shortest place shows the whole value, not an item of it
+    return [_problem(field, at, entry, hint) for field, (at, entry) in entries.items()]
+
+
+def as_error(kind: type[E], error: ValidationError, hint: Any, owner: str, separator: str = ": ") -> E:
+    """The problems of one validation as one error: what, got, expected and remedy, or a line for each of several.
+
+    Args:
+        kind: The class of the error to give, ``CheckpointError`` for a file of a checkpoint.
+        error: What pydantic raised; raise the result ``from`` it.
+        hint: The type that was validated.
+        owner: Whose field it is: a path, or the name of a settings class.
+        separator: What stands between the owner and the field, ``"."`` for a settings class.
+    """
+    listed = problems(error, hint)
+    if len(listed) > 1:
+        return kind("\n".join(f"{owner}{separator if problem.field else ' '}{problem}" for problem in listed))
+    problem = listed[0]
+    place = f"{owner}{separator}{problem.field}" if problem.field else owner
+    return kind(f"{place} {problem.what}", got=problem.got, expected=problem.expected, remedy=problem.remedy)
+
+
+def require(kind: type[T], value: object, example: str) -> T:
+    """The value itself; ConfigError with an example to type when it is of another class."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"expected {with_article(kind.__name__)}, got {type(value).__name__}", remedy=example)
+    return value
+
+
+def describe(hint: Any, finite: bool = False) -> str:
+    """A type as an error names it: ``an int of at least 1 or None``, ``linear | yarn``, ``a list or tuple of str``."""
+    return " or ".join(_describe_one(option, finite) for option in _options(hint))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A remedy that names the nearest of the known names, None when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def shorten(value: object) -> str:
+    """A value as Python writes it, on one line and not long, whatever it is."""
+    try:
+        text = " ".join(_SHORT.repr(value).split())
+    except Exception:  # noqa: BLE001 - a repr may raise anything, an int of 5000 digits among them
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def with_article(name: str) -> str:
+    """``an int``, ``a str``."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = LONGEST_VALUE
+
+
+def _problem(field: str, at: Any, entry: ErrorDetails, hint: Any) -> Problem:
+    code, given = entry["type"], entry["input"]
+    if code in UNKNOWN:
+        parent = _place(entry["loc"][:-1], hint)[1]
+        known = [name for option in _options(parent) for name in fields_of(get_origin(option) or option)]
+        name = str(entry["loc"][-1])
+        remedy = did_you_mean(name, known)
+        return Problem(field, "is unknown", expected=None if remedy else " | ".join(known) or None, remedy=remedy)
+    if code == "missing":
+        return Problem(field, "is missing", expected=None if at is None else describe(at))
+    if code == "unexpected_positional_argument":
+        return Problem("", f"takes at most {entry['loc'][-1]} arguments by position", remedy="give the others by name")
+    if code == "multiple_argument_values":
+        return Problem(field, "is given twice, by position and by name")
+    if code == "json_invalid":
+        return Problem(field, f"is not JSON: {entry['msg'].removeprefix('Invalid JSON: ')}")
+    if at is None or code == "value_error":
+        message = entry["msg"].removeprefix("Value error, ")
+        return Problem(field, "is not valid", shorten(given), message[:1].lower() + message[1:])
+    return Problem(field, "is not valid", shorten(given), describe(at, finite=code == "finite_number"))
+
+
+def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
+    """The name of a place within a value, and its type; a value of several types is named as a whole."""
+    name = ""
+    for part in loc:
+        options = [option for option in _options(hint) if option is not type(None)]
+        if len(options) > 1:
+            return name, hint
+        hint = _inner(options[0], part) if options else None
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name, hint
+
+
+def _inner(hint: Any, part: int | str) -> Any:
+    """The type of one field, item or key's value; None where it is not known."""
+    base, arguments = get_origin(hint) or hint, get_args(hint)
+    if base in (list, tuple, Sequence) and arguments and isinstance(part, int):
+        of_each = base is not tuple or arguments[-1] is ...
+        return arguments[0] if of_each else arguments[part] if part < len(arguments) else None
+    if base in (dict, Mapping) and arguments:
+        return arguments[1]
+    return fields_of(base).get(str(part))
+
+
+@cache
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The fields of a class with their types, by the names that a file or a caller gives them."""
+    if not isinstance(kind, type) or not getattr(kind, "__annotations__", None):
+        return {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = getattr(kind, "__pydantic_fields__", None)
+    if known is None:
+        return hints
+    return {str(info.validation_alias or info.alias or name): hints[name] for name, info in known.items()}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type itself."""
+    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(base) in (types.UnionType, Union):
+        return tuple(option for member in get_args(base) for option in _options(member))
+    return (hint,)
+
+
+def _describe_one(hint: Any, finite: bool) -> str:
+    bounds = ""
+    if get_origin(hint) is Annotated:
+        hint, *metadata = get_args(hint)
+        bounds = _bounds(metadata)
+    base, arguments = get_origin(hint) or hint, get_args(hint)
+    if base is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if base is type(None):
+        return "None"
+    if base in (list, tuple, Sequence):
+        listed = "a list" if base is list else "a list or tuple"
+        return f"{listed} of {_item(arguments[0])}" if arguments else listed
+    if base in (dict, Mapping):
+        return f"a dict of {_item(arguments[0])} to {_item(arguments[1])}" if arguments else "a dict"
+    name = NAMES.get(base) or str(getattr(base, "__name__", base))
+    return with_article(f"finite {name}" if finite and base is float else name) + bounds
+
+
+def _item(hint: Any) -> str:
+    """A type that others are made of: without an article where it is a plain one."""
+    return NAMES.get(hint) or (hint.__name__ if isinstance(hint, type) and not get_args(hint) else describe(hint))
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """The limits of a number: `` of at least 0 and at most 1``, `` above 0``."""
+    parts = []
+    for item in metadata:
+        for limit in item.metadata if isinstance(item, FieldInfo) else (item,):
+            if type(limit) in BOUNDS:
+                attribute, words = BOUNDS[type(limit)]
+                parts.append(f"{words} {getattr(limit, attribute):g}")
+    text = " and ".join(parts)
+    return f" of {text}" if text.startswith("at ") else f" {text}" if text else ""
