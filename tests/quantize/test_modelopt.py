@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trtlab import Checkpoint, CheckpointError, MissingDependency, QuantConfig, QuantizedCheckpoint, QuantizeError
-from trtlab.model.scales import dequantize, unpack_int4
+from trtlab.model.scales import unpack_int4
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 
 ALGORITHMS = ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]
@@ -95,24 +95,37 @@ def test_the_second_scale_of_w4a8_is_theirs(both):
         assert torch.allclose(ours, theirs, rtol=1e-3) or differs_on_purpose(name, "W4A8_AWQ"), name
 
 
-def weights(checkpoint, name):
-    part = name.removesuffix(".weight")
-    stored, scale = checkpoint.tensors[name].read(), checkpoint.tensors[f"{part}.weights_scaling_factor"].read()
-    if stored.dtype == torch.uint8:
-        return dequantize(unpack_int4(stored, scale.shape[0]), scale)
-    return stored.float() * (scale[:, None] if scale.numel() > 1 else scale)
+def numbers(checkpoint, name):
+    """A stored weight before its scale, in float32: INT4 and INT8 as integers, FP8 on the grid of E4M3."""
+    stored, scale = (checkpoint.tensors[f"{name}.{kind}"].read() for kind in ("weight", "weights_scaling_factor"))
+    return (unpack_int4(stored, scale.shape[0]) if stored.dtype == torch.uint8 else stored).float()
 
 
-def test_dequantized_weights_agree(both):
-    """But for single steps: it rounds weights to float16 before it quantizes them, we quantize float32."""
+def grid_step(x, dtype):
+    """From a number on the grid to the next one: E4M3 has three bits of mantissa, and none below 2^-6."""
+    if dtype != torch.float8_e4m3fn:
+        return torch.ones_like(x)
+    return torch.exp2(x.abs().clamp(min=2.0**-6).log2().floor() - 3)
+
+
+ROUNDING = 2.0**-11  # relative: float16's, in which the export keeps some scales
+
+
+def test_weights_agree_but_for_ties(both):
+    """On any machine: a number moves by one step of its grid, and only where it lay beside a tie.
+
+    The scales agree (above) but for the order of float32 sums, which is the machine's. Two numbers that differ by a
+    relative ``r`` are ``r |q| / step`` steps apart, and that is the share of them that has a tie between: far below
+    one step in a hundred, where another rounding or another range moves every second number.
+    """
     ours, theirs = both
-    algorithm = ours.config.quantization.quant_algo
-    for name in theirs.tensors:
-        linear = ".layers." in name and "norm" not in name and name.endswith(".weight")
-        if linear and not differs_on_purpose(name, algorithm):
-            a, b = weights(ours, name), weights(theirs, name)
-            assert float((a != b).float().mean()) < 0.02 or torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
-            assert (a - b).norm() < 0.02 * b.norm(), name
+    names = [name.removesuffix(".weight") for name in theirs.tensors if ".layers." in name and "norm" not in name]
+    for name in {name for name in names if f"{name}.weights_scaling_factor" in theirs.tensors}:
+        if not differs_on_purpose(f"{name}.weight", ours.config.quantization.quant_algo):
+            a, b = numbers(ours, name), numbers(theirs, name)
+            step = grid_step(torch.maximum(a.abs(), b.abs()), theirs.tensors[f"{name}.weight"].dtype)
+            assert ((a - b).abs() <= step).all(), name
+            assert (a != b).float().mean() <= ROUNDING * (b.abs() / step).mean(), name
 
 
 def test_what_modelopt_exports_runs(both, texts):
