@@ -2,13 +2,16 @@
 
 Whatever K, V and weights are stored in, products and sums are float32: only the order of a sum differs from torch's.
 A division by zero gives infinity or NaN, as torch's does: a loop that could end there would take one number at a time.
-Compiled code is kept beside this file (or in Numba's cache folder); the first run on a machine takes some seconds.
+Compiled code is kept beside this file (or in Numba's cache folder); the first run on a machine takes some seconds, and
+so does the first after a change of any file of loops.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -27,17 +30,33 @@ SUMS_IN_ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}  # all of fast math t
 PARALLEL = find_spec("numba.np.ufunc.omppool") is not None
 
 
+# Numba renews a loop's compiled code when the loop's own file changes, but not when what it calls does (another file's
+# ``value`` or intrinsics). Its cache files are named by the loop's qualified name, so that name ends in all the source.
+SOURCE_FILES = ("loops.py", "products.py", "vectors.py")
+SOURCE_DIGEST = hashlib.sha256(
+    b"\0".join(Path(__file__).with_name(name).read_bytes() for name in SOURCE_FILES)
+).hexdigest()[:12]
+
+
+def _njit(loop: Loop, **options: Any) -> Loop:
+    loop.__qualname__ = f"{loop.__qualname__}_{SOURCE_DIGEST}"
+    dispatcher: Loop = numba.njit(error_model="numpy", nogil=True, cache=True, **options)(loop)
+    return dispatcher
+
+
 def compiled(loop: Loop) -> Loop:
-    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, error_model="numpy", nogil=True, cache=True)(loop)
+    """A loop of one thread, whose sums may be added in any order."""
+    return _njit(loop, fastmath=SUMS_IN_ANY_ORDER)
 
 
 def in_tasks(loop: Loop) -> Loop:
-    return numba.njit(fastmath=SUMS_IN_ANY_ORDER, error_model="numpy", nogil=True, cache=True, parallel=PARALLEL)(loop)
+    """The same on several threads: what ``prange`` counts are tasks."""
+    return _njit(loop, fastmath=SUMS_IN_ANY_ORDER, parallel=PARALLEL)
 
 
 def to_the_bit(loop: Loop) -> Loop:
     """No arithmetic is moved: what comes out is what torch's operations give, one after the other."""
-    return numba.njit(error_model="numpy", nogil=True, cache=True)(loop)
+    return _njit(loop)
 
 
 def run_on(threads: int) -> None:

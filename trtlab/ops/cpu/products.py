@@ -1,7 +1,4 @@
-"""The loops that multiply: few tokens with a linear layer's weights, read as they are stored. See ``cpu_loops``.
-
-Numba keeps compiled code until this file changes: after a change in ``cpu_vectors`` or of ``value``, touch it.
-"""
+"""The loops that multiply: few tokens with a linear layer's weights, read as they are stored. See ``loops``."""
 
 from __future__ import annotations
 
