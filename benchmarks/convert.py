@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 import trtlab
 from trtlab.convert.families.tables import HUGGING_FACE_NAMES, source_shapes
-from trtlab.convert.hugging_face import read_config
+from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
+from trtlab.storage.json_files import parse_model
 
 SHARD_BYTES = 500 * 2**20
 CONFIG = {
@@ -41,7 +42,7 @@ LAYER_BYTES = 2 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 5632)
 def write_random(folder: Path, gigabytes: float) -> int:
     """A sharded folder of about this size; gives its bytes."""
     raw = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes * 1e9 - 4 * 32000 * 2048) / LAYER_BYTES))}
-    config = read_config(raw, "bfloat16")
+    config = parse_model(raw, HuggingFaceConfig, "config.json", remedy=REMEDY).to_model_config("bfloat16")
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     shard: dict[str, torch.Tensor] = {}
     where: dict[str, str] = {}

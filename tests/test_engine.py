@@ -153,7 +153,10 @@ FAULTS = {
     "no bounds": (lambda f: rewrite(f, "build_config", max_seq_len=...), "max_seq_len"),
     "a bound of words": (lambda f: rewrite(f, "build_config", max_seq_len="long"), "max_seq_len is 'long'"),
     "a bound from the future": (lambda f: rewrite(f, "build_config", max_dreams=3), "max_dreams"),
-    "no architecture": (lambda f: rewrite(f, "pretrained_config", architecture=...), "lacks architecture"),
+    "no architecture": (
+        lambda f: rewrite(f, "pretrained_config", architecture=...),
+        "pretrained_config.architecture is missing",
+    ),
     "a rank is missing": (lambda f: (f / "rank1.safetensors").unlink(), "rank1.safetensors is missing"),
     "a rank is cut short": (lambda f: (f / "rank1.safetensors").write_bytes(b"x" * 90), "rank1.safetensors cannot"),
     "other shapes": (lambda f: rewrite(f, "pretrained_config", intermediate_size=64), r"is \[.*expected"),

@@ -27,7 +27,7 @@ FLOORS = """
     memory
     convert runtime
     quantize tensorrt
-    machine session
+    machine session engine_file
     engine
     checkpoint
     published

@@ -22,7 +22,8 @@ from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.meta import read_meta
-from trtlab.convert.trtllm import config_to_json, rank_file, read_checkpoint
+from trtlab.convert.trtllm import rank_file, read_checkpoint
+from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError, ConfigError
 from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
@@ -93,7 +94,7 @@ class Checkpoint(Shown):
         """Open a folder that ``save`` or TensorRT-LLM wrote: all ranks put together lazily, or one rank's own."""
         folder = Path(ckpt_dir)
         stored = read_checkpoint(folder, rank)
-        source = str(stored.provenance.get("source", f"checkpoint {folder.name}"))
+        source = f"checkpoint {folder.name}" if stored.source is None else stored.source
         parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
         quant = stored.config.quantization
         if not quant.active:

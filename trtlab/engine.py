@@ -20,8 +20,10 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import SessionConfig
-from trtlab.convert.check import check_dtype, check_kinds, check_layers, check_tensors
-from trtlab.convert.trtllm import config_from_json, config_to_json, rank_dtypes, rank_file, rank_shapes
+from trtlab.convert.check import check_dtype, check_layers, check_tensors
+from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
+from trtlab.convert.trtllm_config import config_to_json
+from trtlab.engine_file import read_engine_file
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.memory.fits import require_room_to_build
 from trtlab.model.weights import tensor_specs
@@ -30,7 +32,7 @@ from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.session.open import open_session
 from trtlab.session.session import Session
-from trtlab.storage.files import PathLike, read_json, replacing, write_safetensors
+from trtlab.storage.files import PathLike, replacing, write_safetensors
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 from trtlab.tensorrt.build.plans import Plans
@@ -43,13 +45,6 @@ from trtlab.version import VERSION
 logger = logging.getLogger("trtlab")
 
 WEIGHTS = ("link", "copy", "none")
-BUILD_KINDS = {
-    "a whole number of at least 1": "max_batch_size max_input_len max_seq_len max_num_tokens tokens_per_block",
-    "a number": "optimization_level",
-    "true or false": "weight_streaming",
-    "a text": "dtype",
-    "a list of texts": "compute_capabilities notes",
-}
 
 
 class WeightSource(Protocol):
@@ -217,14 +212,8 @@ class Engine(Shown):
         folder = Path(engine_dir)
         if not folder.is_dir():
             raise EngineError(f"{folder} is not a folder", remedy="give a folder that engine.save() wrote")
-        raw = read_json(folder / "config.json", remedy="give a folder that engine.save() wrote")
-        if not isinstance(raw.get("build_config"), dict) or not isinstance(raw.get("pretrained_config"), dict):
-            raise EngineError(
-                f"{folder.name} is not an engine folder",
-                remedy="Checkpoint.load() opens a checkpoint; build() it first",
-            )
-        build_config = _build_config_from_json(raw["build_config"])
-        config, mapping, layout = config_from_json(raw["pretrained_config"])
+        stored = read_engine_file(folder, plans=plan)
+        config, mapping, layout = stored.pretrained_config.to_settings()
         files = [folder / rank_file(rank) for rank in mapping.ranks]
         ranks = [open_safetensors(file) for file in files] if files[0].is_file() else []
         if ranks:
@@ -232,19 +221,16 @@ class Engine(Shown):
         for rank, tensors in enumerate(ranks):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
             check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
-        provenance = raw["trtlab"] if isinstance(raw.get("trtlab"), dict) else {}
-        check_kinds("config.json", provenance, {"a list of texts": "fingerprints", "a list of objects": "plans"})
-        source = str(provenance.get("source") or f"engine {folder.name}")
-        prints = tuple(provenance.get("fingerprints") or ())
+        source = stored.provenance.source or f"engine {folder.name}"
+        prints = stored.provenance.fingerprints or ()
         if ranks and prints and prints != tuple(fingerprint(tensors) for tensors in ranks):
             raise EngineError(
                 f"{folder.name} holds other weights than it was built from", remedy="copy it again, or build again"
             )
-        records = provenance.get("plans") if plan else None
-        plans = Plans.load(folder, records) if records else None
+        plans = Plans.load(folder, stored.plans) if stored.plans else None
         tokenizer = find_tokenizer(folder)
         files = files if ranks else []
-        return cls(config, build_config, mapping, layout, ranks, source, tokenizer, files, plans, prints)
+        return cls(config, stored.build_config, mapping, layout, ranks, source, tokenizer, files, plans, prints)
 
     def close(self) -> None:
         """Let the weights go; a second close is harmless."""
@@ -319,19 +305,6 @@ def _to_json(engine: Engine) -> dict[str, Any]:
             "plans": engine.plans.to_json() if engine.plans else None,
         },
     }
-
-
-def _build_config_from_json(raw: abc.Mapping[str, Any]) -> BuildConfig:
-    """The inverse of ``dataclasses.asdict``; EngineError for keys that this version does not know."""
-    check_kinds("config.json", raw, BUILD_KINDS)
-    unknown = sorted(set(raw) - {field.name for field in dataclasses.fields(BuildConfig)})
-    if unknown or raw.get("max_seq_len") is None:
-        raise EngineError(
-            f"build_config is not understood: {', '.join(unknown) or 'it lacks max_seq_len'}",
-            remedy="build the engine again with this version",
-        )
-    stored: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    return BuildConfig(**stored)
 
 
 def _is_ours(name: str) -> bool:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trtlab import BuildConfig, Checkpoint, CheckpointError, ConfigError, TrtlabError
-from trtlab.convert.hugging_face import read_config
+from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
+from trtlab.storage.json_files import parse_model
 
 # config.json as published, without what names people or files
 PUBLISHED = {
@@ -162,7 +163,7 @@ PARAMETERS = {
 def test_published_configs_are_read_and_give_the_published_parameter_count(name):
     from trtlab.model.weights import tensor_specs
 
-    config = read_config(PUBLISHED[name], "bfloat16")
+    config = parse_model(PUBLISHED[name], HuggingFaceConfig, "config.json", remedy=REMEDY).to_model_config("bfloat16")
     assert sum(torch.Size(spec.shape).numel() for spec in tensor_specs(config).values()) == PARAMETERS[name]
     assert config.sliding_window == (4096 if name == "Mistral 7B" else None)
     BuildConfig().resolve(config)
@@ -234,7 +235,10 @@ CONFIGS = {
     "a quantized folder": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     "a scale on the logits": ({"logit_scale": 0.5}, "logit_scale=0.5"),
     "a soft cap": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-    "a multiplier": ({"residual_multiplier": 0.2, "embedding_multiplier": 12}, "embedding_multiplier=12.*residual_m"),
+    "a multiplier": (
+        {"residual_multiplier": 0.2, "embedding_multiplier": 12},
+        r"residual_multiplier=0\.2 is unknown; embedding_multiplier=12 is unknown",
+    ),
     "code of its own": ({"auto_map": {"AutoModel": "x.y"}}, "auto_map"),
     "dynamic rope": (rope(rope_type="dynamic", factor=2.0), r"dynamic.*linear \| llama3 \| yarn"),
     "longrope": (rope(rope_type="longrope", short_factor=[1.0], long_factor=[1.0]), "long_factor"),
@@ -250,7 +254,7 @@ CONFIGS = {
     "an unknown attention": ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     "no vocabulary": ({"vocab_size": None}, "vocab_size"),
     "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps"),
-    "words for numbers": ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
+    "words for numbers": ({"hidden_size": "64"}, "hidden_size is '64', expected an int of at least 1"),
     "true for a number": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     "infinity": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads"),
@@ -374,9 +378,15 @@ FOLDERS = {
         "model-00001-of-00002.safetensors is missing",
     ),
     "an index of tensors that a shard lacks": (lambda f: write_index(f, {"ghost": "model.safetensors"}), "ghost"),
-    "an index that leaves the folder": (lambda f: write_index(f, {"a": "../model.safetensors"}), "no map"),
-    "an index of numbers": (lambda f: write_index(f, {"a": 3}), "no map"),
-    "an index without a map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "lacks weight_map"),
+    "an index that leaves the folder": (
+        lambda f: write_index(f, {"a": "../model.safetensors"}),
+        "weight_map.a is .*expected the name of a file",
+    ),
+    "an index of numbers": (lambda f: write_index(f, {"a": 3}), "weight_map.a is 3, expected a str"),
+    "an index without a map": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "weight_map is missing",
+    ),
 }
 
 

@@ -185,7 +185,7 @@ FAULTS = {
     "no weights": (lambda m: [f.unlink() for f in m.glob("*.pth")], "no consolidated"),
     "params is a list": (lambda m: (m / "params.json").write_text("[1]"), "no JSON object"),
     "params cut short": (lambda m: (m / "params.json").write_text('{"dim": 6'), "not JSON"),
-    "no dim": (lambda m: (m / "params.json").write_text('{"n_layers": 2, "n_heads": 4}'), "lacks dim"),
+    "no dim": (lambda m: (m / "params.json").write_text('{"n_layers": 2, "n_heads": 4}'), "dim is missing"),
     "heads do not fit": (lambda m: set_param(m, n_heads=8), "does not fit"),
     "no heads": (lambda m: set_param(m, n_heads=0), "n_heads|num_attention_heads"),
     "words for numbers": (lambda m: set_param(m, dim="wide"), "dim"),

@@ -1,11 +1,8 @@
-"""Compares configs and tensors that were found with what a model needs, and names every difference at once."""
+"""Compares the tensors of a source with what a model needs, and names every difference at once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,43 +10,6 @@ from trtlab.errors import CheckpointError
 from trtlab.storage.lazy import LazyTensor
 
 LISTED = 8  # differences that an error spells out
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-KINDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
-    {
-        "a whole number of at least 1": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
-        "a positive number": lambda v: _number(v) and v > 0,
-        "a number": _number,
-        "true or false": lambda v: isinstance(v, bool),
-        "a text": lambda v: isinstance(v, str),
-        "a list of texts": _texts,
-        "an object": lambda v: isinstance(v, dict),
-        "a list of objects": lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v),
-    }
-)
-
-
-def check_kinds(where: str, raw: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
-    """CheckpointError naming the values of a JSON file that are of the wrong kind; null passes as absent.
-
-    ``kinds`` maps a name of ``KINDS`` to the keys, separated by spaces, that must be of it.
-    """
-    wrong = [
-        f"{key} is {raw[key]!r}, expected {kind}"
-        for kind, keys in kinds.items()
-        for key in keys.split()
-        if raw.get(key) is not None and not KINDS[kind](raw[key])
-    ]
-    if wrong:
-        raise CheckpointError(f"{where} cannot be read: {_listed(wrong)}", remedy="copy the model's own file again")
 
 
 def check_layers(where: str, layers: int, tensors: int) -> None:

@@ -4,46 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 
 from trtlab.config.model import DTYPES, ModelConfig, RotaryScaling, torch_dtype
-from trtlab.convert.check import check_floating, check_kinds, check_layers, check_tensors
+from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.tables import META_NAMES
 from trtlab.errors import CheckpointError
-from trtlab.storage.files import read_json
+from trtlab.storage.json_files import Count, Positive, StoredObject, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
-PARAMS = frozenset(
-    """
-    dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta
-    use_scaled_rope rope_scaling_factor max_seq_len max_batch_size
-    """.split()
-)
-KINDS = {
-    "a whole number of at least 1": "dim n_layers n_heads n_kv_heads max_seq_len",
-    "a positive number": "norm_eps rope_theta rope_scaling_factor",
-    "true or false": "use_scaled_rope",
-}
+REMEDY = "give Meta's own folder, or take out an unknown key that changes no number"
 BUFFERS = ("rope.freqs",)
 COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards lie side by side
 # params.json of Llama 3.2 does not tell its factor of 32 from Llama 3.1's 8: these (dim, n_layers) do.
 FACTOR_32 = ((2048, 16), (3072, 28))
 
 
+class Params(StoredObject):
+    """params.json: the keys that are used, and by name those that the tensors tell or that change no number."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size"})
+    passes_empty: ClassVar[bool] = True
+
+    dim: Count
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count | None = None
+    """None: as many as query heads."""
+    norm_eps: Positive | None = None
+    rope_theta: Positive | None = None
+    use_scaled_rope: bool | None = None
+    rope_scaling_factor: Positive | None = None
+    max_seq_len: Count | None = None
+
+
 def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a folder in Meta's format; CheckpointError for what does not fit."""
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder with params.json and *.pth")
-    params = read_json(ckpt_dir / "params.json", remedy="give Meta's own folder", known=("dim", "n_layers", "n_heads"))
-    check_kinds("params.json", params, KINDS)
+    params = read_model(ckpt_dir / "params.json", Params, remedy=REMEDY)
     files = sorted(ckpt_dir.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"{ckpt_dir} holds no consolidated.*.pth", remedy="give Meta's own folder")
     shards = [{n: t for n, t in open_pickle(file).items() if n not in BUFFERS} for file in files]
     names = dict.fromkeys(name for shard in shards for name in shard)
-    found = {name: _merge(name, [shard.get(name) for shard in shards], params["dim"]) for name in names}
+    found = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
     check_floating(ckpt_dir.name, found.items())
     config = _read_config(params, found, dtype)
     return config, _rename(ckpt_dir.name, config, found)
@@ -59,33 +66,27 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
     return cat(whole, dim=1 if cut_columns else 0)
 
 
-def _read_config(params: Mapping[str, Any], found: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
-    unknown = sorted(key for key, value in params.items() if key not in PARAMS and value)
-    if unknown:
-        raise CheckpointError(
-            f"params.json has keys that are not handled: {', '.join(unknown)}", expected=" ".join(sorted(PARAMS))
-        )
+def _read_config(params: Params, found: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if any(name not in found for name in needed):
         raise CheckpointError("these are not the weights of a LLaMA", expected=", ".join(needed))
-    scaled = bool(params.get("use_scaled_rope"))
-    base = float(params.get("rope_theta") or 10000.0)
+    scaled = bool(params.use_scaled_rope)
+    base = params.rope_theta or 10000.0
     stored = next((name for name, kind in DTYPES.items() if kind == found[needed[0]].dtype), "float32")
     if dtype != "auto":
         torch_dtype(dtype)
-    heads = int(params["n_heads"])
     return ModelConfig(
         architecture="LlamaForCausalLM",
         dtype=stored if dtype == "auto" else dtype,
         vocab_size=found[needed[0]].shape[0],
-        hidden_size=params["dim"],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=params.get("n_kv_heads") or heads,
-        head_size=params["dim"] // heads,
+        hidden_size=params.dim,
+        num_hidden_layers=params.n_layers,
+        num_attention_heads=params.n_heads,
+        num_key_value_heads=params.n_kv_heads or params.n_heads,
+        head_size=params.dim // params.n_heads,
         intermediate_size=found[needed[1]].shape[0],
-        max_position_embeddings=params.get("max_seq_len") or _context(scaled, base),
-        norm_epsilon=params.get("norm_eps") or 1e-5,
+        max_position_embeddings=params.max_seq_len or _context(scaled, base),
+        norm_epsilon=params.norm_eps or 1e-5,
         rotary_base=base,
         rotary_scaling=_scaling(params) if scaled else None,
         tie_word_embeddings="output.weight" not in found,
@@ -97,9 +98,9 @@ def _context(scaled: bool, base: float) -> int:
     return 131072 if scaled else 8192 if base == 500000.0 else 4096
 
 
-def _scaling(params: Mapping[str, Any]) -> RotaryScaling:
-    factor = params.get("rope_scaling_factor") or (32.0 if (params["dim"], params["n_layers"]) in FACTOR_32 else 8.0)
-    return RotaryScaling("llama3", float(factor), 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+def _scaling(params: Params) -> RotaryScaling:
+    factor = params.rope_scaling_factor or (32.0 if (params.dim, params.n_layers) in FACTOR_32 else 8.0)
+    return RotaryScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def _rename(where: str, config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections import abc
-from typing import Any
+from typing import Any, ClassVar
 
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import CheckpointError, ConfigError
+from trtlab.storage.json_files import Listed, StoredObject
 
-KNOWN = (
-    "quant_algo",
-    "kv_cache_quant_algo",
-    "group_size",
-    "smoothquant_val",
-    "exclude_modules",
-    "has_zero_point",
-    "pre_quant_scale",
-    "clamp_val",
-)
+
+class StoredQuantization(StoredObject):
+    """The part by TensorRT-LLM's names. Zero points and a clamp are not supported: they must be absent or null."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"pre_quant_scale"})  # the algorithm tells
+    passes_empty: ClassVar[bool] = True
+
+    quant_algo: str | None = None
+    kv_cache_quant_algo: str | None = None
+    group_size: int | None = None
+    smoothquant_val: float | None = None
+    exclude_modules: Listed[str] | None = None
+
+    def to_quant_config(self, kv_cache_scales: str) -> QuantConfig:
+        """The inverse of ``quantization_to_json``.
+
+        Args:
+            kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not tell.
+
+        Raises:
+            CheckpointError: For an unknown algorithm, or a setting that it does not allow.
+        """
+        values = self.given()
+        if not self.group_size:
+            values.pop("group_size", None)
+        if self.kv_cache_quant_algo is not None:
+            values["kv_cache_scales"] = kv_cache_scales
+        try:
+            return QuantConfig(**{**values, "exclude_modules": self.exclude_modules or ()})
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the checkpoint's quantization is not supported: {error}",
+                remedy="quantize the source again with trtlab",
+            ) from error
 
 
 def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
@@ -36,30 +60,3 @@ def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
 def quantization_extras(quant: QuantConfig) -> dict[str, Any]:
     """What TensorRT-LLM's keys cannot say: how many scales a layer's cache has."""
     return {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}
-
-
-def quantization_from_json(raw: abc.Mapping[str, Any], ours: abc.Mapping[str, Any]) -> QuantConfig:
-    """The inverse; ``ours`` is the config's ``trtlab`` part. A cache whose part does not say is merged.
-
-    Raises CheckpointError for a key that changes the numbers and is not understood, or an unknown algorithm.
-    """
-    unknown = sorted(key for key, value in raw.items() if key not in KNOWN and value)
-    refused = [key for key in ("has_zero_point", "clamp_val") if raw.get(key)]
-    if unknown or refused:
-        raise CheckpointError(
-            f"the checkpoint's quantization has {', '.join(unknown + refused)}, which is not supported",
-            expected=" | ".join(KNOWN),
-        )
-    values: dict[str, Any] = {key: raw.get(key) for key in ("quant_algo", "kv_cache_quant_algo")}
-    if raw.get("group_size"):
-        values["group_size"] = raw["group_size"]
-    if "smoothquant_val" in raw:
-        values["smoothquant_val"] = raw["smoothquant_val"]
-    if values["kv_cache_quant_algo"] is not None:
-        values["kv_cache_scales"] = ours.get("kv_cache_scales", "merged")
-    try:
-        return QuantConfig(**values, exclude_modules=tuple(raw.get("exclude_modules") or ()))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the checkpoint's quantization is not supported: {error}", remedy="quantize the source again with trtlab"
-        ) from error

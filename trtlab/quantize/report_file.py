@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 from trtlab.config.quant import QuantConfig
-from trtlab.errors import CheckpointError
 from trtlab.quantize.report import KvRow, QuantizationReport, Row
-from trtlab.storage.files import read_json
+from trtlab.storage.json_files import ByFields, Listed, StoredObject, read_model
 
 REPORT = "report.json"
 REMEDY = "delete the file: the weights are whole without it"
+
+
+class StoredReport(StoredObject):
+    """report.json. Ratios without noise are infinite."""
+
+    linears: Listed[Annotated[Row, ByFields(allow_inf_nan=True)]]
+    caches: Listed[Annotated[KvRow, ByFields(allow_inf_nan=True)]]
 
 
 def write_report(folder: Path, report: QuantizationReport) -> None:
@@ -32,12 +39,5 @@ def read_report(folder: Path, quant: QuantConfig) -> QuantizationReport | None:
     file = folder / REPORT
     if not file.exists():
         return None
-    stored = read_json(file, remedy=REMEDY)
-    try:
-        linears = tuple(Row(**row) for row in stored.pop("linears"))
-        caches = tuple(KvRow(**row) for row in stored.pop("caches"))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not understood: {error}", remedy=REMEDY) from error
-    if stored:
-        raise CheckpointError(f"{file} has unknown keys: {', '.join(sorted(stored))}", remedy=REMEDY)
-    return QuantizationReport(quant, linears, caches)
+    stored = read_model(file, StoredReport, remedy=REMEDY)
+    return QuantizationReport(quant, stored.linears, stored.caches)

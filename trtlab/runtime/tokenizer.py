@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from trtlab.errors import RequestError
-from trtlab.storage.files import read_json
+from trtlab.storage.json_files import Listed, OpenObject, read_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,12 +42,20 @@ def find_tokenizer(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
 
 
+def _as_list(ids: object) -> object:
+    return ids if ids is None or isinstance(ids, list) else [ids]
+
+
+class _EndIds(OpenObject):
+    eos_token_id: Annotated[Listed[int] | None, BeforeValidator(_as_list)] = None
+
+
 def listed_end_ids(folder: Path) -> list[int]:
     """``eos_token_id`` of generation_config.json, or where there is none of config.json, as transformers has it."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            listed = read_json(folder / name, remedy="copy it again, or remove it").get("eos_token_id")
-            return [] if listed is None else listed if isinstance(listed, list) else [listed]
+            stored = read_model(folder / name, _EndIds, remedy="copy it again, or remove it")
+            return list(stored.eos_token_id or ())
     return []
 
 

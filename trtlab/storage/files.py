@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trtlab.errors import CheckpointError, TrtlabError
+from trtlab.storage.json_files import read_object
 from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor
 
 PathLike = str | os.PathLike[str]
@@ -102,7 +103,7 @@ def _foreign(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str
 
 def _has_key(folder: Path, key: str) -> bool:
     try:
-        return key in read_json(folder / "config.json", remedy="")
+        return key in read_object(folder / "config.json", remedy="")
     except CheckpointError:
         return False
 
@@ -201,19 +202,3 @@ def _bytes(value: Tensor) -> memoryview:
     """The raw bytes of a tensor, without a copy when it is contiguous."""
     flat = value.cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def read_json(path: Path, *, remedy: str, known: Collection[str] = ()) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, damaged or lacks a key of ``known``."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", remedy=remedy)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", remedy=remedy) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
-    missing = [key for key in known if value.get(key) is None]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}", remedy=remedy)
-    return value

@@ -69,9 +69,9 @@ class Plans:
         return cls(tuple(records), tuple(files), scratch)
 
     @classmethod
-    def load(cls, folder: Path, records: Sequence[abc.Mapping[str, Any]]) -> Plans:
+    def load(cls, folder: Path, records: Sequence[PlanRecord]) -> Plans:
         """Open the plans of an engine folder; EngineError when one is missing, damaged or of another TensorRT."""
-        plans = cls(tuple(_record(raw) for raw in records), tuple(folder / plan_file(r) for r in range(len(records))))
+        plans = cls(tuple(records), tuple(folder / plan_file(rank) for rank in range(len(records))))
         for record, path in zip(plans.records, plans.files, strict=True):
             _check_file(record, path)
         _check_library(plans.records[0])
@@ -105,14 +105,6 @@ class Plans:
         """Delete plans that were never saved."""
         if self.scratch is not None:
             self.scratch.close()
-
-
-def _record(raw: abc.Mapping[str, Any]) -> PlanRecord:
-    known = {field.name for field in dataclasses.fields(PlanRecord)}
-    if set(raw) != known:
-        raise EngineError("config.json describes its plan in another way", remedy="build the engine again")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
-    return PlanRecord(**values)
 
 
 def _check_file(record: PlanRecord, path: Path) -> None:

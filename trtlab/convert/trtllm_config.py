@@ -1,0 +1,231 @@
+"""TensorRT-LLM's config.json, both ways: a ModelConfig, a Mapping and the layout of the embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import abc
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, model_validator
+
+from trtlab.config.mapping import Mapping
+from trtlab.config.model import ModelConfig, RotaryScaling
+from trtlab.convert.families.tables import FAMILIES
+from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
+from trtlab.convert.rope_scaling import StoredScaling
+from trtlab.errors import CheckpointError
+from trtlab.ops.torch import ACTIVATIONS
+from trtlab.parallel.shard import EmbeddingLayout
+from trtlab.storage.json_files import Count, OpenObject, Positive, StoredObject, parse_model
+from trtlab.version import VERSION
+
+FORMAT = 1  # raised when an older trtlab could no longer read what this one writes
+REMEDY = "give a folder that checkpoint.save() wrote, or take out an unknown key that changes no number"
+
+
+def _one(value: float) -> float:
+    if value != 1:
+        raise ValueError("1.0")
+    return value
+
+
+def _none_if_empty(raw: object) -> object:
+    return None if raw == {} else raw
+
+
+One = Annotated[float, AfterValidator(_one)]
+
+
+class _Format(OpenObject):
+    format: int = FORMAT
+
+
+class _Producer(OpenObject):
+    name: object = None
+
+
+class _Header(OpenObject):
+    """What tells whether the rest of the file is worth reading."""
+
+    architecture: object = None
+    architectures: object = None
+    rotary_base: object = None
+    producer: _Producer | None = None
+    trtlab: _Format | None = None
+
+    def check(self) -> None:
+        """CheckpointError for a file of another program, or of a later trtlab."""
+        if self.architecture is None and self.architectures is not None:
+            raise CheckpointError(
+                "this is a Hugging Face folder",
+                expected="one that checkpoint.save() or TensorRT-LLM wrote",
+                remedy="open it with Checkpoint.from_hugging_face()",
+            )
+        if self.trtlab is not None and self.trtlab.format > FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {self.trtlab.format}; this trtlab {VERSION} reads up to {FORMAT}",
+                remedy="upgrade trtlab",
+            )
+        if self.producer is not None and self.producer.name == "modelopt" and self.rotary_base is None:
+            raise CheckpointError(
+                "config.json comes from ModelOpt, which leaves rotary_base out",
+                remedy="add rotary_base (the source's rope_theta) and its rotary_scaling to config.json",
+            )
+
+
+class ModelFields(StoredObject):
+    """The fields of a ModelConfig that config.json has under the same name; None is ModelConfig's default."""
+
+    architecture: str
+    dtype: str
+    vocab_size: Count
+    max_position_embeddings: Count
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_size: Count | None = None
+    """None: ``hidden_size // num_attention_heads``."""
+    hidden_act: str = "silu"
+    intermediate_size: Count
+    norm_epsilon: Positive | None = None
+    rotary_base: Positive | None = None
+    attn_bias: bool | None = None
+    dense_bias: bool | None = None
+    mlp_bias: bool | None = None
+    qk_layernorm: bool | None = None
+    tie_word_embeddings: bool | None = None
+    sliding_window: Count | None = None
+
+
+class _Scaling(StoredScaling):
+    factor: Positive
+
+    def to_rotary_scaling(self) -> RotaryScaling:
+        fields = self.given()
+        kind = fields.pop("rope_type", None) or fields.pop("type", None)
+        if kind is None or "type" in fields:
+            raise CheckpointError("rotary_scaling is not understood", got=fields, expected="rope_type, once")
+        return RotaryScaling(kind=kind, **fields)
+
+
+class _Mapping(OpenObject):
+    world_size: int | None = None
+    tp_size: Count = 1
+    pp_size: Count = 1
+    cp_size: int = 1
+
+    def to_mapping(self) -> Mapping:
+        if self.cp_size != 1:
+            raise CheckpointError(f"cp_size={self.cp_size} is not supported yet", expected=1)
+        return Mapping(self.world_size, self.tp_size, self.pp_size)
+
+
+class _Experts(OpenObject):
+    num_experts: Literal[0] | None = None
+
+
+class Provenance(OpenObject):
+    """The part that is trtlab's own."""
+
+    source: str | None = None
+    kv_cache_scales: str = "merged"
+
+
+class TrtllmConfig(ModelFields):
+    """config.json of a checkpoint. What nothing but one value is served for must have it, or be left out."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        """
+        logits_dtype kv_dtype producer version runtime_defaults disable_weight_only_quant_plugin use_prompt_tuning
+        has_partial_lora_mask remove_duplicated_kv_heads decoder rank
+        """.split()
+    )
+    passes_empty: ClassVar[bool] = True
+
+    rotary_scaling: Annotated[_Scaling | None, BeforeValidator(_none_if_empty)] = None
+    use_parallel_embedding: bool | None = None
+    embedding_sharding_dim: int | None = None
+    share_embedding_table: bool | None = None
+    mapping: _Mapping | None = None
+    quantization: StoredQuantization | None = None
+    moe: _Experts | None = None
+    trtlab: Provenance | None = None
+    position_embedding_type: Literal["rope_gpt_neox"] = "rope_gpt_neox"
+    rotary_pct: One = 1.0
+    embedding_multiplier: One = 1.0
+    attention_multiplier: One = 1.0
+    residual_multiplier: One = 1.0
+    output_multiplier_scale: One = 1.0
+    use_input_layernorm_in_first_layer: Literal[True] = True
+    use_last_layernorm: Literal[True] = True
+    rmsnorm: Literal[True] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_header(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            parse_model(raw, _Header, "config.json", remedy=REMEDY).check()
+        return raw
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the file says of its origin."""
+        return self.trtlab or Provenance()
+
+    def to_settings(self) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
+        """The inverse of ``config_to_json``; keys that a checkpoint of TensorRT-LLM's own lacks take its defaults.
+
+        Raises:
+            CheckpointError: For an architecture, an activation or an algorithm that is not supported.
+            ConfigError: For values that contradict each other.
+        """
+        if self.architecture not in FAMILIES:
+            raise CheckpointError(f"unknown architecture {self.architecture!r}", expected=" | ".join(FAMILIES))
+        if self.hidden_act not in ACTIVATIONS:
+            raise CheckpointError(
+                f"hidden_act {self.hidden_act!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
+            )
+        values = {name: getattr(self, name) for name in ModelFields.model_fields if getattr(self, name) is not None}
+        values.setdefault("head_size", self.hidden_size // self.num_attention_heads)
+        if self.share_embedding_table:
+            values["tie_word_embeddings"] = True
+        scaling = None if self.rotary_scaling is None else self.rotary_scaling.to_rotary_scaling()
+        config = ModelConfig(
+            **values,
+            rotary_scaling=scaling,
+            quantization=(self.quantization or StoredQuantization()).to_quant_config(self.provenance.kv_cache_scales),
+        )
+        layout = EmbeddingLayout(
+            bool(self.use_parallel_embedding), self.embedding_sharding_dim or 0, bool(self.share_embedding_table)
+        )
+        return config, (self.mapping or _Mapping()).to_mapping(), layout
+
+
+def config_to_json(
+    config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: abc.Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json as TensorRT-LLM lays it out; ``trtlab`` holds what is ours: format number and provenance."""
+    scaling = config.rotary_scaling
+    return {
+        **{name: getattr(config, name) for name in ModelFields.model_fields},
+        "logits_dtype": "float32",
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_scaling": None if scaling is None else _scaling_to_json(scaling),
+        "use_parallel_embedding": layout.use_parallel_embedding,
+        "embedding_sharding_dim": layout.embedding_sharding_dim,
+        "share_embedding_table": layout.use_embedding_sharing,
+        "mapping": {
+            "world_size": mapping.world_size,
+            "tp_size": mapping.tp_size,
+            "pp_size": mapping.pp_size,
+        },
+        "quantization": quantization_to_json(config.quantization),
+        "producer": {"name": "trtlab", "version": VERSION},
+        "trtlab": {"format": FORMAT, **quantization_extras(config.quantization), **provenance},
+    }
+
+
+def _scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
+    fields = dataclasses.asdict(scaling)
+    return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}

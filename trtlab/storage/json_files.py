@@ -1,0 +1,185 @@
+"""Reads a JSON file into a typed model: whatever the file holds, the result is that model or an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from trtlab.errors import CheckpointError, TrtlabError
+from trtlab.validation import problems, shorten
+
+LISTED = 8  # problems that an error spells out
+LARGEST = 2**63 - 1  # what a 64-bit integer holds
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON knows no tuples; the items stay strict
+
+
+class StoredObject(BaseModel):
+    """Base of what one JSON object holds. A bool is no number, a number no text; unknown keys are refused.
+
+    A key of ``neutral`` passes with any value. With ``passes_empty`` an unknown key passes that asks for nothing:
+    null, false, 0, or empty.
+    """
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, protected_namespaces=()
+    )
+    neutral: ClassVar[Collection[str]] = ()
+    passes_empty: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, raw: object) -> object:
+        if not isinstance(raw, dict):
+            raise ValueError(f"an object with the keys {', '.join(list(cls.model_fields)[:LISTED])}")
+        return {key: value for key, value in raw.items() if key in cls.model_fields or not cls._passes(key, value)}
+
+    @classmethod
+    def _passes(cls, key: str, value: object) -> bool:
+        return key in cls.neutral or (cls.passes_empty and not value)
+
+    def given(self) -> dict[str, Any]:
+        """The values that the file holds, without the defaults of those that it leaves out."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
+class OpenObject(StoredObject):
+    """Base of a JSON object whose other keys do not matter."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ByFields:
+    """Reads a dataclass from the object that ``dataclasses.asdict`` wrote of it: ``Annotated[Row, ByFields()]``.
+
+    Args:
+        allow_inf_nan: Whether numbers may be infinite.
+        **stricter: Types that the file must have where the dataclass allows more.
+    """
+
+    def __init__(self, *, allow_inf_nan: bool = False, **stricter: Any) -> None:
+        self._allow_inf_nan = allow_inf_nan
+        self._stricter = stricter
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields: dict[str, Any] = {
+            field.name: (_from_json(self._stricter.get(field.name, hints[field.name])), _default(field))
+            for field in dataclasses.fields(kind)
+        }
+        fields |= {name: (hint, ...) for name, hint in self._stricter.items()}
+        base = _WithInfinity if self._allow_inf_nan else StoredObject
+        model: type[StoredObject] = create_model(kind.__name__, __base__=base, **fields)
+        return core_schema.no_info_after_validator_function(
+            lambda stored: kind(**stored.given()), handler.generate_schema(model)
+        )
+
+
+class _WithInfinity(StoredObject):
+    model_config = ConfigDict(allow_inf_nan=True)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
+
+
+def _from_json(hint: Any) -> Any:
+    """The type as JSON writes it: a list where a tuple is meant."""
+    return Annotated[hint, Field(strict=False)] if typing.get_origin(hint) is tuple else hint
+
+
+S = TypeVar("S", bound=StoredObject)
+
+
+def read_model(path: Path, kind: type[S], *, remedy: str, error: type[TrtlabError] = CheckpointError) -> S:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        kind: The model that it must fit.
+        remedy: What to do about a file that does not.
+        error: The class of error to raise.
+
+    Raises:
+        TrtlabError: As ``error``, with the file's name and up to eight problems, each with its key: the file is
+            missing, is no JSON, or holds keys or values that the model does not allow.
+    """
+    return parse_model(read_object(path, remedy=remedy, error=error), kind, str(path), remedy=remedy, error=error)
+
+
+def parse_model(
+    raw: dict[str, Any], kind: type[S], where: str, *, remedy: str, error: type[TrtlabError] = CheckpointError
+) -> S:
+    """``read_model`` for an object in memory; ``where`` names it in an error."""
+    lines = [f"{key} is {shorten(number)}, expected an int of 64 bits" for key, number in _large_integers(raw)]
+    cause = None
+    if not lines:
+        try:
+            return kind.model_validate(raw)
+        except ValidationError as refusal:
+            lines, cause = _lines(refusal, kind), refusal
+    rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    raise error(f"{where} cannot be read: {'; '.join(lines[:LISTED])}{rest}", remedy=remedy) from cause
+
+
+def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from a file, not looked into; an error when the file is missing or is no JSON object."""
+    if not path.is_file():
+        raise error(f"{path} is missing", remedy=remedy)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}", remedy=remedy) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not JSON: {cause}", remedy=remedy) from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
+    return value
+
+
+def _lines(refusal: ValidationError, kind: type[StoredObject]) -> list[str]:
+    """A line for each problem; an unknown key with its value, which tells whether it matters."""
+    unknown = {
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"])[1:]: entry["input"]
+        for entry in refusal.errors(include_url=False)
+        if entry["type"] == "extra_forbidden"
+    }
+    return [
+        f"{problem.field}={shorten(unknown[problem.field])} is unknown{f', {problem.remedy}' if problem.remedy else ''}"
+        if problem.field in unknown
+        else str(problem)
+        for problem in problems(refusal, kind)
+    ]
+
+
+def _large_integers(value: object, place: str = "") -> Iterator[tuple[str, int]]:
+    """Integers that no tensor, no file and no other program could hold; JSON itself has no bound."""
+    waiting = [(place, value)]
+    while waiting:  # no recursion: JSON may be nested as deep as the interpreter's own limit
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend((f"{place}.{key}" if place else key, item) for key, item in value.items())
+        elif isinstance(value, list):
+            waiting.extend((f"{place}[{index}]", item) for index, item in enumerate(value))
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            yield place, value
