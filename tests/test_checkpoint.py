@@ -23,34 +23,19 @@ from trtlab import (
     RotaryScaling,
     TrtlabError,
 )
-from trtlab.model.weights import tensor_specs
+
+from .models import normal_weights, small_config
 
 
 def model_config(**changes) -> ModelConfig:
-    values = {
-        "architecture": "LlamaForCausalLM",
-        "dtype": "float32",
-        "vocab_size": 33,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_size": 4,
-        "intermediate_size": 24,
-        "max_position_embeddings": 64,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
-def weights_of(config: ModelConfig) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(spec.shape, generator=generator) for name, spec in tensor_specs(config).items()}
+    sizes = {"vocab_size": 33, "hidden_size": 16, "head_size": 4, "intermediate_size": 24}
+    return small_config(**{**sizes, **changes})
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     config = model_config()
-    return Checkpoint.from_weights(config, weights_of(config)).save(tmp_path / "ckpt", Mapping(tp_size=2))
+    return Checkpoint.from_weights(config, normal_weights(config)).save(tmp_path / "ckpt", Mapping(tp_size=2))
 
 
 # --- weights in memory
@@ -58,7 +43,7 @@ def folder(tmp_path) -> Path:
 
 def test_weights_in_memory_are_a_checkpoint():
     config = model_config()
-    weights = weights_of(config)
+    weights = normal_weights(config)
     checkpoint = Checkpoint.from_weights(config, weights)
     assert checkpoint.parameters == sum(tensor.numel() for tensor in weights.values())
     assert checkpoint.nbytes == 4 * checkpoint.parameters
@@ -67,7 +52,7 @@ def test_weights_in_memory_are_a_checkpoint():
 
 def test_weights_are_cast_to_the_configs_dtype_and_parameters_are_taken_by_value(tmp_path):
     config = model_config(dtype="bfloat16")
-    weights = {name: torch.nn.Parameter(tensor) for name, tensor in weights_of(config).items()}
+    weights = {name: torch.nn.Parameter(tensor) for name, tensor in normal_weights(model_config()).items()}
     again = Checkpoint.load(Checkpoint.from_weights(config, weights).save(tmp_path / "c"))
     for name, tensor in weights.items():
         assert torch.equal(again.tensors[name].read(), tensor.detach().bfloat16())
@@ -75,7 +60,7 @@ def test_weights_are_cast_to_the_configs_dtype_and_parameters_are_taken_by_value
 
 def test_everything_that_does_not_fit_is_listed_together():
     config = model_config()
-    weights = weights_of(config)
+    weights = normal_weights(config)
     del weights["lm_head.weight"]
     weights["lm_head.bias"] = torch.ones(33)
     weights["transformer.ln_f.weight"] = torch.ones(17)
@@ -96,7 +81,7 @@ def test_a_long_list_of_faults_is_cut_with_its_count():
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_quantized_weights_are_refused(dtype):
     config = model_config()
-    weights = weights_of(config)
+    weights = normal_weights(config)
     weights["lm_head.weight"] = weights["lm_head.weight"].to(dtype)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is torch"):
         Checkpoint.from_weights(config, weights)
@@ -120,7 +105,7 @@ def test_quantized_weights_are_refused(dtype):
 )
 def test_every_setting_survives_the_disk(scaling, flags, tmp_path):
     config = model_config(rotary_scaling=scaling, rotary_base=12345.0, norm_epsilon=3e-7, hidden_act="gelu", **flags)
-    folder = Checkpoint.from_weights(config, weights_of(config)).save(tmp_path / "c", Mapping(tp_size=2, pp_size=2))
+    folder = Checkpoint.from_weights(config, normal_weights(config)).save(tmp_path / "c", Mapping(tp_size=2, pp_size=2))
     again = Checkpoint.load(folder)
     assert again.config == config
     assert again.mapping == Mapping(4, 2, 2)
@@ -153,7 +138,7 @@ def test_config_json_has_tensorrt_llms_names(folder):
 
 def test_saving_twice_gives_the_same_bytes(folder, tmp_path, files_of):
     config = model_config()
-    Checkpoint.from_weights(config, weights_of(config)).save(tmp_path / "again", Mapping(tp_size=2))
+    Checkpoint.from_weights(config, normal_weights(config)).save(tmp_path / "again", Mapping(tp_size=2))
     assert files_of(folder) == files_of(tmp_path / "again")
 
 
@@ -219,7 +204,7 @@ def test_a_folder_that_tensorrt_llm_wrote_is_read(folder):
     config = model_config()
     again = Checkpoint.load(folder)
     assert again.config == config
-    assert all(torch.equal(again.tensors[n].read(), t) for n, t in weights_of(config).items())
+    assert all(torch.equal(again.tensors[n].read(), t) for n, t in normal_weights(config).items())
 
 
 FAULTS = {
@@ -311,7 +296,7 @@ def test_no_config_json_raises_anything_but_a_trtlab_error(fuzzed, changes, mapp
 def fuzzed(tmp_path_factory):
     config = model_config()
     folder = tmp_path_factory.mktemp("fuzz") / "ckpt"
-    Checkpoint.from_weights(config, weights_of(config)).save(folder, Mapping(tp_size=2))
+    Checkpoint.from_weights(config, normal_weights(config)).save(folder, Mapping(tp_size=2))
     return folder, json.loads((folder / "config.json").read_text())
 
 

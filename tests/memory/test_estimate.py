@@ -10,21 +10,21 @@ from safetensors import safe_open
 
 from trtlab.card import html, text
 from trtlab.cards.estimate import estimate_card
-from trtlab.checkpoint import Checkpoint
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.estimate import estimate, op_table
 from trtlab.model.formats import WEIGHT_FORMATS
-from trtlab.model.weights import tensor_specs
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.table import Span
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.published import BANDWIDTH, GIB, SHAPES
 
+from ..models import normal_checkpoint, small_config
+
 LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_8B = SHAPES["LLaMA-2-7B"], SHAPES["LLaMA-2-70B"], SHAPES["Llama-3-8B"]
-TINY = ModelConfig("LlamaForCausalLM", "float16", 99, 32, 4, 4, 2, 8, 48, 64)
+TINY = small_config(dtype="float16", num_hidden_layers=4)
 BIASED = TINY.replace(attn_bias=True, dense_bias=True, mlp_bias=True, qk_layernorm=True, head_size=16)
 TIED = TINY.replace(tie_word_embeddings=True)
 SMALL_BUILD = BuildConfig(max_batch_size=3, max_input_len=16, max_seq_len=40, max_num_tokens=64, tokens_per_block=8)
@@ -155,7 +155,7 @@ def test_weight_bytes_are_those_of_saved_rank_files(
     config: ModelConfig, dim: int | None, tp_size: int, pp_size: int, tmp_path: Path
 ) -> None:
     mapping = Mapping(tp_size=tp_size, pp_size=pp_size)
-    random_checkpoint(config).save(tmp_path / "ckpt", mapping, dim is not None, dim or 0)
+    normal_checkpoint(config).save(tmp_path / "ckpt", mapping, dim is not None, dim or 0)
     figures = estimate(config, SMALL_BUILD, mapping, layout=EmbeddingLayout(dim is not None, dim or 0))
     assert [r.weight_bytes for r in figures.ranks] == [
         stored_bytes(tmp_path / "ckpt" / f"rank{r}.safetensors") for r in mapping.ranks
@@ -163,12 +163,8 @@ def test_weight_bytes_are_those_of_saved_rank_files(
 
 
 def test_weight_bytes_of_a_shared_table_are_those_of_the_saved_file(tmp_path: Path) -> None:
-    random_checkpoint(TIED).save(tmp_path / "ckpt", use_embedding_sharing=True)
+    normal_checkpoint(TIED).save(tmp_path / "ckpt", use_embedding_sharing=True)
     assert estimate(TIED, SMALL_BUILD).whole.weight_bytes == stored_bytes(tmp_path / "ckpt" / "rank0.safetensors")
-
-
-def random_checkpoint(config: ModelConfig) -> Checkpoint:
-    return Checkpoint.from_weights(config, {name: torch.randn(s.shape) for name, s in tensor_specs(config).items()})
 
 
 def stored_bytes(file: Path) -> int:
@@ -177,7 +173,7 @@ def stored_bytes(file: Path) -> int:
 
 
 def test_a_checkpoint_can_be_given_for_its_config() -> None:
-    assert estimate(random_checkpoint(TINY), SMALL_BUILD) == estimate(TINY, SMALL_BUILD)
+    assert estimate(normal_checkpoint(TINY), SMALL_BUILD) == estimate(TINY, SMALL_BUILD)
 
 
 @pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(tp_size=4, pp_size=2)], ids=str)

@@ -11,20 +11,14 @@ from hypothesis import strategies as st
 from trtlab import ModelConfig, RotaryScaling
 from trtlab.model.rope import rotary_frequencies, rotary_table
 
+from ..models import small_config
+
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def config_of(base, head_size, longest, scaling) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        vocab_size=9,
-        head_size=head_size,
-        intermediate_size=8,
-        max_position_embeddings=longest,
-        rotary_base=base,
-        rotary_scaling=scaling,
-        **SIZES,
+    return small_config(
+        head_size=head_size, max_position_embeddings=longest, rotary_base=base, rotary_scaling=scaling, **SIZES
     )
 
 

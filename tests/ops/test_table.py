@@ -21,7 +21,7 @@ from trtlab.config.model import ModelConfig
 from trtlab.memory.estimate import op_table
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
-from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights, tensor_specs
+from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.table import Span, TableOps
 from trtlab.ops.torch import TorchOps, spread
@@ -29,8 +29,10 @@ from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.parallel.shard import EmbeddingLayout, shard
 from trtlab.storage.lazy import held
 
+from ..models import normal_weights, small_config
+
 CPU = torch.device("cpu")
-PLAIN = ModelConfig("LlamaForCausalLM", "float32", 99, 32, 2, 4, 2, 8, 48, 64)
+PLAIN = small_config()
 FULL = PLAIN.replace(
     head_size=16, attn_bias=True, dense_bias=True, mlp_bias=True, qk_layernorm=True, tie_word_embeddings=True
 )
@@ -79,7 +81,7 @@ def _own_bytes(tensor: Tensor, sources: set[int]) -> int:
 
 
 def random_ranks(config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> list[dict[str, Tensor]]:
-    whole = {name: held(torch.randn(spec.shape).to(config.torch_dtype)) for name, spec in tensor_specs(config).items()}
+    whole = {name: held(tensor) for name, tensor in normal_weights(config).items()}
     return [
         {name: t.read() for name, t in shard(config, mapping, rank, whole, layout).items()} for rank in mapping.ranks
     ]

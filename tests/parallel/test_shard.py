@@ -12,37 +12,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from trtlab import Checkpoint, ConfigError, Mapping, ModelConfig
-from trtlab.model.weights import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
 from trtlab.storage.lazy import held
+
+from ..models import normal_weights, small_config
 
 LAYOUTS = {"replicated": {}, "rows": {"use_parallel_embedding": True}}
 LAYOUTS["columns"] = {"use_parallel_embedding": True, "embedding_sharding_dim": 1}
 
 
 def model_config(**changes) -> ModelConfig:
-    values = {
-        "architecture": "LlamaForCausalLM",
-        "dtype": "float32",
-        "vocab_size": 99,
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_size": 6,
-        "intermediate_size": 172,
-        "max_position_embeddings": 64,
-        "attn_bias": True,
-        "dense_bias": True,
-        "mlp_bias": True,
-        "qk_layernorm": True,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
-def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(spec.shape, generator=generator) for name, spec in tensor_specs(config).items()}
+    """Four layers, heads whose size is no power of two, and every optional tensor."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "head_size": 6}
+    biases = {"attn_bias": True, "dense_bias": True, "mlp_bias": True, "qk_layernorm": True}
+    return small_config(**{**sizes, **biases, "intermediate_size": 172, **changes})
 
 
 def heads(matrix: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -106,7 +89,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_saved_ranks_are_the_reference_table_and_load_whole_again(tp, pp, layout, tied, tmp_path):
     config = model_config(tie_word_embeddings=tied)
-    whole = random_tensors(config)
+    whole = normal_weights(config)
     Checkpoint.from_weights(config, whole).save(tmp_path / "ckpt", mapping=Mapping(tp_size=tp, pp_size=pp), **layout)
     files = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
     assert files == sorted(["config.json", *(f"rank{r}.safetensors" for r in range(tp * pp))])
@@ -123,7 +106,7 @@ def test_saved_ranks_are_the_reference_table_and_load_whole_again(tp, pp, layout
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_shared_table_is_stored_once_and_loads_whole_again(tp, tmp_path):
     config = model_config(tie_word_embeddings=True)
-    whole = random_tensors(config)
+    whole = normal_weights(config)
     layout = {"use_embedding_sharing": True, "use_parallel_embedding": tp > 1}
     Checkpoint.from_weights(config, whole).save(tmp_path / "c", mapping=Mapping(tp_size=tp), **layout)
     for rank in range(tp):
@@ -135,7 +118,7 @@ def test_a_shared_table_is_stored_once_and_loads_whole_again(tp, tmp_path):
 
 def test_sharing_makes_the_checkpoint_smaller_by_one_table(tmp_path):
     config = model_config(tie_word_embeddings=True)
-    checkpoint = Checkpoint.from_weights(config, random_tensors(config))
+    checkpoint = Checkpoint.from_weights(config, normal_weights(config))
     sizes = []
     for shared in (False, True):
         checkpoint.save(tmp_path / str(shared), use_embedding_sharing=shared)
@@ -167,7 +150,7 @@ def test_sharing_makes_the_checkpoint_smaller_by_one_table(tmp_path):
 )
 def test_a_table_that_cannot_lie_so_is_refused_with_what_would(mapping, layout, words, tmp_path):
     config = model_config(tie_word_embeddings=True)
-    checkpoint = Checkpoint.from_weights(config, random_tensors(config))
+    checkpoint = Checkpoint.from_weights(config, normal_weights(config))
     with pytest.raises(ConfigError, match=words):
         checkpoint.save(tmp_path / "c", mapping=mapping, **layout)
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +158,7 @@ def test_a_table_that_cannot_lie_so_is_refused_with_what_would(mapping, layout, 
 
 def test_sharing_an_untied_model_is_refused_with_the_largest_difference(tmp_path):
     config = model_config()
-    whole = random_tensors(config)
+    whole = normal_weights(config)
     gap = float((whole["lm_head.weight"] - whole["transformer.vocab_embedding.weight"]).abs().max())
     with pytest.raises(ConfigError, match=re.escape(f"{gap:.6g}")):
         Checkpoint.from_weights(config, whole).save(tmp_path / "c", use_embedding_sharing=True)
@@ -184,7 +167,7 @@ def test_sharing_an_untied_model_is_refused_with_the_largest_difference(tmp_path
 
 def test_equal_tables_of_an_untied_model_may_be_shared(tmp_path):
     config = model_config()
-    whole = random_tensors(config)
+    whole = normal_weights(config)
     whole["lm_head.weight"] = whole["transformer.vocab_embedding.weight"].clone()
     Checkpoint.from_weights(config, whole).save(tmp_path / "c", use_embedding_sharing=True)
     again = Checkpoint.load(tmp_path / "c")
@@ -194,7 +177,7 @@ def test_equal_tables_of_an_untied_model_may_be_shared(tmp_path):
 @pytest.mark.parametrize("tp", [3, 16])
 def test_heads_that_do_not_divide_name_the_sizes_that_would_work(tp, tmp_path):
     config = model_config()
-    checkpoint = Checkpoint.from_weights(config, random_tensors(config))
+    checkpoint = Checkpoint.from_weights(config, normal_weights(config))
     with pytest.raises(ConfigError, match=f"tp_size={tp}.*use 1, 2 or 4"):
         checkpoint.save(tmp_path / "c", mapping=Mapping(tp_size=tp))
     with pytest.raises(ConfigError, match=r"pp_size=3.*use 1, 2 or 4"):
@@ -227,7 +210,7 @@ def shapes(draw):
 @given(shapes())
 def test_any_legal_split_is_the_reference_table_and_inverts(case):
     config, tp, pp, layout = case
-    whole = random_tensors(config)
+    whole = normal_weights(config)
     lazy, mapping, table = {n: held(t) for n, t in whole.items()}, Mapping(None, tp, pp), EmbeddingLayout(**layout)
     ranks = [shard(config, mapping, rank, lazy, table) for rank in mapping.ranks]
     for rank, parts in enumerate(ranks):
@@ -251,9 +234,9 @@ def test_a_split_is_accepted_exactly_when_every_piece_comes_out_whole(kv_heads, 
 
 def test_a_split_again_of_a_split_checkpoint_is_the_split_of_the_whole(tmp_path):
     config = model_config()
-    checkpoint = Checkpoint.from_weights(config, random_tensors(config))
+    checkpoint = Checkpoint.from_weights(config, normal_weights(config))
     for (tp, pp), layout in itertools.product([(1, 1), (4, 2), (2, 1)], LAYOUTS):
         folder = tmp_path / f"{tp}-{pp}-{layout}"
         checkpoint.save(folder, Mapping(tp_size=tp, pp_size=pp), **LAYOUTS[layout])
         checkpoint = Checkpoint.load(folder)
-    assert_same({n: t.read() for n, t in checkpoint.tensors.items()}, random_tensors(config))
+    assert_same({n: t.read() for n, t in checkpoint.tensors.items()}, normal_weights(config))

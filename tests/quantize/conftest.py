@@ -2,20 +2,10 @@ import pytest
 import torch
 
 from trtlab import Checkpoint, ModelConfig
-from trtlab.model.weights import tensor_specs
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    dtype="float32",
-    vocab_size=99,
-    hidden_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_size=64,
-    intermediate_size=256,
-    max_position_embeddings=64,
-)
+from ..models import loud_checkpoint, random_texts, small_config
+
+CONFIG = small_config(hidden_size=256, head_size=64, intermediate_size=256)
 EVERY_CONFIG = [
     ("W8A16", None),
     ("W4A16", None),
@@ -40,18 +30,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def random_checkpoint(config: ModelConfig = CONFIG, seed: int = 0) -> Checkpoint:
-    """Random weights with two loud channels in each norm, so that there is something to smooth."""
-    dice = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, spec in tensor_specs(config).items():
-        noise = torch.randn(spec.shape, generator=dice)
-        if "norm" in name or "ln_f" in name:
-            weights[name] = 1 + 0.1 * noise
-            weights[name][[3, 17]] *= 12
-        else:
-            weights[name] = noise * spec.shape[-1] ** -0.5
-    return Checkpoint.from_weights(config, {name: w.to(config.torch_dtype) for name, w in weights.items()})
+def random_checkpoint(config: ModelConfig = CONFIG) -> Checkpoint:
+    return loud_checkpoint(config)
 
 
 @pytest.fixture(scope="session")
@@ -61,5 +41,4 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def texts() -> list[list[int]]:
-    dice = torch.Generator().manual_seed(7)
-    return [torch.randint(0, 99, (length,), generator=dice).tolist() for length in (24, 5, 40, 17, 33, 12)]
+    return random_texts((24, 5, 40, 17, 33, 12))

@@ -11,6 +11,8 @@ from trtlab.model.weights import EMBEDDING
 from trtlab.quantize.calibrate import Calibration
 from trtlab.quantize.texts import SAMPLE_ROWS, batches
 
+from ..models import write_fresh_model
+
 HF_PARTS = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.dense": ("self_attn.o_proj",),
@@ -22,20 +24,8 @@ HF_PARTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=112,
-        max_position_embeddings=64,
-    )
     path = tmp_path_factory.mktemp("hf")
-    LlamaForCausalLM(config).float().save_pretrained(path)
+    write_fresh_model(path, intermediate_size=112)
     return path
 
 

@@ -10,25 +10,15 @@ from trtlab import Checkpoint, CheckpointError, MissingDependency, QuantConfig, 
 from trtlab.model.scales import unpack_int4
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 
+from ..models import write_fresh_model
+
 ALGORITHMS = ["FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "W4A8_AWQ"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=64,
-    )
     path = tmp_path_factory.mktemp("hf")
-    LlamaForCausalLM(config).float().save_pretrained(path)
+    write_fresh_model(path, hidden_size=256, intermediate_size=256)
     return path
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Tokenizer
 
+from ..models import write_byte_fallback_tokenizer
+
 WORDS = ["the", "cat", "größe", "日本", "🙂", "a", "b", ".", "é", "ab"]
 
 
@@ -21,19 +23,8 @@ def byte_level(talking_model) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory) -> Tokenizer:
-    """Llama 2's kind: pieces with a mark for the space, 256 byte tokens, a first space that is dropped."""
-    from tokenizers import AddedToken, Tokenizer as Inner, decoders, models, normalizers  # noqa: I001
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, *(f"▁{word}" for word in WORDS), "▁"]
-    inner = Inner(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     folder = tmp_path_factory.mktemp("fallback")
-    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    write_byte_fallback_tokenizer(folder, WORDS)
     return Tokenizer(folder)
 
 

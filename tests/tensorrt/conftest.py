@@ -1,4 +1,4 @@
-"""Networks built by hand, layer by layer, and small random models."""
+"""Networks built by hand, layer by layer, and what runs a small model beside them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.model.weights import tensor_specs
 from trtlab.runtime.executor import TorchExecutor
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
 from trtlab.tensorrt.read.interpreter import Network
+
+from ..models import small_config, telling_weights
 
 
 class ByHand:
@@ -63,29 +64,8 @@ def new_network() -> type[ByHand]:
     return ByHand
 
 
-SMALL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    dtype="float32",
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_size=8,
-    intermediate_size=48,
-    max_position_embeddings=128,
-)
+SMALL = small_config(vocab_size=97, max_position_embeddings=128)
 BUILD = BuildConfig(max_batch_size=3, max_input_len=24, max_seq_len=40, max_num_tokens=32)
-
-
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights large enough that every part of the model changes the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, spec in tensor_specs(config).items():
-        values = torch.randn(spec.shape, generator=generator) * 0.2
-        tensors[name] = (values + 1 if "layernorm" in name or "ln_f" in name else values).to(config.torch_dtype)
-    return tensors
 
 
 def torch_executor(config: ModelConfig, weights: dict[str, torch.Tensor], build: BuildConfig = BUILD) -> TorchExecutor:
@@ -104,7 +84,7 @@ def bounds() -> BuildConfig:
 
 @pytest.fixture
 def weights_of() -> Callable[..., dict[str, torch.Tensor]]:
-    return random_weights
+    return telling_weights
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import io
 import pytest
 import torch
 
-from trtlab import BuildConfig, Checkpoint, ModelConfig, QuantConfig, SamplingParams
+from trtlab import BuildConfig, QuantConfig, SamplingParams
 from trtlab.config.mapping import Mapping
 from trtlab.errors import EngineError
-from trtlab.model.weights import rank_weights, tensor_specs
+from trtlab.model.weights import rank_weights
 from trtlab.ops.quantized_linear import linear
 from trtlab.runtime.executor import Chunk, StepInputs, TorchExecutor
 from trtlab.storage.lazy import held
@@ -24,19 +24,10 @@ from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.run.executor import interpreter_executor
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    dtype="float32",
-    vocab_size=97,
-    hidden_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_size=32,
-    intermediate_size=192,
-    max_position_embeddings=64,
-    attn_bias=True,
-    dense_bias=True,
+from ...models import loud_checkpoint, random_texts, small_config
+
+CONFIG = small_config(
+    vocab_size=97, hidden_size=128, head_size=32, intermediate_size=192, attn_bias=True, dense_bias=True
 )
 BUILD = BuildConfig(max_batch_size=3, max_input_len=24, max_seq_len=40, max_num_tokens=32)
 SOLO = Mapping()
@@ -63,30 +54,16 @@ CACHES = [
 builds = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 
 
-def checkpoint_of(**changes) -> Checkpoint:
-    """Random weights with a loud channel in each norm and biases that matter."""
-    config, dice = CONFIG.replace(**changes), torch.Generator().manual_seed(0)
-    weights = {}
-    for name, spec in tensor_specs(config).items():
-        noise = torch.randn(spec.shape, generator=dice)
-        weights[name] = noise * spec.shape[-1] ** -0.5
-        if "norm" in name or "ln_f" in name:
-            weights[name] = 1 + 0.1 * noise
-            weights[name][3] *= 8
-    return Checkpoint.from_weights(config, {name: w.to(config.torch_dtype) for name, w in weights.items()})
-
-
 @pytest.fixture(scope="module")
 def quantized():
     """``quantized(algorithm, cache, dtype, **more)``: a quantized checkpoint, the same for the same question."""
-    dice = torch.Generator().manual_seed(7)
-    texts = [torch.randint(0, CONFIG.vocab_size, (n,), generator=dice).tolist() for n in (24, 5, 40, 17)]
+    texts = random_texts((24, 5, 40, 17), CONFIG.vocab_size)
     made = {}
 
     def make(algorithm, cache=None, dtype="float32", **more):
         quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, group_size=64, **more)
         if (quant, dtype) not in made:
-            source = checkpoint_of(dtype=dtype)
+            source = loud_checkpoint(CONFIG.replace(dtype=dtype), channels=(3,), times=8)
             made[quant, dtype] = source.quantize(quant, calibration=texts if quant.reads_texts else None)
         return made[quant, dtype]
 
