@@ -94,9 +94,11 @@ def greedy(session, ids, new=NEW):
 
 def token_by_token(session, ids):
     """The logits that follow each token when the cache grows by one token a step."""
-    from trtlab.runtime.executor import Chunk, StepInputs
+    from trtlab.parallel.step import Chunk, StepInputs
 
-    rows = [session._loop.executor.run(StepInputs([Chunk(1, past, [token])])) for past, token in enumerate(ids)]
+    blocks = tuple(range(-(-len(ids) // session.kv_cache.pool.tokens_per_block)))
+    steps = (StepInputs((Chunk(1, past, (token,), blocks),)) for past, token in enumerate(ids))
+    rows = [session._loop.executor.run(step) for step in steps]
     return torch.cat(rows)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trtlab import BuildConfig, SamplingParams, SessionConfig
-from trtlab.runtime.executor import StepInputs
+from trtlab.parallel.step import Chunk, StepInputs
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.pool import Bound, PoolSize
 from trtlab.runtime.request_state import RequestState
@@ -63,26 +63,24 @@ class FakeExecutor:
         self.before_run(step)
         assert len({chunk.slot for chunk in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:  # all write before one reads, as in a layer of a real model
-            self._write(step, chunk)
+            self._write(chunk)
         rows = []
         for chunk in step.chunks:
             ends = range(1, len(chunk.token_ids) + 1) if step.every_token else [len(chunk.token_ids)]
-            rows += [next_token(self._read(step, chunk.slot, chunk.past + end)) for end in ends]
+            rows += [next_token(self._read(chunk, chunk.past + end)) for end in ends]
         logits = torch.zeros(len(rows), VOCAB)
         logits[range(len(rows)), rows] = 1.0
         return self.logits(logits, step)
 
-    def _write(self, step, chunk) -> None:
+    def _write(self, chunk: Chunk) -> None:
         size = self.pool.tokens_per_block
-        before = self._read(step, chunk.slot, chunk.past)[-1] if chunk.past else 0
-        blocks = step.tables.row(chunk.slot, -(-(chunk.past + len(chunk.token_ids)) // size))
+        before = self._read(chunk, chunk.past)[-1] if chunk.past else 0
+        blocks = chunk.blocks
         for position, token in enumerate(chunk.token_ids, chunk.past):
             before = self.places[blocks[position // size]][position % size] = digest(before, token)
 
-    def _read(self, step, slot: int, length: int) -> list[int]:
-        size = self.pool.tokens_per_block
-        blocks = step.tables.row(slot, -(-length // size))
-        return list(itertools.chain.from_iterable(self.places[block] for block in blocks))[:length]
+    def _read(self, chunk: Chunk, length: int) -> list[int]:
+        return list(itertools.chain.from_iterable(self.places[block] for block in chunk.blocks))[:length]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         assert not self.closed

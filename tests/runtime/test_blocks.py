@@ -27,6 +27,7 @@ class Model:
     def __init__(self, num_blocks, size, reuse):
         self.num_blocks, self.size, self.reuse = num_blocks, size, reuse
         self.held: dict[int, list[int]] = {}
+        self.committed: dict[int, int] = {}  # blocks that had their chance to become known content
         self.freed: list[int] = []
         self.cached: list[int] = []  # longest unused first
         self.fresh = list(range(num_blocks))
@@ -48,8 +49,8 @@ class Model:
             found.append(block)
         return found
 
-    def open(self, owner, blocks):
-        self.held[owner] = list(blocks)
+    def open(self, owner, blocks, committed):
+        self.held[owner], self.committed[owner] = list(blocks), committed
         self.cached = [block for block in self.cached if block not in blocks]
 
     def take(self):
@@ -86,7 +87,8 @@ class Model:
         return copies
 
     def commit(self, owner, tokens, past):
-        for index in range(past // self.size):
+        for index in range(self.committed[owner], past // self.size):
+            self.committed[owner] = index + 1
             known = tuple(tokens[: (index + 1) * self.size])
             block = self.held[owner][index]
             if self.reuse and block not in self.content and known not in self.content.values():
@@ -137,7 +139,7 @@ class Machine(RuleBasedStateMachine):
         assert prefix == (self.model.match(tokens) if self.model.reuse else [])
         assert self.manager.unused(prefix) == sum(not self.model.owners(block) for block in prefix)
         assert self.manager.open(chain, prefix) == len(prefix) * self.model.size < len(tokens)
-        self.model.open(chain.owner, prefix)
+        self.model.open(chain.owner, prefix, len(prefix))
         self.chains[chain.owner], self.past[chain.owner] = chain, len(prefix) * self.model.size
         for index, block in enumerate(prefix):  # what is shared is what would have been computed
             assert self.memory[block] == self.written(chain, index * self.model.size, (index + 1) * self.model.size)
@@ -187,7 +189,7 @@ class Machine(RuleBasedStateMachine):
         past = self.past[parent.owner]
         child = Chain(next(self.numbers), list(parent.token_ids))
         self.manager.fork(parent, child, past)
-        self.model.open(child.owner, parent.blocks[: -(-past // self.model.size)])
+        self.model.open(child.owner, parent.blocks[: -(-past // self.model.size)], past // self.model.size)
         self.chains[child.owner], self.past[child.owner] = child, past
 
     @precondition(lambda self: self.chains)
@@ -196,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         chain = self.chain(pick)
         self.manager.release(chain)
         self.model.release(chain.owner)
-        assert chain.blocks == [] and chain.committed == 0
+        assert chain.blocks == () and chain.committed == 0
         del self.chains[chain.owner], self.past[chain.owner]
 
     @rule(really=st.sampled_from([False, False, True]))
@@ -224,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         self.counted["steps"] += 1
         manager, model = self.manager, self.model
         manager.check_integrity()
-        assert {chain.owner: chain.blocks for chain in manager.chains()} == model.held
+        assert {chain.owner: list(chain.blocks) for chain in manager.chains()} == model.held
         blocks = [manager.block(number) for number in range(model.num_blocks)]
         assert blocks == [model.block(number) for number in range(model.num_blocks)]
         states = Counter(block.state for block in blocks)
@@ -297,7 +299,7 @@ def test_a_colliding_hash_is_not_taken_for_the_same_prefix(monkeypatch):
     manager = BlockManager(8, 2)
     first = computed(manager, 1, [1, 2, 3])
     assert manager.match(Chain(2, [5, 6, 7])) == []
-    assert manager.match(Chain(3, [1, 2, 7])) == first.blocks[:1]
+    assert manager.match(Chain(3, [1, 2, 7])) == list(first.blocks[:1])
     manager.release(computed(manager, 4, [5, 6, 5, 6, 7]))
     manager.check_integrity()
 
@@ -311,17 +313,17 @@ def test_reuse_can_be_forbidden():
 def test_freed_blocks_are_reused_first():
     manager = BlockManager(8, 2, enable_reuse=False)
     first, second = computed(manager, 1, range(6)), computed(manager, 2, range(4))
-    assert (first.blocks, second.blocks) == ([0, 1, 2], [3, 4])
+    assert (first.blocks, second.blocks) == ((0, 1, 2), (3, 4))
     manager.release(first)
-    assert computed(manager, 3, range(8)).blocks == [0, 1, 2, 5]
+    assert computed(manager, 3, range(8)).blocks == (0, 1, 2, 5)
 
 
 def test_what_is_cached_is_evicted_only_when_nothing_is_free():
     manager = BlockManager(4, 2)
     manager.release(computed(manager, 1, [1, 2]))
     chain = computed(manager, 2, [5, 6, 7, 8, 9, 9])
-    assert manager.evicted == 0 and manager.block(0).state == "cached" and chain.blocks == [1, 2, 3]
-    assert manager.reserve(chain, 6, 8) == [] and manager.evicted == 1 and chain.blocks == [1, 2, 3, 0]
+    assert manager.evicted == 0 and manager.block(0).state == "cached" and chain.blocks == (1, 2, 3)
+    assert manager.reserve(chain, 6, 8) == [] and manager.evicted == 1 and chain.blocks == (1, 2, 3, 0)
     manager.check_integrity()
 
 
@@ -349,7 +351,7 @@ def test_using_a_cached_block_makes_it_the_last_to_be_evicted():
     filling = Chain(9, [0] * 4)
     manager.open(filling)
     manager.reserve(filling, 0, 4)
-    assert filling.blocks == [1, 2] and manager.block(0).state == "cached"
+    assert filling.blocks == (1, 2) and manager.block(0).state == "cached"
 
 
 def test_the_tail_of_a_chain_is_evicted_before_its_head():
@@ -367,9 +369,9 @@ def test_a_forked_chain_shares_all_blocks_until_one_writes():
     parent = computed(manager, 1, range(6))
     child = Chain(2, list(range(6)))
     manager.fork(parent, child, 6)
-    assert child.blocks == parent.blocks == [0, 1] and manager.shared == 2 and manager.used == 2
+    assert child.blocks == parent.blocks == (0, 1) and manager.shared == 2 and manager.used == 2
     assert manager.demand(child, 6, 7) == 1
-    assert manager.reserve(child, 6, 7) == [(1, 2)] and child.blocks == [0, 2]
+    assert manager.reserve(child, 6, 7) == [(1, 2)] and child.blocks == (0, 2)
     assert manager.reserve(parent, 6, 7) == [], "the block is the parent's alone now"
     assert manager.shared == 1
     manager.check_integrity()
@@ -389,7 +391,7 @@ def test_what_does_not_fit_changes_nothing():
     chain = computed(manager, 1, range(3))
     manager.changes()
     assert manager.reserve(chain, 3, 5) is None
-    assert chain.blocks == [0, 1] and manager.changes() == () and manager.available == 0
+    assert chain.blocks == (0, 1) and manager.changes() == () and manager.available == 0
     manager.check_integrity()
 
 
@@ -414,7 +416,7 @@ def test_forget_leaves_what_is_in_use():
     manager.forget()
     assert manager.cached == 0 and manager.used == 2
     assert manager.match(Chain(3, [7, 8, 9])) == []
-    assert manager.match(Chain(4, [1, 2, 3, 4, 5])) == running.blocks
+    assert manager.match(Chain(4, [1, 2, 3, 4, 5])) == list(running.blocks)
 
 
 @pytest.mark.parametrize(
@@ -422,11 +424,11 @@ def test_forget_leaves_what_is_in_use():
     [
         lambda m, c: m._freed.append(c.blocks[0]),
         lambda m, c: m._owners.pop(c.blocks[0]),
-        lambda m, c: c.blocks.pop(),
+        lambda m, c: setattr(c, "blocks", c.blocks[:-1]),
         lambda m, c: m._by_hash.clear(),
         lambda m, c: m._cached.update({c.blocks[0]: None}),
         lambda m, c: setattr(m, "_fresh", 5),
-        lambda m, c: c.blocks.append(c.blocks[0]),
+        lambda m, c: setattr(c, "blocks", (*c.blocks, c.blocks[0])),
     ],
 )
 def test_damaged_books_are_noticed(damage):

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtlab import RequestError, SamplingParams
-from trtlab.ops.paged import BlockTables
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.request_state import PRIORITY_STEPS, RequestState
 from trtlab.runtime.scheduler import Scheduler
@@ -19,9 +18,8 @@ class Bed:
     """A scheduler and someone who carries out its plans: every finished prompt gets one more token a step."""
 
     def __init__(self, num_blocks=64, size=4, *, batch=4, budget=32, reuse=False, **kind):
-        tables = BlockTables(batch, 64, size)
         self.blocks = BlockManager(num_blocks, size, enable_reuse=reuse)
-        self.scheduler = Scheduler(self.blocks, tables, max_batch_size=batch, max_num_tokens=budget, **kind)
+        self.scheduler = Scheduler(self.blocks, max_batch_size=batch, max_num_tokens=budget, **kind)
         self.batch, self.budget, self.size = batch, budget, size
         self.in_flight = kind.get("in_flight", True)
         self.numbers = itertools.count(1)
@@ -51,6 +49,7 @@ class Bed:
             assert chunk.slot == request.slot and chunk.past == request.past
             end = chunk.past + len(chunk.token_ids)
             assert list(chunk.token_ids) == request.token_ids[chunk.past : end]
+            assert chunk.blocks == request.chain.blocks and len(chunk.blocks) * self.size >= end
             assert end == request.total or len(chunk.token_ids) % self.size == 0 or self.size > self.budget
             self.scheduler.computed(request, len(chunk.token_ids))
             if end == request.total:
@@ -316,8 +315,8 @@ def test_a_waiting_request_can_be_withdrawn():
     bed.scheduler.release(second)
     bed.scheduler.release(first)
     assert bed.step() == {}
-    with bed.scheduler.borrowed_slot(5) as slot:
-        assert slot == 0 and bed.blocks.used == 2
+    with bed.scheduler.borrowed_slot(5) as (slot, blocks):
+        assert slot == 0 and len(blocks) == bed.blocks.used == 2
     assert bed.blocks.used == 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.parallel.step import StepInputs
 from trtlab.runtime.executor import TorchExecutor
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.library import library
@@ -68,8 +69,26 @@ SMALL = small_config(vocab_size=97, max_position_embeddings=128)
 BUILD = BuildConfig(max_batch_size=3, max_input_len=24, max_seq_len=40, max_num_tokens=32)
 
 
-def torch_executor(config: ModelConfig, weights: dict[str, torch.Tensor], build: BuildConfig = BUILD) -> TorchExecutor:
-    return TorchExecutor(config, build.resolve(config), Mapping(), [weights], torch.device("cpu"))
+class TorchBySlot:
+    """Torch on a CPU for steps that name no blocks: each slot has neighbouring blocks of its own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ranks: dict[str, torch.Tensor] | Sequence[dict[str, torch.Tensor]],
+        build: BuildConfig = BUILD,
+        mapping: Mapping | None = None,
+    ) -> None:
+        ranks = [ranks] if isinstance(ranks, dict) else ranks
+        build = build.resolve(config)
+        self._executor = TorchExecutor(config, build, mapping or Mapping(), ranks, torch.device("cpu"))
+        self._blocks = -(-build.seq_len // build.tokens_per_block)
+        self.close = self._executor.close
+
+    def run(self, step: StepInputs) -> torch.Tensor:
+        own = {chunk.slot: range(chunk.slot * self._blocks, (chunk.slot + 1) * self._blocks) for chunk in step.chunks}
+        chunks = tuple(chunk._replace(blocks=tuple(own[chunk.slot])) for chunk in step.chunks)
+        return self._executor.run(StepInputs(chunks, step.every_token))
 
 
 @pytest.fixture
@@ -88,5 +107,5 @@ def weights_of() -> Callable[..., dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def torch_reference() -> Callable[..., TorchExecutor]:
-    return torch_executor
+def torch_reference() -> type[TorchBySlot]:
+    return TorchBySlot

@@ -17,13 +17,13 @@ from trtlab.runtime.events import Block
 class Chain:
     """The blocks of one request in the order of its tokens; ``token_ids`` is the request's own list, which grows.
 
-    ``hashes`` are the rolling hashes of its full blocks as far as they were needed, ``committed`` how many of its
-    blocks are full and computed.
+    ``blocks`` is replaced, never changed in place: a step holds on to it. ``hashes`` are the rolling hashes of the full
+    blocks as far as they were needed, ``committed`` is how many blocks are full and computed.
     """
 
     owner: int
     token_ids: Sequence[int]
-    blocks: list[int] = field(default_factory=list)
+    blocks: tuple[int, ...] = ()
     hashes: list[int] = field(default_factory=list)
     committed: int = 0
 
@@ -108,6 +108,7 @@ class BlockManager:
         self._chains[chain.owner] = chain
         for block in prefix:
             self._share(block, chain)
+        chain.blocks = tuple(prefix)
         chain.committed = len(chain.blocks)
         return chain.committed * self.tokens_per_block
 
@@ -138,7 +139,7 @@ class BlockManager:
         """
         if self.demand(chain, past, tokens) > self.available:
             return None
-        blocks, copies = chain.blocks, []
+        blocks, copies = list(chain.blocks), []
         if self._sharers(chain, past) > 1:  # only the block that is being filled can be shared and written
             index = past // self.tokens_per_block
             source = blocks[index]
@@ -147,6 +148,8 @@ class BlockManager:
             copies.append((source, blocks[index]))
         while len(blocks) < self.required(tokens):
             blocks.append(self._take(chain))
+        if copies or len(blocks) > len(chain.blocks):
+            chain.blocks = tuple(blocks)
         return copies
 
     def commit(self, chain: Chain, past: int) -> None:
@@ -167,7 +170,7 @@ class BlockManager:
         del self._chains[chain.owner]
         for block in reversed(chain.blocks):
             self._drop(block, chain)
-        chain.blocks = []
+        chain.blocks = ()
         chain.committed = 0
 
     def forget(self) -> None:
@@ -205,7 +208,6 @@ class BlockManager:
     def _share(self, block: int, chain: Chain) -> None:
         self._cached.pop(block, None)
         self._owners.setdefault(block, set()).add(chain.owner)
-        chain.blocks.append(block)
         self._touched.add(block)
 
     def _take(self, chain: Chain) -> int:

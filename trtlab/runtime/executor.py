@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,27 +22,9 @@ from trtlab.ops.cpu.weights import cpu_weights, has_loops
 from trtlab.ops.paged import BlockTables, Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
+from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.runtime.packing import RankTables, in_step_order, singles_first
 from trtlab.runtime.pool import PoolSize, pool_size
-
-
-class Chunk(NamedTuple):
-    """New tokens of one request: they follow ``past`` tokens that its slot holds already."""
-
-    slot: int
-    past: int
-    token_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One step: at most one chunk a slot. ``every_token`` asks for the logits of all rows, not of each last one.
-
-    ``tables`` say which blocks hold each slot's tokens; without them a slot is a run of neighbouring blocks.
-    """
-
-    chunks: Sequence[Chunk]
-    every_token: bool = False
-    tables: BlockTables | None = None
 
 
 class Executor(Protocol):
@@ -105,7 +86,7 @@ class TorchExecutor:
         for weights, pool in zip(self._weights, self._cpu_pools, strict=False):
             compile_loops(weights, pool)
         self._cpu_rotary = (self._rotary.cos.numpy(), self._rotary.sin.numpy()) if loops else None
-        self._apart = BlockTables.apart(build.max_batch_size, build.seq_len, build.tokens_per_block)
+        self._tables = RankTables(build.max_batch_size, build.seq_len, build.tokens_per_block)
         self._kernel = _kernel(device)
         self._mapping = mapping
         self._threads = ThreadPoolExecutor(len(mapping.ranks)) if len(mapping.ranks) > 1 else None
@@ -114,14 +95,8 @@ class TorchExecutor:
     def run(self, step: StepInputs) -> Tensor:
         """See Executor."""
         order, chunks = singles_first(step.chunks)
-        batch = self.batch(chunks, step.tables or self._apart)
-        logits = self.forward(batch, step.every_token)
-        if order is None:
-            return logits
-        if not step.every_token:
-            return logits[torch.tensor(order, device=self._device).argsort()]
-        parts = torch.split(logits, [len(chunk.token_ids) for chunk in chunks])
-        return torch.cat([parts[order.index(i)] for i in range(len(order))])
+        batch = self.batch(chunks, self._tables.update(chunks))
+        return in_step_order(self.forward(batch, step.every_token), order, chunks, step.every_token)
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -132,8 +107,8 @@ class TorchExecutor:
     def batch(self, chunks: Sequence[Chunk], tables: BlockTables) -> Batch:
         """The inputs of a step; chunks of one token come first."""
         if self._cpu_rotary is not None:
-            return CpuBatch(chunks, tables)
-        sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids in chunks]
+            return CpuBatch([chunk[:3] for chunk in chunks], tables)
+        sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids, _ in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         return PackedBatch(sequences, self._rotary, tables, self._device, self._kernel, token_ids)
 
@@ -173,15 +148,6 @@ class TorchExecutor:
             torch.cuda.empty_cache()
         if self._threads is not None:
             self._threads.shutdown()
-
-
-def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int] | None, Sequence[Chunk]]:
-    """Chunks of one token, then the longer ones, and where each stood before; None when they stood so."""
-    longer = [len(chunk.token_ids) > 1 for chunk in chunks]
-    order = sorted(range(len(chunks)), key=longer.__getitem__)
-    if order == list(range(len(chunks))):
-        return None, chunks
-    return order, [chunks[i] for i in order]
 
 
 def _pool_size(

@@ -14,14 +14,14 @@ from torch import Tensor
 from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
-from trtlab.ops.paged import BlockTables
+from trtlab.parallel.step import Chunk, StepInputs
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
-from trtlab.runtime.executor import Chunk, Executor, StepInputs
+from trtlab.runtime.executor import Executor
 from trtlab.runtime.kv_cache import KvCache
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
-from trtlab.runtime.scheduler import Plan, Scheduler
+from trtlab.runtime.scheduler import NextStep, Scheduler
 
 Listener = Callable[[], None]  # called after each token of a request; it may set the finish reason
 Turn = tuple[RequestState, Chunk]
@@ -44,15 +44,11 @@ class Loop:
         self.events = EventLog(config.events_kept)
         self.closed = False
         self._max_num_tokens = build.max_num_tokens
-        self._tables = BlockTables(
-            build.max_batch_size, -(-build.seq_len // pool.tokens_per_block), pool.tokens_per_block
-        )
         self._blocks = BlockManager(
             pool.num_blocks, pool.tokens_per_block, enable_reuse=config.enable_block_reuse and pool.paged
         )
         self.scheduler = Scheduler(
             self._blocks,
-            self._tables,
             max_batch_size=build.max_batch_size,
             max_num_tokens=build.max_num_tokens,
             no_evict=config.capacity_scheduler_policy == "GUARANTEED_NO_EVICT",
@@ -109,44 +105,44 @@ class Loop:
             self._require_open()
             self._stepping, start = True, self.clock()
             try:
-                plan, work = self._planned_and_run(start)
+                step, work = self._choose_and_run(start)
             finally:
                 self._stepping = False
                 while self._withdrawn:
                     self.cancel(self._withdrawn.pop())
-            if not plan.chunks and not self._finished:
+            if not step.chunks and not self._finished:
                 return None
-            event = self._event(plan, work, start)
+            event = self._event(step, work, start)
             self.events.append(event)
             self._steps += 1
             return event
 
-    def _planned_and_run(self, start: float) -> tuple[Plan, tuple[Work, ...]]:
+    def _choose_and_run(self, start: float) -> tuple[NextStep, tuple[Work, ...]]:
         while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
             *_, late = heapq.heappop(self._deadlines)
             if not late.done:
                 self._end(late, "timed_out")
-        plan = self.scheduler.next()
-        assert plan.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
+        step = self.scheduler.next()
+        assert step.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
         try:
-            return plan, self._run(plan) if plan.chunks else ()
+            return step, self._run(step) if step.chunks else ()
         except BaseException:  # an interrupt may come anywhere: whoever took part is computed anew from its tokens
-            for request in plan.chunks:
+            for request in step.chunks:
                 if request.finish_reason is not None and request in self._listeners:
                     self._end(request, request.finish_reason)
                 elif request in self._listeners:
                     self.scheduler.restart(request)
             raise
 
-    def _event(self, plan: Plan, work: tuple[Work, ...], start: float) -> StepEvent:
+    def _event(self, step: NextStep, work: tuple[Work, ...], start: float) -> StepEvent:
         blocks, self._finished, finished = self._blocks, [], tuple(self._finished)
         return StepEvent(
             step=self._steps,
             start_s=start,
             end_s=self.clock(),
             work=work,
-            admitted=tuple(plan.admitted),
-            preempted=tuple(request.number for request in plan.preempted),
+            admitted=tuple(step.admitted),
+            preempted=tuple(request.number for request in step.preempted),
             finished=finished,
             waiting=tuple(request.number for request in self.scheduler.waiting),
             blocks=blocks.changes(),
@@ -155,11 +151,11 @@ class Loop:
             free=blocks.available - blocks.cached,
         )
 
-    def _run(self, plan: Plan) -> tuple[Work, ...]:
-        turns = list(plan.chunks.items())
+    def _run(self, step: NextStep) -> tuple[Work, ...]:
+        turns = list(step.chunks.items())
         try:
-            if plan.copies:
-                self.executor.copy_blocks(plan.copies)
+            if step.copies:
+                self.executor.copy_blocks(step.copies)
         except Exception as error:  # noqa: BLE001 - whatever it was, nobody's blocks are sure to be right now
             for request, _ in turns:
                 self._fail(request, error)
@@ -179,15 +175,15 @@ class Loop:
         return work
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
-        logits = self.executor.run(StepInputs([chunk for _, chunk in turns], tables=self._tables))
+        logits = self.executor.run(StepInputs(tuple(chunk for _, chunk in turns)))
         ready = [
             row
-            for row, (request, (_, past, token_ids)) in enumerate(turns)
+            for row, (request, (_, past, token_ids, _)) in enumerate(turns)
             if past + len(token_ids) == len(request.token_ids) and request.finish_reason is None
         ]
         chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
         last, work = set(ready), []
-        for row, (request, (_, past, token_ids)) in enumerate(turns):  # only now: a step that failed leaves no trace
+        for row, (request, (_, past, token_ids, _)) in enumerate(turns):  # only now: a step that failed leaves no trace
             tokens, wasted = len(token_ids), request.finish_reason is not None
             if not wasted:
                 self.scheduler.computed(request, tokens)
@@ -226,11 +222,12 @@ class Loop:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits that follow each token: [tokens, vocab], float32, on the CPU; the tokens join no cache."""
-        with self.lock, self.scheduler.borrowed_slot(len(token_ids)) as slot:
+        with self.lock, self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
             self._require_open()
             limit = self._max_num_tokens
-            steps = [Chunk(slot, start, token_ids[start : start + limit]) for start in range(0, len(token_ids), limit)]
-            parts = [self.executor.run(StepInputs([chunk], every_token=True, tables=self._tables)) for chunk in steps]
+            starts = range(0, len(token_ids), limit)
+            chunks = [Chunk(slot, start, tuple(token_ids[start : start + limit]), blocks) for start in starts]
+            parts = [self.executor.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
             return torch.cat([part.cpu() for part in parts])
 
     def check_integrity(self) -> None:

@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from trtlab.errors import RequestError
-from trtlab.ops.paged import BlockTables
+from trtlab.parallel.step import Chunk
 from trtlab.runtime.blocks import BlockManager, Chain
 from trtlab.runtime.events import Admission
-from trtlab.runtime.executor import Chunk
 from trtlab.runtime.request_state import RequestState
 
 LOGITS_OWNER = 0  # requests count from 1
 
 
 @dataclass
-class Plan:
-    """One step: chunks by request in the order they run, blocks to copy first, and who came and went for it."""
+class NextStep:
+    """What runs next: chunks by request in their order, blocks to copy first, requests that got or lost a slot."""
 
     chunks: dict[RequestState, Chunk] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -41,7 +40,6 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
-        tables: BlockTables,
         *,
         max_batch_size: int,
         max_num_tokens: int,
@@ -50,7 +48,6 @@ class Scheduler:
         chunked: bool = True,
     ) -> None:
         self.blocks = blocks
-        self._tables = tables
         self._max_num_tokens = max_num_tokens
         self._no_evict = no_evict
         self._in_flight = in_flight
@@ -60,7 +57,7 @@ class Scheduler:
         self.waiting: list[RequestState] = []  # by key
         self.running: list[RequestState] = []  # by key
         self.spent: list[RequestState] = []  # ended, in a closed batch that has not
-        self._seated: list[Admission] = []  # since the last plan
+        self._seated: list[Admission] = []  # since the last step was chosen
         self.prompt_tokens = self.reused_tokens = self.short_prompts = 0  # of all that were seated
 
     def refuse_if_never(self, request: RequestState) -> None:
@@ -93,9 +90,10 @@ class Scheduler:
         self._seat(child)
         return True
 
-    def next(self) -> Plan:
+    def next(self) -> NextStep:
         """The next step: those that generate first, then prompts under way, then new requests; each in order of key."""
-        plan, budget = Plan(), self._max_num_tokens
+        step, budget = NextStep(), self._max_num_tokens
+        chunks = step.chunks
         generating: list[RequestState] = []
         filling: list[RequestState] = []
         for request in self.running:
@@ -105,18 +103,18 @@ class Scheduler:
             if request.slot is None or not budget:  # it may have lost its slot to one before it
                 continue
             if self.blocks.writable(request.chain, past):  # the usual step of a request, on a short way
-                plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past:])
+                chunks[request] = Chunk(request.slot, past, (request.token_ids[past],), request.chain.blocks)
                 budget -= 1
             else:
-                budget -= self._plan_chunk(plan, request, budget)
+                budget -= self._add_chunk(step, request, budget)
         for request in filling:
             if request.slot is not None and budget:
-                budget -= self._plan_chunk(plan, request, budget)
+                budget -= self._add_chunk(step, request, budget)
         for request in self.spent[:budget]:  # the last token once more, at its own place
-            assert request.slot is not None, "a spent request keeps its slot"
+            assert request.slot is not None, "an ended request of a closed batch has no slot"
             last = request.past - 1
-            plan.chunks[request] = Chunk(request.slot, last, request.token_ids[last : last + 1])
-        served = not plan.preempted and len(plan.chunks) == len(self.running)  # else newcomers would take the budget
+            chunks[request] = Chunk(request.slot, last, (request.token_ids[last],), request.chain.blocks)
+        served = not step.preempted and len(chunks) == len(self.running)  # else newcomers would take the budget
         if served and (self._in_flight or not self.running):
             while self.waiting and self._free and budget:
                 request = self.waiting[0]
@@ -127,34 +125,33 @@ class Scheduler:
                 del self.waiting[0]
                 request.past = request.reused = self.blocks.open(request.chain, prefix)
                 self._seat(request)
-                budget -= self._plan_chunk(plan, request, budget)
-        plan.admitted, self._seated = self._seated, []
-        return plan
+                budget -= self._add_chunk(step, request, budget)
+        step.admitted, self._seated = self._seated, []
+        return step
 
-    def _plan_chunk(self, plan: Plan, request: RequestState, budget: int) -> int:
-        """Put the request's next tokens into the plan, at the cost of later requests' blocks if need be."""
+    def _add_chunk(self, step: NextStep, request: RequestState, budget: int) -> int:
+        """Put the request's next tokens into the step; with too few free blocks, later requests give theirs back.
+
+        Gives the tokens that this takes of the budget: fewer than none when a request lost its place in the step.
+        """
         past = request.past
         tokens = self._chunk_size(request.total - past, budget, request)
         if not tokens:
             return 0
-        held = len(request.chain.blocks)
         freed = 0
         while (copies := self.blocks.reserve(request.chain, past, past + tokens)) is None:
             if self.spent:
                 self._vacate(self.spent.pop())
                 continue
-            assert not self._no_evict, "an admitted request always finds its blocks"
+            assert not self._no_evict, "an admitted request finds no blocks"
             victim = self.running[-1]
-            freed += self._preempt(plan, victim)
+            freed += self._preempt(step, victim)
             if victim is request:
                 return -freed
-        assert request.slot is not None, "a running request has a slot"
-        if copies:
-            plan.copies += copies
-            self._tables.write(request.slot, past // self.blocks.tokens_per_block, [copies[0][1]])
-        if len(request.chain.blocks) > held:
-            self._tables.write(request.slot, held, request.chain.blocks[held:])
-        plan.chunks[request] = Chunk(request.slot, past, request.token_ids[past : past + tokens])
+        assert request.slot is not None, "a running request has no slot"
+        step.copies += copies
+        token_ids = tuple(request.token_ids[past : past + tokens])
+        step.chunks[request] = Chunk(request.slot, past, token_ids, request.chain.blocks)
         return tokens - freed
 
     def _chunk_size(self, pending: int, budget: int, request: RequestState) -> int:
@@ -182,21 +179,20 @@ class Scheduler:
 
     def _seat(self, request: RequestState) -> None:
         request.slot = heapq.heappop(self._free)
-        self._tables.write(request.slot, 0, request.chain.blocks)
         insort(self.running, request, key=lambda r: r.key)
         self._seated.append(Admission(request.number, request.slot, request.reused))
         self.prompt_tokens += request.total
         self.reused_tokens += request.reused
         self.short_prompts += request.total <= self.blocks.tokens_per_block
 
-    def _preempt(self, plan: Plan, victim: RequestState) -> int:
+    def _preempt(self, step: NextStep, victim: RequestState) -> int:
         """Take a request's blocks; it waits again with its tokens. Gives the budget that its chunk had taken."""
-        chunk = plan.chunks.pop(victim, None)
+        chunk = step.chunks.pop(victim, None)
         lost = set(victim.chain.blocks)
-        plan.copies = [(source, target) for source, target in plan.copies if target not in lost]
+        step.copies = [(source, target) for source, target in step.copies if target not in lost]
         self.restart(victim)
         victim.preemptions += 1
-        plan.preempted.append(victim)
+        step.preempted.append(victim)
         return len(chunk.token_ids) if chunk else 0
 
     def restart(self, request: RequestState) -> None:
@@ -231,13 +227,13 @@ class Scheduler:
 
     def _vacate(self, request: RequestState) -> None:
         self.blocks.release(request.chain)
-        assert request.slot is not None, "who has blocks has a slot"
+        assert request.slot is not None, "a request with blocks has no slot"
         heapq.heappush(self._free, request.slot)
         request.slot = None
 
     @contextmanager
-    def borrowed_slot(self, tokens: int) -> Iterator[int]:
-        """A free slot with blocks for so many tokens, outside the queue; RequestError when there is none."""
+    def borrowed_slot(self, tokens: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """A free slot and blocks for so many tokens, outside the queue; RequestError when there are none."""
         if not self._free:
             raise RequestError("every slot is taken by a running request", remedy="let one finish first")
         chain = Chain(LOGITS_OWNER, ())
@@ -250,8 +246,7 @@ class Scheduler:
                     got=f"{self.blocks.available} of {self.blocks.num_blocks} that can be had now",
                     remedy="let a request finish first, or raise max_tokens_in_paged_kv_cache",
                 )
-            self._tables.write(slot, 0, chain.blocks)
-            yield slot
+            yield slot, chain.blocks
         finally:
             self.blocks.release(chain)
             heapq.heappush(self._free, slot)
@@ -259,18 +254,17 @@ class Scheduler:
     def check_integrity(self) -> None:
         """AssertionError when queues, slots and blocks disagree."""
         self.blocks.check_integrity()
-        assert [r.key for r in self.running] == sorted(r.key for r in self.running), "running is in order"
-        assert [r.key for r in self.waiting] == sorted(r.key for r in self.waiting), "waiting is in order"
+        assert [r.key for r in self.running] == sorted(r.key for r in self.running), "running requests are out of order"
+        assert [r.key for r in self.waiting] == sorted(r.key for r in self.waiting), "waiting requests are out of order"
         seated = [*self.running, *self.spent]
         slots = [r.slot for r in seated]
-        assert None not in slots and not any(r.slot is not None for r in self.waiting), "who runs has a slot"
+        assert None not in slots and not any(r.slot is not None for r in self.waiting), "slots and queues differ"
         assert len(set(slots) | set(self._free)) == len(slots) + len(self._free), (slots, self._free)
-        assert {c.owner for c in self.blocks.chains()} == {r.number for r in seated}, "who runs has a chain"
-        assert self.running or not self.spent, "a batch that has ended is gone"
+        assert {c.owner for c in self.blocks.chains()} == {r.number for r in seated}, "chains and slots differ"
+        assert self.running or not self.spent, "a closed batch has ended and keeps its slots"
         for request in seated:
             assert request.slot is not None
             assert request.past <= len(request.chain.blocks) * self.blocks.tokens_per_block, request
-            assert self._tables.row(request.slot, len(request.chain.blocks)) == request.chain.blocks, request
             assert request.chain.committed == request.past // self.blocks.tokens_per_block, request
         if self._no_evict:
             promised = sum(self.blocks.demand(r.chain, r.past, r.longest) for r in self.running)

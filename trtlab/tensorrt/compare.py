@@ -19,7 +19,7 @@ from trtlab.ops.named import TappedOps
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.runtime.executor import Chunk
+from trtlab.parallel.step import Chunk
 from trtlab.tensorrt.emit.emission import Emission
 from trtlab.tensorrt.run.batching import Run, plan_inputs, write_updates
 from trtlab.tensorrt.run.executor import allocate
@@ -135,7 +135,7 @@ def compare(
     for step in range(steps + 1):
         expected = reference.run(past, ids)
         every = tuple((token, 0, token) for token in range(len(ids)))
-        run = Run("context", 0, (Chunk(0, past, ids),), len(ids), every)
+        run = Run("context", 0, (Chunk(0, past, tuple(ids)),), len(ids), every)
         inputs = plan_inputs(run, emission.bindings, capacity)
         got = network.run({**inputs, **caches}, keep=emission.taps.values())
         write_updates(run, emission.bindings, got, caches)

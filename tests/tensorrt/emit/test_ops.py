@@ -18,7 +18,7 @@ from trtlab.ops.cpu.weights import has_loops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.runtime.executor import Chunk
+from trtlab.parallel.step import Chunk
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.compare import per_token

@@ -13,7 +13,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.errors import EngineError
 from trtlab.model.weights import rank_weights
 from trtlab.ops.quantized_linear import linear
-from trtlab.runtime.executor import Chunk, StepInputs, TorchExecutor
+from trtlab.parallel.step import Chunk, StepInputs
 from trtlab.storage.lazy import held
 from trtlab.tensorrt import bindings as names
 from trtlab.tensorrt.bindings import CACHE_DTYPES
@@ -105,11 +105,11 @@ def assert_close(got, expected, checkpoint):
         assert len(errors) < 4 or float(errors.sort().values[len(errors) // 4]) <= 1e-4
 
 
-def assert_agree(checkpoint, mapping=SOLO):
+def assert_agree(checkpoint, torch_reference, mapping=SOLO):
     engine = checkpoint.build(BUILD, mapping, plan=False)
     config, ranks = engine.config, [engine.weights(rank) for rank in mapping.ranks]
     ours = interpreter_executor(config, BUILD, mapping, ranks)
-    theirs = TorchExecutor(config, BUILD.resolve(config), mapping, ranks, torch.device("cpu"))
+    theirs = torch_reference(config, ranks, BUILD, mapping)
     pairs = [(ours.run(step), theirs.run(step)) for step in steps()]
     assert_close(*(torch.cat(side) for side in zip(*pairs, strict=True)), checkpoint)
     ours.close()
@@ -117,8 +117,8 @@ def assert_agree(checkpoint, mapping=SOLO):
 
 
 @pytest.mark.parametrize("algorithm", WEIGHTS)
-def test_in_float32_the_network_is_torch(quantized, algorithm):
-    assert_agree(quantized(algorithm))
+def test_in_float32_the_network_is_torch(quantized, torch_reference, algorithm):
+    assert_agree(quantized(algorithm), torch_reference)
 
 
 # One rounding of the result, and one of each restored weight where no activation is quantized.
@@ -143,8 +143,8 @@ def test_each_linear_is_torchs_linear(new_network, quantized, algorithm, dtype, 
 
 
 @pytest.mark.parametrize(("algorithm", "cache", "scales"), CACHES)
-def test_with_a_quantized_cache_the_network_is_torch(quantized, algorithm, cache, scales):
-    assert_agree(quantized(algorithm, cache, kv_cache_scales=scales))
+def test_with_a_quantized_cache_the_network_is_torch(quantized, torch_reference, algorithm, cache, scales):
+    assert_agree(quantized(algorithm, cache, kv_cache_scales=scales), torch_reference)
 
 
 def test_a_quantized_cache_is_read_and_only_new_tokens_are_written(quantized):
@@ -176,7 +176,7 @@ SESSIONS = [*((algorithm, None) for algorithm in WEIGHTS), *((algorithm, cache) 
 
 
 @pytest.mark.parametrize(("algorithm", "cache"), SESSIONS)
-def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cache):
+def test_token_by_token_a_session_gives_torchs_tokens(quantized, torch_reference, algorithm, cache):
     checkpoint, params = quantized(algorithm, cache), SamplingParams(max_new_tokens=12)
     prompts = [[5, 9, 2, 40, 11], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
     answers = []
@@ -190,8 +190,8 @@ def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cach
         assert same == len(ours) or rounds_activations(checkpoint)
         if same < len(ours):  # they part where a tie in rounding decides between two tokens that are nearly tied
             config, weights = checkpoint.config, tensors_of(checkpoint)
-            torch_ = TorchExecutor(config, BUILD.resolve(config), SOLO, [weights], torch.device("cpu"))
-            logits = torch_.run(StepInputs([Chunk(0, 0, [*prompt, *theirs[:same]])]))[0]
+            step = StepInputs([Chunk(0, 0, [*prompt, *theirs[:same]])])
+            logits = torch_reference(config, weights, BUILD).run(step)[0]
             assert float(logits.max() - logits[ours[same]]) < 0.3
 
 
@@ -199,8 +199,9 @@ def test_token_by_token_a_session_gives_torchs_tokens(quantized, algorithm, cach
     ("algorithm", "cache"),
     [("W4A16", "INT8"), ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", None), ("FP8", "FP8")],
 )
-def test_ranks_together_are_torch(quantized, algorithm, cache):
-    assert_agree(quantized(algorithm, cache, kv_cache_scales="per_head"), Mapping(tp_size=2, pp_size=2))
+def test_ranks_together_are_torch(quantized, torch_reference, algorithm, cache):
+    checkpoint = quantized(algorithm, cache, kv_cache_scales="per_head")
+    assert_agree(checkpoint, torch_reference, Mapping(tp_size=2, pp_size=2))
 
 
 @pytest.mark.parametrize(("algorithm", "cache"), [("W8A16", None), ("W8A8_SQ_PER_TENSOR_PLUGIN", "INT8")])

@@ -14,7 +14,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import SessionConfig
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
-from trtlab.runtime.executor import StepInputs
+from trtlab.parallel.step import StepInputs
 from trtlab.runtime.pool import PoolSize, pool_size
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import HIDDEN_STATES, LOGITS, Bindings, profiles
