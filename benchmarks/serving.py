@@ -16,9 +16,12 @@ from torch import Tensor
 
 import trtlab
 from trtlab import tiny
-from trtlab.runtime.executor import Batch, TorchExecutor
+from trtlab.ops.cpu.ops import CpuBatch
+from trtlab.ops.paged import PackedBatch
+from trtlab.parallel.comm import Comm
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
+from trtlab.runtime.torch_backend import torch_backend
 
 
 def long_tailed(count: int, seed: int) -> list[tuple[int, int]]:
@@ -96,30 +99,21 @@ def prefix_reuse(engine: trtlab.Engine, runs: int, device: str, shared: int = 20
     print(f"  fresh {median(fresh) * 1e3:.1f} ms, reused {median(reused) * 1e3:.1f} ms: {ratio:.1f} times sooner")
 
 
-class NoModel(TorchExecutor):
-    """Prepares a step's inputs and runs no model: its logits stand ready."""
-
-    logits: Tensor
-
-    def forward(self, batch: Batch, every_token: bool) -> Tensor:
-        """Logits of none."""
-        return self.logits[: len(batch.token_ids if batch.last is None else batch.last)]
-
-
 def overhead(checkpoint: trtlab.Checkpoint, running: int, steps: int = 400) -> float:
     """Microseconds a generation step takes beside the model: the median over ``steps``."""
     build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=2048)
     engine = checkpoint.build(build, plan=False)
-    executor = NoModel(
-        engine.config,
-        engine.build_config,
-        engine.mapping,
-        [engine.weights(0)],
-        torch.device("cpu"),
-        trtlab.SessionConfig(),
+    backend = torch_backend(
+        engine.config, engine.build_config, engine.mapping, [engine.weights(0)], torch.device("cpu")
     )
-    executor.logits = torch.randn(running, engine.config.vocab_size)
-    loop = Loop(executor, engine.build_config, trtlab.SessionConfig(enable_block_reuse=True))
+    logits = torch.randn(running, engine.config.vocab_size)
+
+    def forward(batch: CpuBatch | PackedBatch, comm: Comm, every_token: bool) -> Tensor:
+        """Logits of no model: the step's inputs are prepared, and that is all."""
+        return logits[: len(batch.token_ids if batch.last is None else batch.last)]
+
+    vars(backend.ranks.ranks[0])["forward"] = forward
+    loop = Loop(backend, engine.build_config, trtlab.SessionConfig(enable_block_reuse=True))
     for number in range(1, running + 1):
         params = trtlab.SamplingParams(max_new_tokens=steps + 200, ignore_eos=True)
         loop.submit(RequestState(number, tuple(range(3, 35)), params))

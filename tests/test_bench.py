@@ -71,14 +71,14 @@ def test_every_length_is_crossed_with_every_batch(session, clock, tmp_path):
 
 
 def test_a_cell_that_runs_out_of_memory_says_so_and_the_next_goes_on(session, monkeypatch):
-    run = session._loop.executor.run
+    run = session._loop.backend.ranks.run
 
     def starved(step):
         if any(chunk.slot == 1 for chunk in step.chunks):
             raise torch.cuda.OutOfMemoryError("no memory")
         return run(step)
 
-    monkeypatch.setattr(session._loop.executor, "run", starved)
+    monkeypatch.setattr(session._loop.backend.ranks, "run", starved)
     first, second = trtlab.benchmark(session, [2, 1], [(8, 4)], warm_up=0, num_runs=1).rows
     assert math.isnan(first.tokens_per_sec)
     assert "tokens_per_sec OOM" in first.line

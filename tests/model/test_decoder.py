@@ -98,7 +98,7 @@ def token_by_token(session, ids):
 
     blocks = tuple(range(-(-len(ids) // session.kv_cache.pool.tokens_per_block)))
     steps = (StepInputs((Chunk(1, past, (token,), blocks),)) for past, token in enumerate(ids))
-    rows = [session._loop.executor.run(step) for step in steps]
+    rows = [session._loop.backend.ranks.run(step) for step in steps]
     return torch.cat(rows)
 
 

@@ -1,4 +1,4 @@
-"""An executor that knows no model: it shows whether every token lies where the block tables say, and after what."""
+"""A rank that knows no model: it shows whether every token lies where the block tables say, and after what."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from trtlab import BuildConfig, SamplingParams, SessionConfig
+from trtlab import BuildConfig, Mapping, SamplingParams, SessionConfig
+from trtlab.parallel.comm import Comm
+from trtlab.parallel.ranks import RankGroup
 from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.runtime.backend import Backend
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.pool import Bound, PoolSize
 from trtlab.runtime.request_state import RequestState
@@ -42,10 +45,8 @@ def alone(prompt: tuple[int, ...], new: int, end: int | None = END) -> tuple[int
     return tuple(ids[len(prompt) :])
 
 
-class FakeExecutor:
+class FakeRank:
     """Keeps one number a place; ``before_run`` and ``before_copy`` are called first, to fail or to look."""
-
-    name = "fake"
 
     def __init__(self, num_blocks: int, tokens_per_block: int, *, paged: bool = True) -> None:
         self.pool = PoolSize(num_blocks, tokens_per_block, 1, (Bound("test", num_blocks),), paged)
@@ -57,7 +58,7 @@ class FakeExecutor:
         self.copied = 0
         self.closed = False
 
-    def run(self, step: StepInputs) -> torch.Tensor:
+    def run(self, step: StepInputs, comm: Comm) -> torch.Tensor:
         assert not self.closed
         self.last = step
         self.before_run(step)
@@ -104,7 +105,7 @@ class Clock:
 
 
 class Bench:
-    """A loop over a fake executor, the requests that were given to it, and what they should answer."""
+    """A loop over a fake rank, the requests that were given to it, and what they should answer."""
 
     def __init__(
         self,
@@ -121,7 +122,8 @@ class Bench:
         paged: bool = True,
         events_kept: int = 10_000,
     ) -> None:
-        self.executor = FakeExecutor(num_blocks, tokens_per_block, paged=paged)
+        self.rank = FakeRank(num_blocks, tokens_per_block, paged=paged)
+        backend = Backend("fake", self.rank.pool, RankGroup([self.rank], Mapping()))
         self.batch, self.budget, self.size = batch, budget, tokens_per_block
         self.clock = Clock()
         build = BuildConfig(
@@ -138,7 +140,7 @@ class Bench:
             batching_type="INFLIGHT" if in_flight else "STATIC",
             events_kept=events_kept,
         )
-        self.loop = Loop(self.executor, build, config, self.clock)
+        self.loop = Loop(backend, build, config, self.clock)
         self.numbers = itertools.count(1)
 
     @property
@@ -164,13 +166,13 @@ class Bench:
 
     def step(self):
         """One step, and everything that must hold after it."""
-        self.executor.last = None
-        tries, look = [], self.executor.before_run
-        self.executor.before_run = lambda step: (tries.append(step), look(step))
+        self.rank.last = None
+        tries, look = [], self.rank.before_run
+        self.rank.before_run = lambda step: (tries.append(step), look(step))
         try:
             event = self.loop.step()
         finally:
-            self.executor.before_run = look
+            self.rank.before_run = look
             self.loop.check_integrity()
         if event is None:
             assert not tries

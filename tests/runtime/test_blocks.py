@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
         self.model = Model(num_blocks, size, reuse)
         self.chains: dict[int, Chain] = {}
         self.past: dict[int, int] = {}
-        self.memory = [[None] * size for _ in range(num_blocks)]  # what an executor would hold
+        self.memory = [[None] * size for _ in range(num_blocks)]  # what a rank would hold
         self.shadow: dict[int, Block] = {}
         self.log, self.history = EventLog(4), []
         self.numbers = iter(range(1, 10**6))

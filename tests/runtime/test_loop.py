@@ -46,7 +46,7 @@ def test_an_error_that_repeats_alone_ends_the_request_whose_it_is(bench, after):
     for _ in range(after):
         bed.step()
     guilty = requests[2]
-    bed.executor.before_run = fail_when(takes_part(guilty))
+    bed.rank.before_run = fail_when(takes_part(guilty))
     bed.run()
     assert guilty.finish_reason == "error" and len(guilty.output_ids) == after
     assert str(guilty.error).startswith(f"request 3 failed in step {after}: ValueError: broken")
@@ -59,7 +59,7 @@ def test_an_error_that_does_not_repeat_alone_ends_nobody(bench):
     bed = bench()
     requests = submitted(bed)
     bed.step()
-    bed.executor.before_run = fail_when(lambda step: len(step.chunks) > 1, times=1)
+    bed.rank.before_run = fail_when(lambda step: len(step.chunks) > 1, times=1)
     event = bed.step()
     assert [work.request for work in event.work] == [1, 2, 3, 4] and event.generated == 4
     bed.run()
@@ -69,7 +69,7 @@ def test_an_error_that_does_not_repeat_alone_ends_nobody(bench):
 def test_an_error_with_every_batch_still_lets_all_finish_one_by_one(bench):
     bed = bench()
     requests = submitted(bed)
-    bed.executor.before_run = fail_when(lambda step: len(step.chunks) > 1)
+    bed.rank.before_run = fail_when(lambda step: len(step.chunks) > 1)
     bed.run()
     check_all(bed, *requests)
 
@@ -77,10 +77,10 @@ def test_an_error_with_every_batch_still_lets_all_finish_one_by_one(bench):
 def test_an_error_that_everyone_meets_ends_everyone_and_the_loop_goes_on(bench):
     bed = bench()
     requests = submitted(bed)
-    bed.executor.before_run = fail_when(lambda step: True)
+    bed.rank.before_run = fail_when(lambda step: True)
     event = bed.step()
     assert event.work == () and [f.reason for f in event.finished] == ["error"] * 4
-    bed.executor.before_run = lambda step: None
+    bed.rank.before_run = lambda step: None
     check_all(bed, *requests, reasons=("error",))
     again = submitted(bed)
     bed.run()
@@ -96,11 +96,11 @@ def test_an_error_while_blocks_are_copied_ends_those_of_the_step_and_the_loop_go
     def broken(copies):
         raise OSError("no copy")
 
-    bed.executor.before_copy = broken
+    bed.rank.before_copy = broken
     bed.step()
     assert parent.finish_reason == child.finish_reason == "error"
     assert f"request {child.number} failed" in str(child.error) and "OSError: no copy" in str(child.error)
-    bed.executor.before_copy = lambda copies: None
+    bed.rank.before_copy = lambda copies: None
     again = submitted(bed)
     bed.run()
     check_all(bed, *again)
@@ -123,7 +123,7 @@ def test_logits_without_probabilities_end_the_request_that_draws_from_them(bench
     bed = bench()
     guilty = bed.submit((3, 3), params=SamplingParams(max_new_tokens=6, temperature=1.0, seed=1))
     requests = submitted(bed)[:3]
-    bed.executor.logits = spoiled([guilty], value)
+    bed.rank.logits = spoiled([guilty], value)
     bed.run()
     assert guilty.finish_reason == "error" and f"request {guilty.number} failed" in str(guilty.error)
     for request in requests:
@@ -137,7 +137,7 @@ def test_logits_that_are_not_numbers_end_a_greedy_request_too(bench, penalty):
     bed = bench()
     guilty = bed.submit((3, 3), params=SamplingParams(max_new_tokens=6, repetition_penalty=penalty))
     requests = submitted(bed)[:3]
-    bed.executor.logits = spoiled([guilty], float("nan"))
+    bed.rank.logits = spoiled([guilty], float("nan"))
     bed.run()
     assert guilty.finish_reason == "error" and "one is not a number" in str(guilty.error)
     for request in requests:
@@ -156,7 +156,7 @@ def test_a_neighbour_without_probabilities_does_not_change_what_others_draw(benc
         for _ in range(3):
             bed.step()
         if spoil:
-            bed.executor.logits = spoiled([guilty], float("nan"))
+            bed.rank.logits = spoiled([guilty], float("nan"))
         bed.run()
         assert guilty.finish_reason == ("error" if spoil else "length")
         answers.append(request.output_ids)
@@ -218,11 +218,11 @@ def test_an_interrupt_while_the_model_runs_leaves_the_loop_usable(bench, after, 
     requests = submitted(bed)
     for _ in range(after):
         bed.step()
-    bed.executor.before_run = interrupt
+    bed.rank.before_run = interrupt
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             bed.step()
-    bed.executor.before_run = lambda step: None
+    bed.rank.before_run = lambda step: None
     bed.run()
     check_all(bed, *requests)
 
@@ -232,10 +232,10 @@ def test_an_interrupt_before_a_block_is_copied_loses_nothing_of_it(bench):
     parent = bed.submit(PROMPTS[0], 9)
     bed.step()
     child = bed.fork(parent)
-    bed.executor.before_copy = interrupt
+    bed.rank.before_copy = interrupt
     with pytest.raises(KeyboardInterrupt):
         bed.step()
-    bed.executor.before_copy = lambda copies: None
+    bed.rank.before_copy = lambda copies: None
     bed.run()
     check_all(bed, parent, child)
 
@@ -270,7 +270,7 @@ def test_a_request_may_be_cancelled_from_within_a_step(bench):
 
         bed.loop.submit(dropped, cancel if when == "listener" else None)
         if when == "before_run":
-            bed.executor.before_run = cancel
+            bed.rank.before_run = cancel
         bed.step()
         assert dropped.finish_reason == "cancelled"
         bed.run()
@@ -335,7 +335,7 @@ def test_close_cancels_what_is_under_way_and_a_second_close_is_harmless(bench):
     bed.step()
     bed.loop.close()
     bed.loop.close()
-    assert bed.executor.closed and all(request.finish_reason == "cancelled" for request in requests)
+    assert bed.rank.closed and all(request.finish_reason == "cancelled" for request in requests)
     assert "closed while request 3 was under way" in str(requests[2].error)
     bed.check_empty()
     fresh = bed.request((1, 2))
@@ -403,7 +403,7 @@ def test_logits_leave_no_trace(bench):
 
 def test_an_error_in_logits_gives_the_slot_back(bench):
     bed = bench()
-    bed.executor.before_run = fail_when(lambda step: True)
+    bed.rank.before_run = fail_when(lambda step: True)
     with pytest.raises(ValueError, match="broken"):
         bed.loop.logits([1, 2, 3])
     bed.check_empty()
@@ -421,7 +421,7 @@ def test_slots_without_paging_keep_the_same_account_and_share_nothing(bench):
         check_all(bed, *requests)
         answers.append([request.output_ids for request in requests])
         if not paged:
-            assert used == 3 + 1 + 2 + 2 and bed.executor.copied == 0
+            assert used == 3 + 1 + 2 + 2 and bed.rank.copied == 0
             assert bed.loop.kv_cache.reused_tokens == 0 and not bed.loop.kv_cache.reuse_enabled
     assert answers[0] == answers[1]
 

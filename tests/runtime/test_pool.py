@@ -88,11 +88,9 @@ def test_a_session_tells_the_bytes_that_its_caches_take(random_model, backend):
         pool = session.kv_cache.pool
         assert pool.block_bytes == 2 * 2 * 2 * 16 * 8 * 4  # K and V, layers, heads, head size, tokens, float32
         assert pool.num_blocks == 2 * 4 and pool.paged == (backend == "torch")
-        caches = session._loop.executor._caches
-        if backend == "torch":
-            assert sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) == pool.nbytes
-        else:
-            assert sum(tensor.nbytes for rank in caches for tensor in rank.values()) == pool.nbytes
+        (rank,) = session._loop.backend.ranks.ranks
+        held = [rank.cache.keys, rank.cache.values] if backend == "torch" else rank.caches.values()
+        assert sum(tensor.nbytes for tensor in held) == pool.nbytes
 
 
 @pytest.mark.parametrize("algorithm", ["INT8", "FP8"])

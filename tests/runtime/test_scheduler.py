@@ -347,6 +347,6 @@ def test_a_borrowed_slot_comes_back_after_an_error():
     bed = Bed(batch=1)
     with pytest.raises(ValueError, match="inside"), bed.scheduler.borrowed_slot(3):
         raise ValueError("inside")
-    with bed.scheduler.borrowed_slot(3) as slot:
+    with bed.scheduler.borrowed_slot(3) as (slot, _):
         assert slot == 0
     bed.scheduler.check_integrity()

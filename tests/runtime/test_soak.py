@@ -34,7 +34,7 @@ def test_thousands_of_requests_leave_nothing_behind(bench, no_evict, target):
             ended[request.finish_reason] += 1
             bed.check_answer(request)
 
-    bed.executor.before_run = sometimes_fail
+    bed.rank.before_run = sometimes_fail
     tracemalloc.start()
     try:
         count = 0

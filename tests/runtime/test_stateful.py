@@ -20,7 +20,7 @@ THEN = SOME([1, 2, 3, 4, 6, 12])  # steps after each change
 
 
 def fails_with(request):
-    """An executor's hook that fails whenever this request takes part, alone or with others."""
+    """A rank's hook that fails whenever this request takes part, alone or with others."""
 
     def look(step):
         if any(chunk.slot == request.slot for chunk in step.chunks):
@@ -41,7 +41,7 @@ def fails_once(counter):
 
 
 class Machine(RuleBasedStateMachine):
-    """A loop over the fake executor. What a request answers is compared with a plain loop at its end."""
+    """A loop over the fake rank. What a request answers is compared with a plain loop at its end."""
 
     counted: ClassVar[Counter[str]] = Counter()
 
@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         bench, request = self.bench, self.pick(number)
         before = [r for r in self.live if not r.done]
         if kind == "own":
-            bench.executor.before_run = fails_with(request)
+            bench.rank.before_run = fails_with(request)
             bench.step()
             if request.done and request.finish_reason == "error":
                 assert f"request {request.number} failed" in str(request.error)
@@ -154,20 +154,20 @@ class Machine(RuleBasedStateMachine):
                 self.counted["failed"] += 1
             assert [r.error for r in before if r is not request and r.error] == []
         elif kind == "passing":
-            bench.executor.before_run = fails_once([1])
+            bench.rank.before_run = fails_once([1])
             many = bench.step()
             failed = [r for r in before if r.finish_reason == "error"]
             assert len(failed) <= 1 and (not failed or many.work == ()), "alone it cannot be told from its own fault"
         elif kind == "interrupt":
-            bench.executor.before_run = interrupt
-            bench.executor.before_copy = interrupt
+            bench.rank.before_run = interrupt
+            bench.rank.before_copy = interrupt
             try:
                 bench.step()
             except KeyboardInterrupt:
                 self.counted["interrupted"] += 1
             assert [r for r in before if r.finish_reason == "error"] == []
-            bench.executor.before_copy = lambda copies: None
-        bench.executor.before_run = lambda step: None
+            bench.rank.before_copy = lambda copies: None
+        bench.rank.before_run = lambda step: None
         self.settle()
         self.steps(then)
 
@@ -204,10 +204,10 @@ class Machine(RuleBasedStateMachine):
         assert not self.live
         self.bench.check_empty()
         self.counted["steps"] += taken
-        self.counted["copied"] += self.bench.executor.copied
+        self.counted["copied"] += self.bench.rank.copied
         self.counted["evicted"] += self.bench.blocks.evicted
         self.bench.loop.close()
-        assert self.bench.executor.closed
+        assert self.bench.rank.closed
 
 
 def interrupt(*_):

@@ -362,14 +362,14 @@ def test_a_failed_request_raises_its_error_each_time_and_the_others_finish(opene
     session = opened()
     requests = submit_all(session)
     session.step()
-    run, guilty = session._loop.executor.run, requests[1]
+    run, guilty = session._loop.backend.ranks.run, requests[1]
 
     def broken(step):
         if any(chunk.slot == guilty.state.slot for chunk in step.chunks):
             raise RuntimeError("overflow")
         return run(step)
 
-    monkeypatch.setattr(session._loop.executor, "run", broken)
+    monkeypatch.setattr(session._loop.backend.ranks, "run", broken)
     for _ in range(2):
         with pytest.raises(RequestError, match="request 2 failed in step 1: RuntimeError: overflow") as caught:
             guilty.result()
@@ -388,7 +388,7 @@ def test_an_interrupted_generate_leaves_the_session_empty_and_other_requests_who
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(session._loop.executor, "run", interrupt)
+        patch.setattr(session._loop.backend.ranks, "run", interrupt)
         session.generate(PROMPTS[1:4])
     assert session.running + session.waiting == 1
     assert other.result().token_ids == expected[0] and idle(session)
@@ -472,7 +472,7 @@ def test_a_failed_stream_raises(talk, monkeypatch):
         raise RuntimeError("overflow")
 
     with monkeypatch.context() as patch, pytest.raises(RequestError, match="request 1 failed"):
-        patch.setattr(talk._loop.executor, "run", broken)
+        patch.setattr(talk._loop.backend.ranks, "run", broken)
         list(stream)
     assert talk.generate("the cat", FREE).text
 
@@ -481,13 +481,13 @@ def test_a_failed_stream_raises(talk, monkeypatch):
 
 
 def slowed(session, monkeypatch, seconds=0.01):
-    run = session._loop.executor.run
+    run = session._loop.backend.ranks.run
 
     def slow(step):
         time.sleep(seconds)
         return run(step)
 
-    monkeypatch.setattr(session._loop.executor, "run", slow)
+    monkeypatch.setattr(session._loop.backend.ranks, "run", slow)
 
 
 async def text_of(request):
@@ -562,7 +562,7 @@ def test_a_failed_request_raises_in_the_event_loop(talk, monkeypatch):
         await (request if wait else text_of(request))
 
     with monkeypatch.context() as patch:
-        patch.setattr(talk._loop.executor, "run", broken)
+        patch.setattr(talk._loop.backend.ranks, "run", broken)
         for wait in (True, False):
             with pytest.raises(RequestError, match="failed in step"):
                 asyncio.run(main(wait))

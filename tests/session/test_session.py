@@ -290,8 +290,8 @@ def test_streams_side_by_side_each_give_their_own_text(talk):
 
 
 def failing(session, calls, times):
-    """Make the executor fail ``times`` times, after so many calls."""
-    run = session._loop.executor.run
+    """Make a step fail ``times`` times, after so many calls."""
+    run = session._loop.backend.ranks.run
     numbers = itertools.count()
 
     def broken(step):
@@ -299,7 +299,7 @@ def failing(session, calls, times):
             raise RuntimeError("out of memory")
         return run(step)
 
-    session._loop.executor.run = broken
+    session._loop.backend.ranks.run = broken
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])
@@ -321,13 +321,13 @@ def test_a_step_that_fails_once_is_made_up_for(calls, random_model, open_session
     assert tokens([request.result() for request in requests]) == tokens(one_by_one)
 
 
-@pytest.mark.parametrize("where", ["sampler", "executor"])
+@pytest.mark.parametrize("where", ["sampler", "ranks"])
 def test_an_error_ends_the_request_whose_it_is_and_no_other(where, talk, monkeypatch):
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     expected = talk.generate("the", params).text
     stream = talk.stream("the", params)
     first = next(stream)
-    compute, choose = talk._loop.executor.run, loop.sample
+    compute, choose = talk._loop.backend.ranks.run, loop.sample
 
     def run(step):
         if any(chunk.slot != 0 for chunk in step.chunks):
@@ -340,7 +340,9 @@ def test_an_error_ends_the_request_whose_it_is_and_no_other(where, talk, monkeyp
         return choose(logits, requests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(talk._loop.executor, "run", run) if where == "executor" else patch.setattr(loop, "sample", choice)
+        patch.setattr(talk._loop.backend.ranks, "run", run) if where == "ranks" else patch.setattr(
+            loop, "sample", choice
+        )
         with pytest.raises(RequestError, match=r"request \d+ failed in step \d+: RuntimeError: no choice") as caught:
             talk.generate("a cat", params)
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -353,15 +355,12 @@ def test_a_rank_that_fails_reports_its_own_error_and_frees_the_slots(random_mode
 
     session = open_session(random_model(), Mapping(tp_size=2), **BOUNDS)
     expected = session.generate(PROMPTS[0])
-    forward = session._loop.executor._rank_forward
 
-    def broken(rank, *rest):
-        if rank == 1:
-            raise RuntimeError("rank 1 ran out of memory")
-        return forward(rank, *rest)
+    def broken(step, comm):
+        raise RuntimeError("rank 1 ran out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._loop.executor, "_rank_forward", broken)
+        patch.setattr(session._loop.backend.ranks.ranks[1], "run", broken)
         with pytest.raises(RequestError, match="rank 1 ran out of memory"):
             session.generate(PROMPTS[0])
     assert session.running == 0
@@ -523,7 +522,7 @@ def test_end_ids_are_those_of_the_models_files_wherever_they_stand(tmp_path, whe
 
 @pytest.mark.parametrize(("backend", "loops"), [("torch", True), ("torch", False), ("interpreter", True)])
 def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypatch, backend, loops):
-    monkeypatch.setattr("trtlab.runtime.executor.has_loops", lambda: loops and has_loops())
+    monkeypatch.setattr("trtlab.runtime.torch_backend.has_loops", lambda: loops and has_loops())
     checkpoint = Checkpoint.from_hugging_face(random_model())
     table = checkpoint.tensors[EMBEDDING].read().clone()
     table[5] = torch.nan

@@ -12,7 +12,7 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.parallel.step import StepInputs
-from trtlab.runtime.executor import TorchExecutor
+from trtlab.runtime.torch_backend import torch_backend
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
@@ -81,14 +81,14 @@ class TorchBySlot:
     ) -> None:
         ranks = [ranks] if isinstance(ranks, dict) else ranks
         build = build.resolve(config)
-        self._executor = TorchExecutor(config, build, mapping or Mapping(), ranks, torch.device("cpu"))
+        self._ranks = torch_backend(config, build, mapping or Mapping(), ranks, torch.device("cpu")).ranks
         self._blocks = -(-build.seq_len // build.tokens_per_block)
-        self.close = self._executor.close
+        self.close = self._ranks.close
 
     def run(self, step: StepInputs) -> torch.Tensor:
         own = {chunk.slot: range(chunk.slot * self._blocks, (chunk.slot + 1) * self._blocks) for chunk in step.chunks}
         chunks = tuple(chunk._replace(blocks=tuple(own[chunk.slot])) for chunk in step.chunks)
-        return self._executor.run(StepInputs(chunks, step.every_token))
+        return self._ranks.run(StepInputs(chunks, step.every_token))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The block pool of the KV cache: which blocks are free, whose the others are, which still hold a known prefix.
 
-Knows tokens and block numbers, no tensors: an executor holds the memory that the numbers stand for.
+Knows tokens and block numbers, no tensors: the ranks hold the memory that the numbers stand for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine room of a session: scheduler, blocks, executor and sampler, step by step. Knows tokens, not text."""
+"""The engine room of a session: scheduler, blocks, ranks and sampler, step by step. Knows tokens, not text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
 from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.runtime.backend import Backend
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
-from trtlab.runtime.executor import Executor
 from trtlab.runtime.kv_cache import KvCache
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
@@ -32,13 +32,13 @@ class Loop:
 
     def __init__(
         self,
-        executor: Executor,
+        backend: Backend,
         build: BuildConfig,
         config: SessionConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        pool = executor.pool
-        self.executor = executor
+        pool = backend.pool
+        self.backend = backend
         self.clock = clock
         self.lock = threading.RLock()
         self.events = EventLog(config.events_kept)
@@ -79,7 +79,7 @@ class Loop:
                 raise RequestError(f"request {parent.number} is not under way in this session", remedy="submit it here")
             self.scheduler.refuse_if_never(child)
             self._register(child, listener)
-            if not (self.executor.pool.paged and self.scheduler.fork(parent, child)):
+            if not (self.backend.pool.paged and self.scheduler.fork(parent, child)):
                 self.scheduler.add(child)
 
     def _register(self, request: RequestState, listener: Listener | None) -> None:
@@ -155,7 +155,7 @@ class Loop:
         turns = list(step.chunks.items())
         try:
             if step.copies:
-                self.executor.copy_blocks(step.copies)
+                self.backend.ranks.copy_blocks(step.copies)
         except Exception as error:  # noqa: BLE001 - whatever it was, nobody's blocks are sure to be right now
             for request, _ in turns:
                 self._fail(request, error)
@@ -175,7 +175,7 @@ class Loop:
         return work
 
     def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
-        logits = self.executor.run(StepInputs(tuple(chunk for _, chunk in turns)))
+        logits = self.backend.ranks.run(StepInputs(tuple(chunk for _, chunk in turns)))
         ready = [
             row
             for row, (request, (_, past, token_ids, _)) in enumerate(turns)
@@ -227,7 +227,7 @@ class Loop:
             limit = self._max_num_tokens
             starts = range(0, len(token_ids), limit)
             chunks = [Chunk(slot, start, tuple(token_ids[start : start + limit]), blocks) for start in starts]
-            parts = [self.executor.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
+            parts = [self.backend.ranks.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
             return torch.cat([part.cpu() for part in parts])
 
     def check_integrity(self) -> None:
@@ -238,7 +238,7 @@ class Loop:
         assert not any(request.done for request in known), "who is done has left"
 
     def close(self) -> None:
-        """Cancel what is under way and free the executor; a second close is harmless."""
+        """Cancel what is under way and free the ranks; a second close is harmless."""
         with self.lock:
             if self.closed:
                 return
@@ -249,7 +249,7 @@ class Loop:
                 )
                 self._end(request, "cancelled")
             self.closed = True
-            self.executor.close()
+            self.backend.ranks.close()
 
     def _require_open(self) -> None:
         if self.closed:

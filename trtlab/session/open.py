@@ -1,4 +1,4 @@
-"""Which executor runs an engine: the one asked for, or the best that is here; and why."""
+"""Which backend runs an engine: the one asked for, or the best that is here; and why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from trtlab.config.session import SessionConfig
 from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.fits import require_room_to_run
-from trtlab.runtime.executor import Executor, TorchExecutor
+from trtlab.runtime.backend import Backend
+from trtlab.runtime.torch_backend import torch_backend
 from trtlab.session.session import RunnableEngine, Session
-from trtlab.tensorrt.run.executor import interpreter_executor
-from trtlab.tensorrt.run.plan_runner import plan_executor
+from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
+from trtlab.tensorrt.run.plan_runner import plan_backend
 
 BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
 
@@ -28,8 +29,8 @@ def open_session(engine: RunnableEngine, config: SessionConfig, backend: str, de
     chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
     where = torch.device("cpu") if chosen == "interpreter" else target
     require_room_to_run(engine.config, engine.build_config, engine.mapping, engine.layout, config, where)
-    executor = EXECUTORS[chosen](engine, target, config)
-    return Session(engine, executor, config, f"{chosen} on {where}: {reason}")
+    running = OPENERS[chosen](engine, target, config)
+    return Session(engine, running, config, f"{chosen} on {where}: {reason}")
 
 
 def _best(engine: RunnableEngine, device: torch.device) -> tuple[str, str]:
@@ -42,17 +43,17 @@ def _best(engine: RunnableEngine, device: torch.device) -> tuple[str, str]:
     return ("tensorrt" if verdict else "torch"), verdict.reason
 
 
-def _torch(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Executor:
+def _torch(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Backend:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    return TorchExecutor(engine.config, engine.build_config, engine.mapping, ranks, device, config)
+    return torch_backend(engine.config, engine.build_config, engine.mapping, ranks, device, config)
 
 
-def _interpreter(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Executor:
+def _interpreter(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Backend:
     ranks = [engine.weights(rank) for rank in engine.mapping.ranks]
-    return interpreter_executor(engine.config, engine.build_config, engine.mapping, ranks, config)
+    return interpreter_backend(engine.config, engine.build_config, engine.mapping, ranks, config)
 
 
-def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Executor:
+def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Backend:
     if engine.plans is None:
         raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
     if device.type != "cuda":
@@ -62,10 +63,10 @@ def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfi
         )
     plan = engine.plans.files[0].read_bytes()
     record = engine.plans.records[0]
-    return plan_executor(engine.config, engine.build_config, engine.mapping, plan, record, device, config)
+    return plan_backend(engine.config, engine.build_config, engine.mapping, plan, record, device, config)
 
 
-EXECUTORS: dict[str, Callable[[RunnableEngine, torch.device, SessionConfig], Executor]] = {
+OPENERS: dict[str, Callable[[RunnableEngine, torch.device, SessionConfig], Backend]] = {
     "torch": _torch,
     "interpreter": _interpreter,
     "tensorrt": _tensorrt,

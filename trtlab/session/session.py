@@ -21,8 +21,8 @@ from trtlab.config.sampling import SamplingParams
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
 from trtlab.parallel.shard import EmbeddingLayout
+from trtlab.runtime.backend import Backend
 from trtlab.runtime.events import EventLog, StepEvent
-from trtlab.runtime.executor import Executor
 from trtlab.runtime.kv_cache import KvCache
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
@@ -82,19 +82,19 @@ class Session(Shown):
     Two sessions can live side by side: nothing is shared but the engine's weights on disk.
     """
 
-    def __init__(self, engine: RunnableEngine, executor: Executor, config: SessionConfig, reason: str) -> None:
+    def __init__(self, engine: RunnableEngine, backend: Backend, config: SessionConfig, reason: str) -> None:
         self.engine = engine
         self.config = config
         self.backend_reason = reason
         self._tokenizer = Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None
-        self._loop = Loop(executor, engine.build_config, config)
+        self._loop = Loop(backend, engine.build_config, config)
         self._numbers = itertools.count(1)
         self._thread: ThreadPoolExecutor | None = None
 
     @property
     def backend(self) -> str:
-        """Which executor runs: tensorrt, torch or interpreter."""
-        return self._loop.executor.name
+        """Which backend runs: tensorrt, torch or interpreter."""
+        return self._loop.backend.name
 
     @property
     def running(self) -> int:

@@ -22,7 +22,7 @@ from trtlab.parallel.comm import Solo
 from trtlab.parallel.step import Chunk
 from trtlab.tensorrt.emit.emission import Emission
 from trtlab.tensorrt.run.batching import Run, plan_inputs, write_updates
-from trtlab.tensorrt.run.executor import allocate
+from trtlab.tensorrt.run.plan_rank import allocate
 
 # Relative differences that rounding alone explains in a model of a few dozen layers.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}

@@ -360,7 +360,7 @@ def test_a_session_gives_the_same_with_loops_and_without(random_model, monkeypat
         checkpoint = checkpoint.quantize(quant, calibration=[ids] if quant.reads_texts else None)
     found = []
     for loops in (True, False):
-        monkeypatch.setattr("trtlab.runtime.executor.has_loops", lambda loops=loops: loops)
+        monkeypatch.setattr("trtlab.runtime.torch_backend.has_loops", lambda loops=loops: loops)
         with checkpoint.build(BuildConfig(), plan=False).session(backend="torch", device="cpu") as session:
             tokens = session.generate([ids, ids[:3]], SamplingParams(max_new_tokens=12, logprobs=True))
             found.append((session.logits(ids), tokens))

@@ -1,4 +1,4 @@
-"""Whole decoders: the network that TensorRT compiles, run by the interpreter, against the torch executor."""
+"""Whole decoders: the network that TensorRT compiles, run by the interpreter, against torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtlab.errors import EngineError, RequestError
 from trtlab.parallel.shard import shard, shared_where_possible
 from trtlab.parallel.step import Chunk, StepInputs
 from trtlab.storage.lazy import held
-from trtlab.tensorrt.run.executor import interpreter_executor
+from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
 VARIANTS = {
     "gqa": {},
@@ -43,7 +43,7 @@ def prompts(vocab_size, lengths, seed=0):
 def test_prefill_and_mixed_decoding_equal_torch(small, bounds, weights_of, torch_reference, changes):
     config = small.replace(**changes)
     weights = weights_of(config)
-    theirs, ours = torch_reference(config, weights), interpreter_executor(config, bounds, Mapping(), [weights])
+    theirs, ours = torch_reference(config, weights), interpreter_backend(config, bounds, Mapping(), [weights]).ranks
     texts = prompts(config.vocab_size, (7, 1, 11))
     steps = [StepInputs([Chunk(slot, 0, ids) for slot, ids in enumerate(texts)])]
     for step in range(4):  # slots 0 and 2 go on at unlike lengths, slot 1 pauses between them every other step
@@ -56,7 +56,7 @@ def test_prefill_and_mixed_decoding_equal_torch(small, bounds, weights_of, torch
 
 def test_thirty_decode_steps_stay_equal(small, bounds, weights_of, torch_reference):
     weights = weights_of(small)
-    theirs, ours = torch_reference(small, weights), interpreter_executor(small, bounds, Mapping(), [weights])
+    theirs, ours = torch_reference(small, weights), interpreter_backend(small, bounds, Mapping(), [weights]).ranks
     (text,) = prompts(small.vocab_size, (8,))
     step = StepInputs([Chunk(1, 0, text)])
     for past in range(8, 40):
@@ -69,8 +69,8 @@ def test_thirty_decode_steps_stay_equal(small, bounds, weights_of, torch_referen
 def test_a_prompt_in_pieces_equals_the_prompt_at_once(small, bounds, weights_of):
     weights = weights_of(small)
     (text,) = prompts(small.vocab_size, (20,))
-    whole = interpreter_executor(small, bounds, Mapping(), [weights]).run(StepInputs([Chunk(0, 0, text)]))
-    pieces = interpreter_executor(small, bounds, Mapping(), [weights])
+    whole = interpreter_backend(small, bounds, Mapping(), [weights]).ranks.run(StepInputs([Chunk(0, 0, text)]))
+    pieces = interpreter_backend(small, bounds, Mapping(), [weights]).ranks
     pieces.run(StepInputs([Chunk(0, 0, text[:9])]))
     torch.testing.assert_close(pieces.run(StepInputs([Chunk(0, 9, text[9:])])), whole, atol=1e-5, rtol=1e-5)
 
@@ -80,7 +80,7 @@ def test_every_token_in_the_order_of_the_chunks(small, bounds, weights_of, torch
     weights = weights_of(small)
     texts = prompts(small.vocab_size, (36, 1, 5))
     step = StepInputs([Chunk(slot, 0, text) for slot, text in zip((2, 0, 1), texts, strict=True)], every_token=True)
-    ours = interpreter_executor(small, build, Mapping(), [weights]).run(step)
+    ours = interpreter_backend(small, build, Mapping(), [weights]).ranks.run(step)
     torch.testing.assert_close(ours, torch_reference(small, weights, build).run(step), atol=1e-4, rtol=1e-4)
     assert ours.shape == (42, small.vocab_size)
 
@@ -91,7 +91,7 @@ def test_low_precision_stays_near_float32(small, bounds, weights_of, torch_refer
     weights = weights_of(config)
     (text,) = prompts(small.vocab_size, (20,))
     step = StepInputs([Chunk(0, 0, text)], every_token=True)
-    ours = interpreter_executor(config, bounds, Mapping(), [weights]).run(step)
+    ours = interpreter_backend(config, bounds, Mapping(), [weights]).ranks.run(step)
     expected = torch_reference(config, weights).run(step)  # torch on a CPU computes in float32
     assert ours.dtype == torch.float32
     assert (ours - expected).abs().max() < tolerance * expected.abs().max()
@@ -108,7 +108,7 @@ def test_ranks_together_equal_one(small, bounds, weights_of, torch_reference, ma
         for rank in mapping.ranks
     ]
     assert [set(s) for s in shards] == [set(rank_shapes(config, mapping, rank, layout)) for rank in mapping.ranks]
-    ours, theirs = interpreter_executor(config, bounds, mapping, shards), torch_reference(config, weights)
+    ours, theirs = interpreter_backend(config, bounds, mapping, shards).ranks, torch_reference(config, weights)
     texts = prompts(config.vocab_size, (6, 9))
     for step in (
         StepInputs([Chunk(slot, 0, text) for slot, text in enumerate(texts)]),
@@ -119,27 +119,27 @@ def test_ranks_together_equal_one(small, bounds, weights_of, torch_reference, ma
 
 
 def test_a_full_slot_is_refused_before_anything_is_written(small, bounds, weights_of):
-    executor = interpreter_executor(small, bounds, Mapping(), [weights_of(small)])
-    executor.run(StepInputs([Chunk(0, 0, [1] * 40)]))
+    ranks = interpreter_backend(small, bounds, Mapping(), [weights_of(small)]).ranks
+    ranks.run(StepInputs([Chunk(0, 0, [1] * 40)]))
     with pytest.raises(RequestError, match=r"slot 0 is full: it holds 40 tokens and 1 more.*max_seq_len 40"):
-        executor.run(StepInputs([Chunk(0, 40, [1])]))
+        ranks.run(StepInputs([Chunk(0, 40, [1])]))
 
 
 def test_a_slot_beyond_the_batch_is_refused(small, bounds, weights_of):
-    executor = interpreter_executor(small, bounds, Mapping(), [weights_of(small)])
+    ranks = interpreter_backend(small, bounds, Mapping(), [weights_of(small)]).ranks
     with pytest.raises(EngineError, match="slot 3 lies beyond the plan's batch; expected 0 to 2"):
-        executor.run(StepInputs([Chunk(3, 0, [1, 2])]))
+        ranks.run(StepInputs([Chunk(3, 0, [1, 2])]))
 
 
 def test_a_slot_is_used_again_without_a_trace_of_the_first_request(small, bounds, weights_of):
     weights = weights_of(small)
-    used, fresh = (interpreter_executor(small, bounds, Mapping(), [weights]) for _ in range(2))
+    used, fresh = (interpreter_backend(small, bounds, Mapping(), [weights]).ranks for _ in range(2))
     used.run(StepInputs([Chunk(0, 0, [3] * 30)]))
     step = StepInputs([Chunk(0, 0, [5, 6, 7])])
     assert torch.equal(used.run(step), fresh.run(step))
 
 
 def test_closing_twice_is_harmless(small, bounds, weights_of):
-    executor = interpreter_executor(small, bounds, Mapping(), [weights_of(small)])
-    executor.close()
-    executor.close()
+    ranks = interpreter_backend(small, bounds, Mapping(), [weights_of(small)]).ranks
+    ranks.close()
+    ranks.close()

@@ -13,7 +13,7 @@ from trtlab.config.sampling import SamplingParams
 from trtlab.config.session import SessionConfig
 from trtlab.session.session import Session
 from trtlab.tensorrt.emit.emission import emit
-from trtlab.tensorrt.run.executor import interpreter_executor
+from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
 
 def test_layer_names_are_unique_and_bear_their_weights_names(small, bounds, weights_of):
@@ -89,8 +89,8 @@ def test_a_session_generates_the_same_tokens_through_the_network(small, bounds, 
     with engine.session(backend="torch") as session:
         expected = [answer.token_ids for answer in session.generate(prompts, params)]
         logits = session.logits(prompts[2])
-    executor = interpreter_executor(small, engine.build_config, Mapping(), [weights])
-    with Session(engine, executor, SessionConfig(), "the test asks for it") as session:
+    backend = interpreter_backend(small, engine.build_config, Mapping(), [weights])
+    with Session(engine, backend, SessionConfig(), "the test asks for it") as session:
         assert session.backend == "interpreter"
         assert [answer.token_ids for answer in session.generate(prompts, params)] == expected
         torch.testing.assert_close(session.logits(prompts[2]), logits, atol=1e-4, rtol=1e-4)

@@ -22,7 +22,7 @@ from trtlab.tensorrt.build.plan import build_plan
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.library import library
-from trtlab.tensorrt.run.executor import interpreter_executor
+from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
 from ...models import loud_checkpoint, random_texts, small_config
 
@@ -108,7 +108,7 @@ def assert_close(got, expected, checkpoint):
 def assert_agree(checkpoint, torch_reference, mapping=SOLO):
     engine = checkpoint.build(BUILD, mapping, plan=False)
     config, ranks = engine.config, [engine.weights(rank) for rank in mapping.ranks]
-    ours = interpreter_executor(config, BUILD, mapping, ranks)
+    ours = interpreter_backend(config, BUILD, mapping, ranks).ranks
     theirs = torch_reference(config, ranks, BUILD, mapping)
     pairs = [(ours.run(step), theirs.run(step)) for step in steps()]
     assert_close(*(torch.cat(side) for side in zip(*pairs, strict=True)), checkpoint)

@@ -23,7 +23,8 @@ from trtlab.tensorrt.bindings import bindings, profiles
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.run import plan_runner as runtime
-from trtlab.tensorrt.run.executor import TensorRTExecutor, interpreter_executor
+from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
+from trtlab.tensorrt.run.plan_rank import slot_backend
 
 
 def at_address(pointer: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -174,23 +175,23 @@ def steps():
 def test_bound_by_address_the_plan_gives_the_interpreters_logits(small, bounds, opened):
     runner, engine = opened()
     build = bounds.resolve(small)
-    ours = TensorRTExecutor("tensorrt", runner, [engine.table], build)
-    theirs = interpreter_executor(small, bounds, Mapping(), [opened.weights])
+    ours = slot_backend("tensorrt", [runner], [engine.table], build, Mapping()).ranks
+    theirs = interpreter_backend(small, bounds, Mapping(), [opened.weights]).ranks
     for step in steps():
         assert torch.equal(ours.run(step), theirs.run(step))
     assert engine.replays == 3  # of five steps with slots 0 to 2: the first runs, the second is captured as well
     ours.close()
 
 
-def test_a_quantized_cache_is_written_by_the_executor(small, bounds, weights_of, opened):
+def test_a_quantized_cache_is_written_by_the_rank(small, bounds, weights_of, opened):
     config = small.replace(quantization=QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales="per_head"))
     weights = weights_of(config)
     for name in weights:
         if "cache_scaling_factor" in name:
             weights[name] = torch.full_like(weights[name], 0.02)
     runner, engine = opened(config=config, weights=weights)
-    ours = TensorRTExecutor("tensorrt", runner, [engine.table], bounds.resolve(config))
-    theirs = interpreter_executor(config, bounds, Mapping(), [weights])
+    ours = slot_backend("tensorrt", [runner], [engine.table], bounds.resolve(config), Mapping()).ranks
+    theirs = interpreter_backend(config, bounds, Mapping(), [weights]).ranks
     for step in steps():
         assert torch.equal(ours.run(step), theirs.run(step))
     assert engine.replays == 3
@@ -201,7 +202,7 @@ def test_streamed_weights_are_never_captured(small, bounds, opened):
     build = BuildConfig(**{**vars(bounds), "weight_streaming": True})
     runner, engine = opened(build)
     assert engine.weight_streaming_budget_v2 == 12345
-    ours = TensorRTExecutor("tensorrt", runner, [engine.table], build.resolve(small))
+    ours = slot_backend("tensorrt", [runner], [engine.table], build.resolve(small), Mapping()).ranks
     for step in steps():
         ours.run(step)
     assert engine.replays == 0
@@ -210,7 +211,7 @@ def test_streamed_weights_are_never_captured(small, bounds, opened):
 
 def test_results_do_not_change_when_the_next_step_runs(small, bounds, opened):
     runner, engine = opened()
-    ours = TensorRTExecutor("tensorrt", runner, [engine.table], bounds.resolve(small))
+    ours = slot_backend("tensorrt", [runner], [engine.table], bounds.resolve(small), Mapping()).ranks
     first = ours.run(StepInputs([Chunk(0, 0, [1, 2])]))
     kept = first.clone()
     ours.run(StepInputs([Chunk(0, 2, [3])]))
@@ -223,6 +224,6 @@ def test_a_plan_that_does_not_open_or_run_is_an_error(small, bounds, opened):
     runner, engine = opened()
     engine.healthy = False
     with pytest.raises(EngineError, match="could not run the context profile"):
-        TensorRTExecutor("tensorrt", runner, [engine.table], bounds.resolve(small)).run(
+        slot_backend("tensorrt", [runner], [engine.table], bounds.resolve(small), Mapping()).ranks.run(
             StepInputs([Chunk(0, 0, [1, 2])])
         )

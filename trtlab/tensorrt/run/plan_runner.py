@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import abc
-from collections.abc import Sequence
 
 import torch
 
@@ -17,12 +16,14 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import EngineError
+from trtlab.parallel.comm import Comm
+from trtlab.runtime.backend import Backend
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import Bindings, bindings, profiles
 from trtlab.tensorrt.build.plan import PlanRecord
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
-from trtlab.tensorrt.run.executor import TensorRTExecutor
+from trtlab.tensorrt.run.plan_rank import slot_backend
 
 
 class PlanRunner:
@@ -73,14 +74,13 @@ class PlanRunner:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_key: object = None
 
-    def run(self, profile: str, inputs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """See Runner. A generation run that repeats the one before in shape and slots is replayed as a CUDA graph."""
-        (given,) = inputs
+    def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
+        """See ``Runner``. A generation run like the one before, in shape and slots, is replayed as a CUDA graph."""
         # What the caller queued on torch's stream, a fresh cache above all, comes first.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            bound = {name: self._staged(profile, name, tensor) for name, tensor in given.items()}
-            outputs = self._outputs(profile, given)
+            bound = {name: self._staged(profile, name, tensor) for name, tensor in inputs.items()}
+            outputs = self._outputs(profile, inputs)
             key = tuple((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in bound.items())
             if self._graph is not None and key == self._graph_key:
                 self._graph.replay()
@@ -92,10 +92,10 @@ class PlanRunner:
             name = self._table.result.name
             outputs[name] = outputs[name].clone()  # the buffer is written again by the next run
         self._stream.synchronize()
-        return [outputs]
+        return outputs
 
     def close(self) -> None:
-        """See Runner."""
+        """See ``Runner``."""
         self._graph = None
         self._contexts, self._buffers = {}, {}
         self._engine = self._runtime = None
@@ -150,7 +150,7 @@ class PlanRunner:
             self._graph, self._graph_key = None, key
 
 
-def plan_executor(
+def plan_backend(
     config: ModelConfig,
     build: BuildConfig,
     mapping: Mapping,
@@ -159,8 +159,8 @@ def plan_executor(
     device: torch.device,
     session: SessionConfig | None = None,
     streaming_budget_bytes: int | None = None,
-) -> TensorRTExecutor:
-    """An executor for a plan on a GPU.
+) -> Backend:
+    """A backend for a plan on a GPU.
 
     Raises EngineError, before the plan is opened, when it is damaged, of another TensorRT, or not for this GPU.
     """
@@ -174,7 +174,7 @@ def plan_executor(
     resolved = build.resolve(config)
     table = bindings(config, resolved, mapping, 0)
     runner = PlanRunner(plan, table, resolved, device, streaming_budget_bytes)
-    return TensorRTExecutor("tensorrt", runner, [table], resolved, session)
+    return slot_backend("tensorrt", [runner], [table], resolved, mapping, session)
 
 
 def check_plan(plan: bytes, record: PlanRecord, gpu: tuple[int, int]) -> None:

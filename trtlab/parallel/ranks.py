@@ -1,0 +1,93 @@
+"""Runs a step on every rank and gives its logits: the one place where a step fans out. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+from torch import Tensor
+
+from trtlab.config.mapping import Mapping
+from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
+from trtlab.parallel.step import StepInputs
+
+
+class Rank(Protocol):
+    """One part of a model with its weights and its part of the KV cache: it runs its share of each step."""
+
+    def run(self, step: StepInputs, comm: Comm) -> Tensor | None:
+        """Logits in float32 in the order of the chunks, or None on a rank that is not of the last pipeline stage.
+
+        ``[chunks, vocab]``, or ``[tokens, vocab]`` with ``every_token``.
+        """
+        ...
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the pool, (source, target) one after another; asked only of a paged pool."""
+        ...
+
+    def close(self) -> None:
+        """Free what the rank holds; called once."""
+        ...
+
+
+class RankGroup:
+    """All ranks of a model as one. They are threads of this process; a single rank runs in the caller's thread."""
+
+    def __init__(self, ranks: Sequence[Rank], mapping: Mapping) -> None:
+        assert len(ranks) == len(mapping.ranks), (len(ranks), mapping)
+        self.ranks = tuple(ranks)
+        self._mapping = mapping
+        self._threads = ThreadPoolExecutor(len(ranks), "trtlab-rank") if len(ranks) > 1 else None
+
+    def run(self, step: StepInputs) -> Tensor:
+        """The logits of the last stage; see ``Rank.run``. Raises the error of the rank that failed first."""
+        if self._threads is None:
+            return _logits([self.ranks[0].run(step, Solo())])
+        comms = thread_group(self._mapping)
+        futures = [self._threads.submit(_guarded, *pair, step) for pair in zip(self.ranks, comms, strict=True)]
+        try:
+            wait(futures)
+        except BaseException:  # an interrupt: no rank may still be in this step when the next one begins
+            for comm in comms:
+                comm.abort()
+            wait(futures)
+            raise
+        return _logits(_results(futures))
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See ``Rank.copy_blocks``."""
+        for rank in self.ranks:
+            rank.copy_blocks(copies)
+
+    def close(self) -> None:
+        """Free what the ranks hold; a second call is harmless."""
+        ranks, self.ranks = self.ranks, ()
+        for rank in ranks:
+            rank.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+def _guarded(rank: Rank, comm: ThreadComm, step: StepInputs) -> Tensor | None:
+    """A rank's share; when it fails, the ranks that wait for it are woken."""
+    try:
+        return rank.run(step, comm)
+    except BaseException:
+        comm.abort()
+        raise
+
+
+def _results(futures: Sequence[Future[Tensor | None]]) -> list[Tensor | None]:
+    """What the ranks gave. RankFailed only says that another rank failed: the first other error is the cause."""
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, RankFailed)), errors[0])
+    return [future.result() for future in futures]
+
+
+def _logits(results: Sequence[Tensor | None]) -> Tensor:
+    logits = next((result for result in results if result is not None), None)
+    assert logits is not None, "no rank gave logits"
+    return logits

@@ -1,0 +1,119 @@
+"""A rank that runs a plan, or the interpreter in its place: cache slots, runs, guards, and logits in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from trtlab.config.build import BuildConfig
+from trtlab.config.mapping import Mapping
+from trtlab.config.session import SessionConfig
+from trtlab.parallel.comm import Comm
+from trtlab.parallel.ranks import RankGroup
+from trtlab.parallel.step import StepInputs
+from trtlab.runtime.backend import Backend
+from trtlab.runtime.pool import PoolSize, pool_size
+from trtlab.tensorrt import dtypes
+from trtlab.tensorrt.bindings import LOGITS, Bindings, profiles
+from trtlab.tensorrt.run.batching import check_step, plan_inputs, runs_of, write_updates
+
+
+class Runner(Protocol):
+    """What runs a profile of one rank once: TensorRT on a GPU, or the interpreter on a CPU."""
+
+    device: torch.device
+
+    def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
+        """The rank's outputs by name, valid until the next run.
+
+        A cache in the network's own type is written in place and is no output here.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+        ...
+
+
+class PlanRank:
+    """A ``Rank`` over a Runner. Every slot is a row of each layer's cache, which starts at zero; blocks only count."""
+
+    def __init__(self, runner: Runner, table: Bindings, build: BuildConfig) -> None:
+        self._runner = runner
+        self._table = table
+        self._build = build
+        self._context = profiles(build)[0]
+        self._held = [0] * build.max_batch_size
+        self.caches = allocate(table, build.max_batch_size, runner.device)
+
+    @torch.inference_mode()
+    def run(self, step: StepInputs, comm: Comm) -> torch.Tensor | None:
+        """See ``Rank``.
+
+        Raises RequestError when a slot is full, EngineError for a slot beyond the plan's batch, before anything runs.
+        """
+        check_step(step, self._build.max_batch_size, self._build.seq_len, self._held)
+        for chunk in step.chunks:
+            if chunk.past == 0 and self._held[chunk.slot]:
+                self._clear(chunk.slot)
+        parts: dict[int, torch.Tensor] = {}
+        for run in runs_of(step, self._context):
+            rows = {name: cache[run.first : run.first + len(run.pieces)] for name, cache in self.caches.items()}
+            inputs = {**plan_inputs(run, self._table, self._build.seq_len), **rows}
+            outputs = self._runner.run(run.profile, inputs, comm)
+            write_updates(run, self._table, outputs, rows)
+            if (logits := outputs.get(LOGITS)) is not None:  # [batch, wanted, vocab]
+                for number, (place, row, _) in enumerate(run.results):
+                    parts[place] = logits[row, number if run.profile == "context" else 0]
+        for chunk in step.chunks:
+            self._held[chunk.slot] = chunk.past + len(chunk.token_ids)
+        return torch.stack([parts[place] for place in range(len(parts))]) if parts else None
+
+    def _clear(self, slot: int) -> None:
+        """Forget who had the slot: a mask hides a number, but 0 x NaN, which a failed request leaves, spreads."""
+        for cache in self.caches.values():
+            cache[slot].zero_()
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """See ``Rank``. A slot belongs to one request: nothing is shared, so nothing is copied."""
+        raise AssertionError(f"no block of a slot is shared: {copies}")
+
+    def close(self) -> None:
+        """See ``Rank``."""
+        self.caches = {}
+        self._runner.close()
+
+
+def allocate(table: Bindings, slots: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A rank's caches, ``[slots, kv_heads, capacity, head_size]`` each; zero, for 0 x NaN would spread."""
+    return {
+        binding.name: torch.zeros(binding.sized({"batch": slots}), dtype=dtypes.to_torch(binding.dtype), device=device)
+        for binding in table.cache_inputs
+    }
+
+
+def slot_backend(
+    name: str,
+    runners: Sequence[Runner],
+    tables: Sequence[Bindings],
+    build: BuildConfig,
+    mapping: Mapping,
+    session: SessionConfig | None = None,
+) -> Backend:
+    """A backend over one Runner and its bindings a rank; ``build`` is resolved."""
+    pool = _slot_pool(tables, build, session or SessionConfig())
+    ranks = [PlanRank(runner, table, build) for runner, table in zip(runners, tables, strict=True)]
+    return Backend(name, pool, RankGroup(ranks, mapping))
+
+
+def _slot_pool(tables: Sequence[Bindings], build: BuildConfig, session: SessionConfig) -> PoolSize:
+    """The account in blocks of caches that lie in one slot a request: the plan's bounds, or fewer if asked."""
+    place = sum(
+        torch.Size(binding.sized({"batch": 1})).numel() * dtypes.to_torch(binding.dtype).itemsize
+        for table in tables
+        for binding in table.cache_inputs
+    )
+    block_bytes = place // build.seq_len * build.tokens_per_block
+    return pool_size(build, session, block_bytes, paged=False)
