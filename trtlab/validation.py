@@ -161,6 +161,7 @@ def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
 
 def _inner(hint: Any, part: int | str) -> Any:
     """The type of one field, item or key's value; None where it is not known."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     base, arguments = get_origin(hint) or hint, get_args(hint)
     if base in (list, tuple, Sequence) and arguments and isinstance(part, int):
         of_each = base is not tuple or arguments[-1] is ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -131,15 +131,12 @@ def parse_model(
     raw: dict[str, Any], kind: type[S], where: str, *, remedy: str, error: type[TrtlabError] = CheckpointError
 ) -> S:
     """``read_model`` for an object in memory; ``where`` names it in an error."""
-    lines = [f"{key} is {shorten(number)}, expected an int of 64 bits" for key, number in _large_integers(raw)]
-    cause = None
-    if not lines:
-        try:
-            return kind.model_validate(raw)
-        except ValidationError as refusal:
-            lines, cause = _lines(refusal, kind), refusal
-    rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-    raise error(f"{where} cannot be read: {'; '.join(lines[:LISTED])}{rest}", remedy=remedy) from cause
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as refusal:
+        lines = _lines(refusal, kind)
+        rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+        raise error(f"{where} cannot be read: {'; '.join(lines[:LISTED])}{rest}", remedy=remedy) from refusal
 
 
 def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = Checkpoin
     if not path.is_file():
         raise error(f"{path} is missing", remedy=remedy)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}", remedy=remedy) from cause
     except (ValueError, RecursionError) as cause:
@@ -155,6 +152,21 @@ def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = Checkpoin
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
     return value
+
+
+class _LargeInteger:
+    """An integer of more than 64 bits, which JSON allows: no model has a field for it, and it passes where none is."""
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __repr__(self) -> str:
+        return f"{self._digits[:20]}{'...' * (len(self._digits) > 20)} (more than 64 bits)"
+
+
+def _integer(digits: str) -> int | _LargeInteger:
+    small = len(digits) < 20 and abs(int(digits)) <= LARGEST  # int() refuses thousands of digits
+    return int(digits) if small else _LargeInteger(digits)
 
 
 def _lines(refusal: ValidationError, kind: type[StoredObject]) -> list[str]:
@@ -170,16 +182,3 @@ def _lines(refusal: ValidationError, kind: type[StoredObject]) -> list[str]:
         else str(problem)
         for problem in problems(refusal, kind)
     ]
-
-
-def _large_integers(value: object, place: str = "") -> Iterator[tuple[str, int]]:
-    """Integers that no tensor, no file and no other program could hold; JSON itself has no bound."""
-    waiting = [(place, value)]
-    while waiting:  # no recursion: JSON may be nested as deep as the interpreter's own limit
-        place, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting.extend((f"{place}.{key}" if place else key, item) for key, item in value.items())
-        elif isinstance(value, list):
-            waiting.extend((f"{place}[{index}]", item) for index, item in enumerate(value))
-        elif isinstance(value, int) and abs(value) > LARGEST:
-            yield place, value
