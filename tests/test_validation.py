@@ -131,8 +131,8 @@ def test_types_without_a_class_of_pydantic_are_named_too(hint, value, line):
 
 
 def test_types_are_described_in_words():
-    assert describe(list[Size]) == "a list of an int of at least 1"
-    assert describe(dict[str, list[int]]) == "a dict of str to a list of int"
+    assert describe(list[Size]) == "a list of int of at least 1"
+    assert describe(dict[str, list[int]]) == "a dict of str to list of int"
     assert describe(np.ndarray) == "a ndarray" and describe(list) == "a list"
 
 

@@ -103,10 +103,10 @@ def benchmark(
     build = session.engine.build_config
     cells = list(itertools.product(input_output_len, batch_size))
     for (inputs, outputs), batch in cells:
-        if batch > build.max_batch_size or inputs > build.max_input_len or inputs + outputs > build.seq_len:
+        if batch > build.max_batch_size or inputs > build.input_len or inputs + outputs > build.seq_len:
             raise ConfigError(
                 f"batch {batch} of {inputs} + {outputs} tokens is beyond the engine's bounds",
-                expected=f"batch up to {build.max_batch_size}, input up to {build.max_input_len}, "
+                expected=f"batch up to {build.max_batch_size}, input up to {build.input_len}, "
                 f"both lengths up to {build.seq_len}",
                 remedy="build with larger bounds",
             )

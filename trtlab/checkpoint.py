@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 
 from trtlab.card import Shown
-from trtlab.config.base import require
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
@@ -38,6 +37,7 @@ from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.storage.files import PathLike, TensorFile, replacing, write_safetensors
 from trtlab.storage.lazy import LazyTensor, held
+from trtlab.validation import require
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trtlab.bench import benchmark
 from trtlab.checkpoint import Checkpoint
+from trtlab.config.base import Settings, default_of, first_sentence
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.sampling import SamplingParams
 from trtlab.engine import Engine
 from trtlab.errors import TrtlabError
 from trtlab.machine import machine
+from trtlab.parallel.shard import EmbeddingLayout
+
+BUILD_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens", "weight_streaming")
+EMBEDDING_FLAGS = ("use_parallel_embedding", "embedding_sharding_dim", "use_embedding_sharing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,22 +43,14 @@ def _convert(options: argparse.Namespace) -> None:
     checkpoint.save(
         options.output_dir,
         Mapping(tp_size=options.tp_size, pp_size=options.pp_size),
-        options.use_parallel_embedding,
-        options.embedding_sharding_dim,
-        options.use_embedding_sharing,
+        **{name: getattr(options, name) for name in EMBEDDING_FLAGS},
     )
     print(checkpoint)
 
 
 def _build(options: argparse.Namespace) -> None:
     checkpoint = Checkpoint.load(options.checkpoint_dir)
-    bounds = BuildConfig(
-        max_batch_size=options.max_batch_size,
-        max_input_len=options.max_input_len,
-        max_seq_len=options.max_seq_len,
-        max_num_tokens=options.max_num_tokens,
-        weight_streaming=options.weight_streaming,
-    )
+    bounds = BuildConfig(**{name: getattr(options, name) for name in BUILD_FLAGS})
     engine = checkpoint.build(bounds, checkpoint.mapping)
     engine.save(options.output_dir)
     print(engine)
@@ -115,25 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--meta_ckpt_dir", help="folder in Meta's format")
     convert.add_argument("--output_dir", required=True)
     convert.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    convert.add_argument("--tp_size", type=int, default=1)
-    convert.add_argument("--pp_size", type=int, default=1)
-    convert.add_argument("--use_parallel_embedding", action="store_true")
-    convert.add_argument("--embedding_sharding_dim", type=int, default=0)
-    convert.add_argument("--use_embedding_sharing", action="store_true")
+    _add_settings(convert, Mapping, ("tp_size", "pp_size"))
+    _add_settings(convert, EmbeddingLayout, EMBEDDING_FLAGS)
 
     build = command("build", _build, "a checkpoint to an engine")
     build.add_argument("--checkpoint_dir", required=True)
     build.add_argument("--output_dir", required=True)
-    build.add_argument("--max_batch_size", type=int, default=BuildConfig.max_batch_size)
-    build.add_argument("--max_input_len", type=int, default=BuildConfig.max_input_len)
-    build.add_argument("--max_seq_len", type=int, default=None)
-    build.add_argument("--max_num_tokens", type=int, default=BuildConfig.max_num_tokens)
-    build.add_argument("--weight_streaming", action="store_true")
+    _add_settings(build, BuildConfig, BUILD_FLAGS)
 
     run = command("run", _run, "generate text with an engine")
     run.add_argument("--engine_dir", required=True)
     run.add_argument("--input_text", required=True)
-    run.add_argument("--max_output_len", type=int, default=32)
+    run.add_argument("--max_output_len", type=int, default=SamplingParams.max_new_tokens)
 
     bench = command("bench", _bench, "time an engine over batch sizes and lengths")
     bench.add_argument("--engine_dir", required=True)
@@ -148,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command("machine", _machine, "what this machine has, and what follows for plans")
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings], names: Sequence[str]) -> None:
+    """A flag for each of these fields: its default, and the first sentence of its docstring as help."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in names:
+        words, default = first_sentence(kind, name).replace("%", "%%"), default_of(fields[name])
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true", help=words)
+        else:
+            parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default: {default})")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 from trtlab.card import Shown
-from trtlab.config.base import require
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
@@ -40,6 +39,7 @@ from trtlab.tensorrt.compare import Comparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.read.interpreter import LayerTable, Network
+from trtlab.validation import require
 from trtlab.version import VERSION
 
 logger = logging.getLogger("trtlab")

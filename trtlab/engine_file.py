@@ -32,7 +32,7 @@ class EngineFile(OpenObject):
     """config.json of an engine folder, without what it says of plans."""
 
     pretrained_config: TrtllmConfig
-    build_config: Annotated[BuildConfig, ByFields(max_seq_len=Count)]
+    build_config: Annotated[BuildConfig, ByFields(max_input_len=Count, max_seq_len=Count)]
     trtlab: EngineProvenance | None = None
 
     @model_validator(mode="before")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -21,12 +20,8 @@ from trtlab.errors import ConfigError, TrtlabError
 T = TypeVar("T")
 E = TypeVar("E", bound=TrtlabError)
 NAMES: dict[Any, str] = {float: "number", Any: "value"}
-BOUNDS = {  # the constraint of annotated_types, its attribute, and how it is said
-    annotated_types.Ge: ("ge", "at least"),
-    annotated_types.Gt: ("gt", "above"),
-    annotated_types.Le: ("le", "at most"),
-    annotated_types.Lt: ("lt", "below"),
-}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotated_types names them
+EXTRA_ARGUMENT = "unexpected_positional_argument"
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 LONGEST_VALUE = 80  # characters of a refused value that an error repeats
 
@@ -65,7 +60,7 @@ def problems(error: ValidationError, hint: Any) -> list[Problem]:
     """
     entries: dict[str, tuple[Any, ErrorDetails]] = {}
     for entry in error.errors(include_url=False):
-        field, at = _place(entry["loc"], hint)
+        field, at = _place(entry["loc"], hint) if entry["type"] != EXTRA_ARGUMENT else ("", None)
         if field not in entries or len(entry["loc"]) < len(entries[field][1]["loc"]):
             entries[field] = at, entry  # the shortest place shows the whole value, not an item of it
     return [_problem(field, at, entry, hint) for field, (at, entry) in entries.items()]
@@ -81,10 +76,14 @@ def as_error(kind: type[E], error: ValidationError, hint: Any, owner: str, separ
         owner: Whose field it is: a path, or the name of a settings class.
         separator: What stands between the owner and the field, ``"."`` for a settings class.
     """
-    listed = problems(error, hint)
+    return combine(kind, problems(error, hint), owner, separator)
+
+
+def combine(kind: type[E], listed: Sequence[Problem], owner: str, separator: str = ": ") -> E:
+    """Problems of one owner as one error: a single one in its parts, several as a line each."""
     if len(listed) > 1:
         return kind("\n".join(f"{owner}{separator if problem.field else ' '}{problem}" for problem in listed))
-    problem = listed[0]
+    (problem,) = listed
     place = f"{owner}{separator}{problem.field}" if problem.field else owner
     return kind(f"{place} {problem.what}", got=problem.got, expected=problem.expected, remedy=problem.remedy)
 
@@ -96,9 +95,12 @@ def require(kind: type[T], value: object, example: str) -> T:
     return value
 
 
-def describe(hint: Any, finite: bool = False) -> str:
-    """A type as an error names it: ``an int of at least 1 or None``, ``linear | yarn``, ``a list or tuple of str``."""
-    return " or ".join(_describe_one(option, finite) for option in _options(hint))
+def describe(hint: Any, whole: bool = False) -> str:
+    """A type as an error names it: ``an int of at least 1 or None``, ``linear | yarn``, ``a list or tuple of str``.
+
+    ``whole`` says also what goes without saying: that a number is finite, and an int has 64 bits.
+    """
+    return " or ".join(_describe_one(option, whole) for option in _options(hint))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
@@ -135,7 +137,7 @@ def _problem(field: str, at: Any, entry: ErrorDetails, hint: Any) -> Problem:
         return Problem(field, "is unknown", expected=None if remedy else " | ".join(known) or None, remedy=remedy)
     if code == "missing":
         return Problem(field, "is missing", expected=None if at is None else describe(at))
-    if code == "unexpected_positional_argument":
+    if code == EXTRA_ARGUMENT:
         return Problem("", f"takes at most {entry['loc'][-1]} arguments by position", remedy="give the others by name")
     if code == "multiple_argument_values":
         return Problem(field, "is given twice, by position and by name")
@@ -144,7 +146,12 @@ def _problem(field: str, at: Any, entry: ErrorDetails, hint: Any) -> Problem:
     if at is None or code == "value_error":
         message = entry["msg"].removeprefix("Value error, ")
         return Problem(field, "is not valid", shorten(given), message[:1].lower() + message[1:])
-    return Problem(field, "is not valid", shorten(given), describe(at, finite=code == "finite_number"))
+    return Problem(
+        field,
+        "is not valid",
+        shorten(given),
+        describe(at, whole=code in ("finite_number", "less_than") or (code == "float_type" and type(given) is int)),
+    )
 
 
 def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
@@ -154,6 +161,8 @@ def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
         options = [option for option in _options(hint) if option is not type(None)]
         if len(options) > 1:
             return name, hint
+        names = list(fields_of(options[0])) if options and isinstance(part, int) else []
+        part = names[part] if isinstance(part, int) and part < len(names) else part  # an argument by position
         hint = _inner(options[0], part) if options else None
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name, hint
@@ -191,37 +200,42 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _describe_one(hint: Any, finite: bool) -> str:
+def _describe_one(hint: Any, whole: bool, article: bool = True) -> str:
     bounds = ""
     if get_origin(hint) is Annotated:
         hint, *metadata = get_args(hint)
-        bounds = _bounds(metadata)
+        bounds = _bounds(metadata, whole)
     base, arguments = get_origin(hint) or hint, get_args(hint)
     if base is Literal:
         return " | ".join(str(value) for value in arguments)
     if base is type(None):
         return "None"
     if base in (list, tuple, Sequence):
-        listed = "a list" if base is list else "a list or tuple"
-        return f"{listed} of {_item(arguments[0])}" if arguments else listed
-    if base in (dict, Mapping):
-        return f"a dict of {_item(arguments[0])} to {_item(arguments[1])}" if arguments else "a dict"
-    name = NAMES.get(base) or str(getattr(base, "__name__", base))
-    return with_article(f"finite {name}" if finite and base is float else name) + bounds
+        name = "list" if base is list else "list or tuple"
+        name += f" of {_items(arguments[0])}" if arguments else ""
+    elif base in (dict, Mapping):
+        name = f"dict of {_items(arguments[0])} to {_items(arguments[1])}" if arguments else "dict"
+    else:
+        name = NAMES.get(base) or str(getattr(base, "__name__", base))
+    name = f"finite {name}" if whole and base is float else name
+    return (with_article(name) if article else name) + bounds
 
 
-def _item(hint: Any) -> str:
-    """A type that others are made of: without an article where it is a plain one."""
-    return NAMES.get(hint) or (hint.__name__ if isinstance(hint, type) and not get_args(hint) else describe(hint))
+def _items(hint: Any) -> str:
+    """What a list or a dict holds, without articles: ``str``, ``int of at least 1``."""
+    return " or ".join(_describe_one(option, False, article=False) for option in _options(hint))
 
 
-def _bounds(metadata: Sequence[Any]) -> str:
+def _bounds(metadata: Sequence[Any], whole: bool) -> str:
     """The limits of a number: `` of at least 0 and at most 1``, `` above 0``."""
-    parts = []
-    for item in metadata:
-        for limit in item.metadata if isinstance(item, FieldInfo) else (item,):
-            if type(limit) in BOUNDS:
-                attribute, words = BOUNDS[type(limit)]
-                parts.append(f"{words} {getattr(limit, attribute):g}")
+    limits = [limit for item in metadata for limit in (item.metadata if isinstance(item, FieldInfo) else (item,))]
+    parts = [
+        f"{words} {value:g}"
+        for limit in limits
+        for attribute, words in BOUNDS.items()
+        if (value := getattr(limit, attribute, None)) is not None and abs(value) < 2**63
+    ]
+    if whole and any(abs(getattr(limit, "lt", None) or 0) >= 2**63 for limit in limits):
+        parts.append("at most 64 bits")
     text = " and ".join(parts)
     return f" of {text}" if text.startswith("at ") else f" {text}" if text else ""

@@ -12,7 +12,7 @@ from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, Tog
 
 from trtlab.card import Card, Table, bar, html, size
 from trtlab.checkpoint import QuantizedCheckpoint
-from trtlab.config.algorithms import LINEARS
+from trtlab.config.algorithms import LINEARS, KvScales
 from trtlab.config.base import written
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
@@ -27,7 +27,7 @@ SEARCHED = "searched"
 LISTED = 8  # rows of the still view
 
 
-def recipe_of(tried: Study, alpha: float | None, scales: str, excluded: Iterable[str]) -> QuantConfig:
+def recipe_of(tried: Study, alpha: float | None, scales: KvScales, excluded: Iterable[str]) -> QuantConfig:
     """The recipe of some settings. A pattern stays as it was written while all that it excludes stays excluded."""
     gone = set(excluded)
     names = [linear.name for linear in tried.linears]

@@ -6,12 +6,26 @@ import dataclasses
 import logging
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trtlab import BuildConfig, ConfigError, Mapping, ModelConfig, RotaryScaling, SamplingParams, TrtlabError
-from trtlab.config.build import OBSOLETE_BUILD_FLAGS
+from trtlab.config.build import OBSOLETE_BUILD_FLAGS, OLD_FLAGS
+
+MODEL = {
+    "architecture": "LlamaForCausalLM",
+    "dtype": "float16",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_size": 128,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+}
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 6))
@@ -39,16 +53,17 @@ def test_a_world_that_is_not_the_product_is_refused_with_the_product(tp, pp, wor
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
-def test_sizes_are_whole_numbers_of_at_least_one(value):
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+def test_sizes_are_ints_of_at_least_one(value):
     for make in (
         lambda: Mapping(tp_size=value),
         lambda: Mapping(pp_size=value),
         lambda: BuildConfig(max_batch_size=value),
+        lambda: BuildConfig(max_input_len=value),
         lambda: BuildConfig(max_num_tokens=value),
         lambda: SamplingParams(max_new_tokens=value),
     ):
-        with pytest.raises(ConfigError, match="whole number of at least 1"):
+        with pytest.raises(ConfigError, match="an int of at least 1"):
             make()
 
 
@@ -85,38 +100,76 @@ def test_greedy_is_what_leaves_no_choice(params, greedy):
     assert SamplingParams(**params).greedy is greedy
 
 
-def test_settings_are_frozen_and_unknown_words_are_refused():
-    for made in (Mapping(), BuildConfig(), SamplingParams()):
-        field = dataclasses.fields(made)[0].name
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(made, field, 1)
-        with pytest.raises(TypeError):
-            type(made)(nonsense=1)
-
-
 @pytest.mark.parametrize("flag", OBSOLETE_BUILD_FLAGS)
 def test_a_flag_of_the_past_is_answered(flag, caplog):
     with caplog.at_level(logging.WARNING, logger="trtlab"):
-        config = BuildConfig(**{flag: "float16"})
-    assert config == dataclasses.replace(BuildConfig(), notes=config.notes)
+        config = BuildConfig.from_trtllm(**{flag: "float16"})
+    assert config == BuildConfig(notes=config.notes)
     assert flag in config.notes[0] and "no effect" in config.notes[0] and config.notes[0] in caplog.text
+    assert BuildConfig.from_trtllm(**{flag: None}) == BuildConfig()
+
+
+@pytest.mark.parametrize("flag", OLD_FLAGS)
+def test_a_flag_of_the_past_is_no_bound(flag):
+    words = rf"BuildConfig\.{flag} is unknown; use BuildConfig.from_trtllm\({flag}=\.\.\.\), which takes the old flags"
+    with pytest.raises(ConfigError, match=words):
+        BuildConfig(**{flag: 1})
+    assert BuildConfig.from_trtllm(**{flag: 1})
 
 
 def test_max_output_len_is_the_old_spelling():
-    config = BuildConfig(max_input_len=100, max_output_len=28)
+    config = BuildConfig.from_trtllm(max_input_len=100, max_output_len=28)
     assert config.max_seq_len == 128 and "max_output_len=28" in config.notes[0]
+    assert BuildConfig.from_trtllm(max_output_len=np.int64(28)).max_seq_len == 1024 + 28
     with pytest.raises(ConfigError, match="both given"):
-        BuildConfig(max_input_len=100, max_output_len=28, max_seq_len=128)
+        BuildConfig.from_trtllm(max_input_len=100, max_output_len=28, max_seq_len=128)
+
+
+def test_trtllm_s_flags_are_all_answered_in_one_call():
+    config = BuildConfig.from_trtllm(
+        max_batch_size=4,
+        max_input_len=64,
+        max_output_len=32,
+        max_beam_width=1,
+        compute_capabilities=["8.9"],
+        gemm_plugin="auto",
+        context_fmha="enable",
+        dtype="float16",
+    )
+    expected = BuildConfig(
+        max_batch_size=4, max_input_len=64, max_seq_len=96, compute_capabilities=("8.9",), dtype="float16"
+    )
+    assert config == dataclasses.replace(expected, notes=config.notes)
+    assert [note.split("=")[0] for note in config.notes] == ["max_output_len", "gemm_plugin", "context_fmha"]
+    assert BuildConfig.from_trtllm() == BuildConfig()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_beam_width": 4}, "beam search is not supported yet; got max_beam_width=4; expected 1"),
+        ({"max_beam_width": True}, "beam search"),
+        ({"max_output_len": "x"}, "BuildConfig.max_output_len is not valid; got 'x'; expected an int of at least 1"),
+        ({"max_output_len": 0}, "max_output_len is not valid"),
+        ({"max_input_len": "x", "max_output_len": 4}, r"BuildConfig\.max_input_len is not valid"),
+        ({"max_batch_size": 0}, r"BuildConfig\.max_batch_size is not valid"),
+        ({"gemm_plugins": "auto"}, "knows no flag gemm_plugins; did you mean gemm_plugin?"),
+        ({"zebra": 1}, "knows no flag zebra; known flags are max_batch_size, .*multi_block_mode"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_refused(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        BuildConfig.from_trtllm(**flags)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_beam_width": 4}, "beam search is not supported yet"),
         ({"max_num_tokens": 4, "max_batch_size": 8}, "max_num_tokens 4 is below max_batch_size 8"),
-        ({"dtype": "int4"}, "unknown dtype.*'int4'.*float32"),
-        ({"optimization_level": 6}, "optimization_level.*0 to 5"),
+        ({"dtype": "int4"}, r"dtype is not valid; got 'int4'; expected float32 \| float16 \| bfloat16 or None"),
+        ({"optimization_level": 6}, "optimization_level.*at least 0 and at most 5"),
         ({"max_input_len": 300, "max_seq_len": 200}, "max_input_len 300 exceeds max_seq_len 200"),
+        ({"max_input_len": 1024, "max_seq_len": 512}, "max_input_len 1024 exceeds max_seq_len 512"),
     ],
 )
 def test_a_build_that_cannot_be_says_why(changes, words):
@@ -125,9 +178,41 @@ def test_a_build_that_cannot_be_says_why(changes, words):
 
 
 @pytest.mark.parametrize(
+    ("bounds", "limit", "resolved"),
+    [
+        ({}, 4096, (1024, 2048)),
+        ({}, 512, (512, 512)),
+        ({"max_seq_len": 512}, 4096, (512, 512)),
+        ({"max_seq_len": 4096}, 4096, (1024, 4096)),
+        ({"max_input_len": 3000, "max_seq_len": 4096}, 4096, (3000, 4096)),
+        ({"max_input_len": 8}, 512, (8, 512)),
+    ],
+)
+def test_what_is_left_out_is_filled_in_for_a_model(bounds, limit, resolved):
+    build = BuildConfig(**bounds).resolve(ModelConfig(**{**MODEL, "max_position_embeddings": limit}))
+    assert (build.max_input_len, build.max_seq_len) == (build.input_len, build.seq_len) == resolved
+    assert build.dtype == "float16" and build.resolve(ModelConfig(**MODEL)) == build
+
+
+@pytest.mark.parametrize(
+    ("bounds", "limit", "words", "mended"),
+    [
+        ({"max_input_len": 600}, 512, "max_input_len 600 exceeds max_seq_len 512; use max_input_len=512 or less", 512),
+        ({"max_input_len": 3000}, 4096, "max_input_len=2048 or less, or give max_seq_len, at most 4096", 2048),
+    ],
+)
+def test_a_prompt_longer_than_the_model_or_the_default_allows_is_refused(bounds, limit, words, mended):
+    model = ModelConfig(**{**MODEL, "max_position_embeddings": limit})
+    with pytest.raises(ConfigError, match=words):
+        BuildConfig(**bounds).resolve(model)
+    assert BuildConfig(max_input_len=mended).resolve(model).input_len == mended
+    assert BuildConfig(max_input_len=min(limit, 3000), max_seq_len=limit).resolve(model).seq_len == limit
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("dynamic", {}, r"'dynamic'.*linear \| llama3 \| yarn"),
+        ("dynamic", {}, r"'dynamic'.*linear \| llama3 \| yarn.*no other is supported yet"),
         ("linear", {"factor": 0}, "factor"),
         ("linear", {"factor": math.inf}, "factor"),
         ("llama3", {}, "low_freq_factor"),
@@ -137,20 +222,6 @@ def test_a_build_that_cannot_be_says_why(changes, words):
 def test_a_rotary_scaling_that_cannot_be_says_why(kind, changes, words):
     with pytest.raises(ConfigError, match=words):
         RotaryScaling(kind, **{"factor": 2.0, **changes})
-
-
-MODEL = {
-    "architecture": "LlamaForCausalLM",
-    "dtype": "float16",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_size": 128,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-}
 
 
 def test_kv_bytes_of_a_token_are_the_published_figure():

@@ -13,7 +13,9 @@ from trtlab.cards.estimate import estimate_card, op_table_card, v100_card
 from trtlab.cards.plan import comparison_card, layer_table_card, network_card, plan_facts
 from trtlab.cards.quantized import quantized_card
 from trtlab.cards.runtime import event_log_card, kv_cache_card, pool_card, request_card, step_event_card
+from trtlab.cards.settings import settings_card
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
+from trtlab.config.base import Settings
 from trtlab.config.build import BuildConfig
 from trtlab.config.model import ModelConfig
 from trtlab.engine import Engine
@@ -42,6 +44,7 @@ card.register(KvCache)(kv_cache_card)
 card.register(EventLog)(event_log_card)
 card.register(StepEvent)(step_event_card)
 card.register(Request)(request_card)
+card.register(Settings)(settings_card)
 
 
 @card.register
@@ -217,7 +220,7 @@ def _positions(config: ModelConfig) -> str:
 
 def _bounds(build: BuildConfig) -> str:
     return (
-        f"max_batch_size {build.max_batch_size}, max_input_len {build.max_input_len}, "
+        f"max_batch_size {build.max_batch_size}, max_input_len {build.input_len}, "
         f"max_seq_len {build.max_seq_len}, max_num_tokens {build.max_num_tokens}"
     )
 

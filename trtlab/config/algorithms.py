@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 COLUMN_CUT = ("attention.dense", "mlp.proj")  # tensor parallelism cuts their input, the others' output
@@ -91,5 +92,5 @@ KV_RECIPES: dict[tuple[str, str], KvRecipe] = {  # by kv_cache_quant_algo and kv
     ("FP8", "split"): KvRecipe(_MERGED),
     ("FP8", "per_head"): KvRecipe(_MERGED),
 }
-KV_ALGORITHMS = ("INT8", "FP8")
-KV_SCALES = ("merged", "split", "per_head")
+KvScales = Literal["merged", "split", "per_head"]
+KV_SCALES: tuple[KvScales, ...] = get_args(KvScales)

@@ -1,47 +1,107 @@
-"""What all settings share: fields whose types are checked, and a table of them in a notebook."""
+"""What makes a class of settings: fields that are checked when an instance is made, each with its own docstring."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import types
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+import functools
+import inspect
+import itertools
+import textwrap
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
-from trtlab.card import Card, Table, card, html
+import numpy as np
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, ValidationError
+
+from trtlab.card import card, html
 from trtlab.errors import ConfigError
+from trtlab.validation import Problem, combine, problems
 
 T = TypeVar("T")
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None"}
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
+NotNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch.Generator takes
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+NUMPY_SCALARS = {np.bool_: bool, np.integer: int, np.floating: float, np.str_: str}
+PLAIN = frozenset({int, float, bool, str, type(None)})
+DEEPEST_LIST = 4  # lists within lists that are made tuples; no setting nests deeper
 
 
 class Settings:
-    """Base of frozen dataclasses that a user fills in: ``repr`` can be typed again, a notebook shows a table."""
+    """Base of the classes that a user fills in: ``repr`` can be typed again, a notebook shows a table."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def _repr_html_(self) -> str:
         return html(card(self))
 
-
-@card.register
-def settings_card(settings: Settings) -> Card:
-    """Every field with its value, and the default where the value is another."""
-    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
-    rows = []
-    for field in fields:
-        value, default = getattr(settings, field.name), default_of(field)
-        rows.append((field.name, repr(value), "" if value == default else _said(default)))
-    typed = (("as one types it", written(settings)),)
-    return Card(type(settings).__name__, typed, (Table(("setting", "value", "default"), tuple(rows)),))
+    @classmethod
+    def remedy_for_unknown(cls, name: str) -> str | None:
+        """What to do about a keyword that is no field, None where there is nothing to say."""
+        return None
 
 
-def written(settings: Any) -> str:
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def settings(kind: type[T]) -> type[T]:
+    """Makes a class of fields a frozen dataclass whose values are checked by their declared types.
+
+    A bool is no int and a str no number; numpy's scalars and lists are taken for Python's and tuples. Whatever else is
+    given is a ConfigError that names the class and the field. A ``__repr__`` that the class inherits is kept.
+    """
+    keeps_repr = kind.__repr__ is not object.__repr__
+    checked: Any = pydantic.dataclasses.dataclass(frozen=True, repr=not keeps_repr, config=STRICT)(kind)
+    validate = checked.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: T, *values: Any, **named: Any) -> None:
+        try:
+            validate(self, *map(normalize, values), **{name: normalize(value) for name, value in named.items()})
+        except ValidationError as error:
+            raise _config_error(error, checked) from error
+
+    checked.__init__ = __init__
+    checked.__doc__ = DocWithFields(kind.__doc__ or "")
+    return checked  # type: ignore[no-any-return]
+
+
+class DocWithFields:
+    """The docstring of a class with those of its fields as ``Args:``, made when ``help()`` asks for it."""
+
+    def __init__(self, summary: str) -> None:
+        self.summary = summary
+
+    def __get__(self, instance: object, kind: type) -> str:
+        fields = "\n".join(f"{name}: {textwrap.indent(doc, '    ').strip()}" for name, doc in field_docs(kind).items())
+        return f"{inspect.cleandoc(self.summary)}\n\nArgs:\n{textwrap.indent(fields, '    ')}\n"
+
+
+def normalize(value: Any, depth: int = DEEPEST_LIST) -> Any:
+    """The value with numpy's scalars as Python's and lists as tuples; what is neither is given back as it is."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, (list, tuple)) and depth:
+        return tuple(normalize(item, depth - 1) for item in value)
+    if isinstance(value, np.generic):
+        for scalar, plain in NUMPY_SCALARS.items():
+            if isinstance(value, scalar):
+                return plain(value)
+    return value
+
+
+def written(chosen: Settings) -> str:
     """Settings as one would type them: what is at its default is left out."""
     given = [
-        f"{field.name}={getattr(settings, field.name)!r}"
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != default_of(field)
+        f"{field.name}={getattr(chosen, field.name)!r}"
+        for field in dataclasses.fields(chosen)
+        if getattr(chosen, field.name) != default_of(field)
     ]
-    return f"{type(settings).__name__}({', '.join(given)})"
+    return f"{type(chosen).__name__}({', '.join(given)})"
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -49,60 +109,40 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _said(default: Any) -> str:
-    return "must be given" if default is dataclasses.MISSING else repr(default)
+@functools.cache
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring under each field of a class, in the order of the fields; empty where there is no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except (OSError, TypeError):
+        return {}
+    (body,) = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {
+        field.target.id: inspect.cleandoc(doc.value.value)
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+    }
 
 
-def check_types(settings: Any) -> None:
-    """ConfigError naming the first field whose value is not of the type that it is declared with.
-
-    Bool is no number here, and a text is no sequence of texts: both would pass silently and mean something else.
-    """
-    kind: Any = type(settings)
-    for name, hint in _hints(kind).items():
-        value = getattr(settings, name)
-        if not _is_a(value, hint):
-            raise ConfigError(
-                f"{type(settings).__name__}.{name} has the wrong type", got=repr(value), expected=_words(hint)
-            )
+def first_sentence(kind: type, field: str) -> str:
+    """The first sentence of a field's docstring on one line, without its full stop."""
+    words = " ".join(field_docs(kind).get(field, "").split())
+    return words.split(". ")[0].removesuffix(".").replace("``", "")
 
 
-def require(kind: type[T], value: object, example: str) -> T:
-    """The value itself; ConfigError with an example to type when it is not of that kind."""
-    if not isinstance(value, kind):
-        raise ConfigError(f"this is no {kind.__name__}", got=repr(value), expected=example)
-    return value
+def _config_error(error: ValidationError, kind: Any) -> ConfigError:
+    """The problems as one ConfigError; a single one says what the field is, where there is no better remedy."""
+    listed = [_with_remedy(problem, kind) for problem in problems(error, kind)]
+    if len(listed) == 1 and listed[0].remedy is None:
+        name = listed[0].field.split("[")[0].split(".")[0]
+        meaning = first_sentence(kind, name)
+        remedy = f"{name}: {meaning[0].lower()}{meaning[1:]}" if meaning else None
+        listed = [dataclasses.replace(listed[0], remedy=remedy)]
+    return combine(ConfigError, listed, kind.__name__, ".")
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
-
-
-def _is_a(value: object, hint: Any) -> bool:
-    for option in _options(hint):
-        if get_origin(option) in (tuple, Sequence):
-            listed = isinstance(value, (list, tuple))
-            if listed and all(_is_a(item, get_args(option)[0]) for item in value):  # type: ignore[attr-defined]
-                return True
-        elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return True
-        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def _words(hint: Any) -> str:
-    parts = []
-    for option in _options(hint):
-        if get_origin(option) in (tuple, Sequence):
-            parts.append(f"a list or tuple, each item {_words(get_args(option)[0])}")
-        else:
-            parts.append(WORDS.get(option, f"a {option.__name__}"))
-    return " or ".join(parts)
+def _with_remedy(problem: Problem, kind: type[Settings]) -> Problem:
+    """An unknown name may have a remedy of its own, which needs no list of what is known."""
+    remedy = kind.remedy_for_unknown(problem.field) if problem.what == "is unknown" else None
+    return problem if remedy is None else dataclasses.replace(problem, expected=None, remedy=remedy)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import InitVar, dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
-from trtlab.config.base import Settings, check_types
-from trtlab.config.model import ModelConfig, require_positive, torch_dtype
+from trtlab.config.base import PositiveInt, Settings, normalize, settings
+from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.errors import ConfigError
+from trtlab.validation import describe, did_you_mean, shorten
 
 logger = logging.getLogger("trtlab")
+
+DEFAULT_INPUT_LEN = 1024  # where max_input_len is None and max_seq_len allows it
+DEFAULT_SEQ_LEN = 2048  # where max_seq_len is None and the model allows it
 
 # TensorRT-LLM build flags that have no counterpart, and what they mean today.
 OBSOLETE_BUILD_FLAGS = {
@@ -26,94 +31,97 @@ OBSOLETE_BUILD_FLAGS = {
     "use_inflight_batching": "batching belongs to the session: SessionConfig(batching_type=...)",
     "multi_block_mode": "a choice of the attention kernel at run time",
 }
+OLD_FLAGS = ("max_output_len", "max_beam_width", *OBSOLETE_BUILD_FLAGS)  # what from_trtllm takes beside the fields
 
 
-@dataclass(frozen=True)
+@settings
 class BuildConfig(Settings):
-    """The bounds that an engine is built for; the defaults suit a notebook.
+    """The bounds that an engine is built for; the defaults suit a notebook, not a data centre."""
 
-    ``max_seq_len=None`` becomes ``min(2048, the model's)`` at build. ``dtype=None`` keeps the checkpoint's.
-    ``compute_capabilities`` pins a plan to targets such as ``("8.9",)``; empty builds for all that the library
-    serves. ``optimization_level`` is TensorRT's 0 to 5, None its default. Flags of TensorRT-LLM that mean nothing
-    today are accepted and answered in ``notes``.
-    """
-
-    max_batch_size: int = 8
-    max_input_len: int = 1024
-    max_seq_len: int | None = None
-    max_num_tokens: int = 2048
-    tokens_per_block: int = 32
-    dtype: str | None = None
+    max_batch_size: PositiveInt = 8
+    """Most requests that run in one step. More serves more at once and takes more memory for K and V."""
+    max_input_len: PositiveInt | None = None
+    """Longest prompt in tokens; None becomes 1024, or ``max_seq_len`` where that is less."""
+    max_seq_len: PositiveInt | None = None
+    """Longest request in tokens, prompt and answer together; None becomes 2048, or the model's where that is less."""
+    max_num_tokens: PositiveInt = 2048
+    """Most tokens that one step computes over all its requests. More reads prompts faster and takes more memory."""
+    tokens_per_block: PositiveInt = 32
+    """Tokens in one block of the KV cache. Small blocks waste less and share more, large ones are faster to read."""
+    dtype: DtypeName | None = None
+    """Type that the plan computes in; None takes the checkpoint's."""
     weight_streaming: bool = False
+    """Whether weights may stay in the host's memory while the plan runs, which is slower and frees the GPU's."""
     compute_capabilities: tuple[str, ...] = ()
-    optimization_level: int | None = None
+    """Targets of the plan, such as ``("8.9",)``; empty is all that the TensorRT library serves."""
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    """How long TensorRT looks for fast kernels, 0 to 5; None is TensorRT's default. ``--builder_opt``."""
     notes: tuple[str, ...] = ()
-    max_output_len: InitVar[int | None] = None
-    max_beam_width: InitVar[int] = 1
-    gemm_plugin: InitVar[object] = None
-    gpt_attention_plugin: InitVar[object] = None
-    strongly_typed: InitVar[object] = None
-    remove_input_padding: InitVar[object] = None
-    context_fmha: InitVar[object] = None
-    paged_kv_cache: InitVar[object] = None
-    use_paged_context_fmha: InitVar[object] = None
-    use_inflight_batching: InitVar[object] = None
-    multi_block_mode: InitVar[object] = None
+    """What became of flags that mean nothing today, as ``BuildConfig.from_trtllm`` fills it in."""
 
-    def __post_init__(self, max_output_len: int | None, max_beam_width: int, *obsolete: object) -> None:
-        if max_output_len is not None:
-            self._set_seq_len_from(max_output_len)
-        if max_beam_width != 1:
-            raise ConfigError("beam search is not supported yet", got=f"max_beam_width={max_beam_width}", expected=1)
-        for (flag, meaning), value in zip(OBSOLETE_BUILD_FLAGS.items(), obsolete, strict=True):
-            if value is not None:
-                self._note(f"{flag}={value!r} has no effect: {meaning}")
-        self._validate()
-
-    def _validate(self) -> None:
-        require_positive(
-            "BuildConfig",
-            max_batch_size=self.max_batch_size,
-            max_input_len=self.max_input_len,
-            max_num_tokens=self.max_num_tokens,
-            tokens_per_block=self.tokens_per_block,
-        )
-        if self.max_seq_len is not None:
-            require_positive("BuildConfig", max_seq_len=self.max_seq_len)
-        check_types(self)
-        if self.max_seq_len is not None:
-            if self.max_input_len == BuildConfig.max_input_len:  # the default follows a smaller max_seq_len
-                object.__setattr__(self, "max_input_len", min(self.max_input_len, self.max_seq_len))
-            if self.max_input_len > self.max_seq_len:
-                raise ConfigError(
-                    f"max_input_len {self.max_input_len} exceeds max_seq_len {self.max_seq_len}",
-                    remedy="max_seq_len counts prompt and answer together: raise it, or lower max_input_len",
-                )
-        if self.dtype is not None:
-            torch_dtype(self.dtype)
-        if self.optimization_level is not None and self.optimization_level not in range(6):
-            raise ConfigError("optimization_level out of range", got=self.optimization_level, expected="0 to 5")
+    def __post_init__(self) -> None:
+        if self.max_input_len is not None and self.max_seq_len is not None and self.max_input_len > self.max_seq_len:
+            raise ConfigError(
+                f"max_input_len {self.max_input_len} exceeds max_seq_len {self.max_seq_len}",
+                remedy="max_seq_len counts prompt and answer together: raise it, or lower max_input_len",
+            )
         if self.max_num_tokens < self.max_batch_size:
             raise ConfigError(
                 f"max_num_tokens {self.max_num_tokens} is below max_batch_size {self.max_batch_size}",
                 remedy="a generation step feeds one token a request: raise max_num_tokens",
             )
 
-    def _set_seq_len_from(self, max_output_len: int) -> None:
-        require_positive("BuildConfig", max_output_len=max_output_len)
+    @classmethod
+    def from_trtllm(cls, **flags: Any) -> BuildConfig:
+        """The bounds by ``trtllm-build``'s flags; one that means nothing today is answered in ``notes``.
+
+        Args:
+            flags: The fields of BuildConfig, ``max_output_len``, ``max_beam_width`` (1 only), and the flags without a
+                counterpart, from ``gemm_plugin`` to ``multi_block_mode``; None is a flag that was not given.
+
+        Raises:
+            ConfigError: An unknown flag, a beam search, ``max_output_len`` beside ``max_seq_len``, or what BuildConfig
+                refuses.
+        """
+        known = (*(field.name for field in dataclasses.fields(cls)), *OLD_FLAGS)
+        for flag in flags.keys() - set(known):
+            remedy = did_you_mean(flag, known) or f"known flags are {', '.join(known)}"
+            raise ConfigError(f"BuildConfig.from_trtllm knows no flag {flag}", remedy=remedy)
+        old = {flag: value for flag, value in flags.items() if flag in OLD_FLAGS and value is not None}
+        bounds = cls(**{flag: value for flag, value in flags.items() if flag not in OLD_FLAGS})
+        notes = []
+        if "max_output_len" in old:
+            bounds = bounds._with_output_len(normalize(old["max_output_len"]))
+            notes.append(f"max_output_len={old['max_output_len']} is the old spelling of max_seq_len={bounds.seq_len}")
+        beams = normalize(old.get("max_beam_width", 1))
+        if type(beams) is not int or beams != 1:
+            raise ConfigError("beam search is not supported yet", got=f"max_beam_width={shorten(beams)}", expected=1)
+        notes += [
+            f"{flag}={shorten(old[flag])} has no effect: {meaning}"
+            for flag, meaning in OBSOLETE_BUILD_FLAGS.items()
+            if flag in old
+        ]
+        for note in notes:
+            logger.warning(note)
+        return dataclasses.replace(bounds, notes=(*bounds.notes, *notes))
+
+    def _with_output_len(self, output_len: object) -> BuildConfig:
+        if type(output_len) is not int or output_len < 1:
+            expected = describe(PositiveInt)
+            raise ConfigError("BuildConfig.max_output_len is not valid", got=shorten(output_len), expected=expected)
         if self.max_seq_len is not None:
             raise ConfigError("max_seq_len and max_output_len were both given", remedy="give max_seq_len alone")
-        object.__setattr__(self, "max_seq_len", self.max_input_len + max_output_len)
-        self._note(f"max_output_len={max_output_len} is the old spelling of max_seq_len={self.max_seq_len}")
+        return dataclasses.replace(self, max_seq_len=(self.max_input_len or DEFAULT_INPUT_LEN) + output_len)
 
-    def _note(self, text: str) -> None:
-        logger.warning(text)
-        object.__setattr__(self, "notes", (*self.notes, text))
+    @classmethod
+    def remedy_for_unknown(cls, name: str) -> str | None:
+        """Flags of TensorRT-LLM that are no bounds have their own way in."""
+        return f"use BuildConfig.from_trtllm({name}=...), which takes the old flags" if name in OLD_FLAGS else None
 
     def resolve(self, config: ModelConfig) -> BuildConfig:
-        """The same bounds with ``max_seq_len`` and ``dtype`` filled in for a model, checked against it."""
+        """The same bounds with every None that a model decides filled in, checked against the model."""
         limit = config.max_position_embeddings
-        seq_len = self.max_seq_len if self.max_seq_len is not None else min(2048, limit)
+        seq_len = self.max_seq_len if self.max_seq_len is not None else min(DEFAULT_SEQ_LEN, limit)
         if seq_len > limit:
             raise ConfigError(
                 f"max_seq_len {seq_len} exceeds the model's max_position_embeddings {limit}",
@@ -124,12 +132,19 @@ class BuildConfig(Settings):
                 f"the model's sliding window of {config.sliding_window} tokens is shorter than max_seq_len {seq_len}",
                 remedy=f"sliding windows are not supported yet: use max_seq_len={config.sliding_window} or less",
             )
-        return dataclasses.replace(
-            self,
-            max_seq_len=seq_len,
-            max_input_len=min(self.max_input_len, seq_len),
-            dtype=self.dtype or config.dtype,
-        )
+        if self.max_input_len is not None and self.max_input_len > seq_len:
+            raise ConfigError(
+                f"max_input_len {self.max_input_len} exceeds max_seq_len {seq_len}",
+                remedy=f"use max_input_len={seq_len} or less"
+                + (f", or give max_seq_len, at most {limit}" if seq_len < limit else ""),
+            )
+        bounds = dataclasses.replace(self, max_seq_len=seq_len, dtype=self.dtype or config.dtype)
+        return dataclasses.replace(bounds, max_input_len=bounds.input_len)
+
+    @property
+    def input_len(self) -> int:
+        """``max_input_len``, or what it becomes where it is None; ``max_seq_len`` is known."""
+        return min(DEFAULT_INPUT_LEN, self.seq_len) if self.max_input_len is None else self.max_input_len
 
     @property
     def seq_len(self) -> int:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from trtlab.config.base import Settings, check_types
-from trtlab.config.model import ModelConfig, require_positive
+from trtlab.config.base import PositiveInt, Settings, settings
+from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@settings
 class Mapping(Settings):
     """How a model is laid over processes: ``tp_size`` ranks share each layer, ``pp_size`` stages share the layers.
 
     Tensor-parallel ranks are neighbours: ``tp_rank = rank % tp_size``, ``pp_rank = rank // tp_size``.
-    ``world_size`` may be left out; if given it must equal ``tp_size * pp_size``.
     """
 
-    world_size: int | None = None
-    tp_size: int = 1
-    pp_size: int = 1
+    world_size: PositiveInt | None = None
+    """Number of processes; None, or ``tp_size * pp_size``, which it becomes."""
+    tp_size: PositiveInt = 1
+    """Ranks that share each layer; it must divide the query heads and the intermediate size."""
+    pp_size: PositiveInt = 1
+    """Stages that share the layers; it must divide their number."""
 
     def __post_init__(self) -> None:
-        require_positive("Mapping", tp_size=self.tp_size, pp_size=self.pp_size)
-        check_types(self)
         product = self.tp_size * self.pp_size
         if self.world_size is None:
             object.__setattr__(self, "world_size", product)

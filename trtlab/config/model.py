@@ -1,134 +1,130 @@
-"""The shape of a model, by TensorRT-LLM's config.json names: frozen, validated."""
+"""The shape of one decoder, by TensorRT-LLM's config.json names: frozen, validated."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from trtlab.card import Shown
-from trtlab.config.base import Settings, check_types
+from trtlab.config.base import PositiveFloat, PositiveInt, Settings, settings
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DtypeName = Literal["float32", "float16", "bfloat16"]
+RotaryKind = Literal["linear", "llama3", "yarn"]
+DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of ``float32``, ``float16`` or ``bfloat16``; ConfigError for any other name."""
-    if name not in DTYPES:
-        raise ConfigError("unknown dtype", got=repr(name), expected=" | ".join(DTYPES))
-    return DTYPES[name]
+    return DTYPES[dtype_name(name)]
 
 
-def require_positive(owner: str, **values: int) -> None:
-    """ConfigError naming the first value that is not a whole number of at least 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{owner}.{name} must be a whole number of at least 1", got=repr(value))
+def dtype_name(name: str) -> DtypeName:
+    """The name itself where it is one of the three; ConfigError for any other."""
+    for known in DTYPES:
+        if name == known:
+            return known
+    raise ConfigError("unknown dtype", got=repr(name), expected=" | ".join(DTYPES))
 
 
-def require_number(owner: str, **values: object) -> None:
-    """ConfigError naming the first value that is not a positive, finite number."""
-    for name, value in values.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:  # type: ignore[operator]
-            raise ConfigError(f"{owner}.{name} must be a positive number", got=repr(value))
-
-
-ROTARY_SCALINGS = ("linear", "llama3", "yarn")
-
-
-@dataclass(frozen=True)
+@settings
 class RotaryScaling(Settings):
-    """How rotary frequencies are stretched beyond the trained length: linear, llama3 or yarn.
+    """How rotary frequencies are stretched beyond the trained length, by Hugging Face's names in ``rope_parameters``.
 
-    Fields that a kind does not use stay None. Sources: Hugging Face's ``rope_parameters`` of the same names; YaRN is
-    arXiv:2309.00071; llama3 is the interpolation published with Llama 3.1.
+    Fields that a kind does not use stay None.
     """
 
-    kind: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    kind: RotaryKind
+    """Which rule stretches; no other is supported yet.
+
+    ``llama3`` is the interpolation published with Llama 3.1, ``yarn`` that of arXiv:2309.00071.
+    """
+    factor: PositiveFloat
+    """How many times longer texts may be than those of the training."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """Longest text of the training in tokens; llama3 needs it, yarn takes the model's where it is None."""
+    low_freq_factor: PositiveFloat | None = None
+    """Turns over the trained length below which a frequency is stretched whole; llama3 only."""
+    high_freq_factor: PositiveFloat | None = None
+    """Turns over the trained length above which a frequency stays as it is; llama3 only."""
+    beta_fast: PositiveFloat = 32.0
+    """Turns over the trained length above which a frequency stays as it is; yarn only."""
+    beta_slow: PositiveFloat = 1.0
+    """Turns over the trained length below which a frequency is stretched whole; yarn only."""
     attention_factor: float | None = None
+    """What cosines and sines are multiplied by; None derives it from the factor. Yarn only."""
     mscale: float | None = None
+    """Weight of the factor's logarithm in the attention factor, beside ``mscale_all_dim``; yarn only."""
     mscale_all_dim: float | None = None
+    """Weight of the same logarithm in what the attention factor is divided by; yarn only."""
     truncate: bool = True
+    """Whether the bounds between the two ``beta`` are rounded to whole dimensions; yarn only."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ROTARY_SCALINGS:
-            raise ConfigError(
-                f"rotary scaling {self.kind!r} is not supported yet", expected=" | ".join(ROTARY_SCALINGS)
-            )
-        require_number("RotaryScaling", factor=self.factor)
-        check_types(self)
-        if self.kind == "llama3":
-            low, high, trained = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
-            require_number(
-                "RotaryScaling", low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=trained
-            )
-            if low == high:
-                raise ConfigError("low_freq_factor and high_freq_factor must differ", got=low)
+        if self.kind != "llama3":
+            return
+        needed = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(f"RotaryScaling.{missing[0]} is missing", expected=f"{', '.join(needed)} with llama3")
+        if self.low_freq_factor == self.high_freq_factor:
+            raise ConfigError("low_freq_factor and high_freq_factor must differ", got=self.low_freq_factor)
 
 
-@dataclass(frozen=True, repr=False)
-class ModelConfig(Shown):
-    """The shape of one decoder, by TensorRT-LLM's config.json names.
-
-    ``attn_bias`` is a bias on q, k and v, ``dense_bias`` one on the attention output, ``mlp_bias`` one on the three
-    MLP linears, ``qk_layernorm`` an RMSNorm over each head of q and k. ``sliding_window`` is the source's window in
-    tokens; a build longer than it is refused. ``quantization`` says how the tensors are stored; the default is plain.
-    """
+@settings
+class ModelConfig(Shown, Settings):
+    """The shape of one decoder, by TensorRT-LLM's config.json names."""
 
     architecture: str
-    dtype: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
-    intermediate_size: int
-    max_position_embeddings: int
+    """Class of the model, such as ``LlamaForCausalLM``."""
+    dtype: DtypeName
+    """Type that the weights are stored in where they are not quantized."""
+    vocab_size: PositiveInt
+    """Number of token ids: rows of the embedding and of the head."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_hidden_layers: PositiveInt
+    """Number of decoder layers."""
+    num_attention_heads: PositiveInt
+    """Number of query heads."""
+    num_key_value_heads: PositiveInt
+    """Number of key/value heads; it divides the query heads. Fewer make the KV cache smaller."""
+    head_size: PositiveInt
+    """Width of one head; even, for the rotary embedding."""
+    intermediate_size: PositiveInt
+    """Width of the MLP."""
+    max_position_embeddings: PositiveInt
+    """Longest text in tokens, prompt and answer together."""
     hidden_act: str = "silu"
-    norm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
+    """Activation of the MLP's gate."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """What a norm adds to the mean square before its root. Hugging Face: ``rms_norm_eps``."""
+    rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies. Hugging Face: ``rope_theta``."""
     rotary_scaling: RotaryScaling | None = None
+    """How the rotary frequencies are stretched; None leaves them as they are."""
     attn_bias: bool = False
+    """Whether q, k and v have a bias."""
     dense_bias: bool = False
+    """Whether the attention's output has a bias."""
     mlp_bias: bool = False
+    """Whether the three linears of the MLP have a bias."""
     qk_layernorm: bool = False
+    """Whether each head of q and k goes through an RMSNorm of its own."""
     tie_word_embeddings: bool = False
-    sliding_window: int | None = None
-    quantization: QuantConfig = field(default_factory=QuantConfig)
+    """Whether the head is the token embedding."""
+    sliding_window: PositiveInt | None = None
+    """The source's attention window in tokens; a build longer than it is refused."""
+    quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    """How the tensors are stored; the default is plain."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "ModelConfig",
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_size=self.head_size,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.max_position_embeddings,
-        )
-        require_number("ModelConfig", norm_epsilon=self.norm_epsilon, rotary_base=self.rotary_base)
-        check_types(self)
-        torch_dtype(self.dtype)
-        if self.sliding_window is not None:
-            require_positive("ModelConfig", sliding_window=self.sliding_window)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                "query heads must be a multiple of key/value heads",
+                "num_attention_heads must be a multiple of num_key_value_heads",
                 got=f"{self.num_attention_heads} query heads and {self.num_key_value_heads} key/value heads",
             )
         if self.head_size % 2:

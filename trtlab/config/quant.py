@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import fnmatch
-import math
-from dataclasses import dataclass
+from typing import Literal, get_args
 
-from trtlab.config.algorithms import KV_ALGORITHMS, KV_RECIPES, KV_SCALES, RECIPES, KvRecipe, Recipe
-from trtlab.config.base import Settings, check_types
-from trtlab.errors import ConfigError
+from trtlab.config.algorithms import KV_RECIPES, RECIPES, KvRecipe, KvScales, Recipe
+from trtlab.config.base import Settings, Share, settings
 
-GROUP_SIZES = (64, 128)
+GroupSize = Literal[64, 128]
+GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
+QuantAlgo = Literal[
+    "W8A16",
+    "W4A16",
+    "W8A8_SQ_PER_TENSOR_PLUGIN",
+    "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
+    "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+    "W8A8_SQ_PER_CHANNEL",
+    "FP8",
+    "W4A16_AWQ",
+    "W4A8_AWQ",
+]
 
 
-@dataclass(frozen=True)
+@settings
 class QuantConfig(Settings):
     """What to quantize and how; both algorithms None leave the model as it is.
 
-    ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's strings. ``smoothquant_val`` is SmoothQuant's alpha,
-    None to search it for each input; ``group_size`` belongs to AWQ. ``kv_cache_scales`` is ``"merged"``
-    (TensorRT-LLM's one scale a layer), ``"split"`` or ``"per_head"``; FP8 caches always have the scale 1.
-    ``exclude_modules`` are shell patterns over names such as ``transformer.layers.3.mlp.proj``; the head and the
-    embedding are never quantized.
+    The head and the embedding are never quantized.
     """
 
-    quant_algo: str | None = None
-    kv_cache_quant_algo: str | None = None
-    smoothquant_val: float | None = 0.5
-    group_size: int = 128
-    kv_cache_scales: str = "split"
-    exclude_modules: tuple[str, ...] = ()
+    quant_algo: QuantAlgo | None = None
+    """Algorithm of the weights, by TensorRT-LLM's string; None leaves them as they are."""
+    kv_cache_quant_algo: Literal["INT8", "FP8"] | None = None
+    """Algorithm of the KV cache; None stores it in the model's type. Either halves the bytes of a 16-bit cache."""
+    smoothquant_val: Share | None = 0.5
+    """SmoothQuant's alpha: 0 leaves all the difficulty to the activations, 1 moves it to the weights; None searches.
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        _one_of("quant_algo", self.quant_algo, (None, *RECIPES))
-        _one_of("kv_cache_quant_algo", self.kv_cache_quant_algo, (None, *KV_ALGORITHMS))
-        _one_of("kv_cache_scales", self.kv_cache_scales, KV_SCALES)
-        _one_of("group_size", self.group_size, GROUP_SIZES)
-        object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
-        alpha = self.smoothquant_val
-        if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= 1):
-            raise ConfigError(
-                "smoothquant_val (alpha) lies outside [0, 1]",
-                got=alpha,
-                remedy="0 leaves all the difficulty to the activations, 1 moves it to the weights; None searches",
-            )
+    The search takes one for each input. TensorRT-LLM: ``--smoothquant``.
+    """
+    group_size: GroupSize = 128
+    """Weights that share an AWQ scale; 64 is closer to the weights and takes more bytes.
+
+    ModelOpt: ``--awq_block_size``.
+    """
+    kv_cache_scales: KvScales = "split"
+    """What has a scale of its own in an INT8 cache: a layer, its K and its V, or each of their heads.
+
+    TensorRT-LLM has merged. Finer scales are closer to what is cached. FP8 caches always have the scale 1.
+    """
+    exclude_modules: tuple[str, ...] = ()
+    """Linears that stay as they are: shell patterns over names such as ``transformer.layers.3.mlp.proj``."""
 
     @property
     def active(self) -> bool:
@@ -72,8 +79,3 @@ class QuantConfig(Settings):
         """The algorithm of one linear by its full name, None when it is excluded."""
         excluded = any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
         return None if excluded else self.recipe
-
-
-def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"unknown {name}", got=repr(value), expected=" | ".join(map(str, known)))

@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
-from trtlab.config.base import Settings, check_types
-from trtlab.config.model import require_positive
-from trtlab.errors import ConfigError
+from pydantic import BeforeValidator, Field
+
+from trtlab.config.base import (
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Seed,
+    Settings,
+    settings,
+)
+
+Word = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+def _as_words(stop: object) -> object:
+    """One stop word as a tuple of one, None as none."""
+    return () if stop is None else (stop,) if isinstance(stop, str) else stop
+
+
+@settings
 class SamplingParams(Settings):
-    """How the next token is chosen; with none of temperature, top_k and top_p given, greedily.
+    """How the next token is chosen; with none of temperature, top_k and top_p given, greedily."""
 
-    ``temperature`` divides the logits, then ``top_k`` keeps the k best and ``top_p`` the smallest set whose
-    probability reaches p (Holtzman et al., arXiv:1904.09751). ``repetition_penalty`` divides positive and multiplies
-    negative logits of tokens already seen (Keskar et al., arXiv:1909.05858). ``stop`` words end the text before
-    them. ``logprobs`` keeps the log-probability of each chosen token, before temperature and filtering.
+    max_new_tokens: PositiveInt = 32
+    """Most tokens of an answer. TensorRT-LLM: ``max_output_len``, ``max_tokens``."""
+    temperature: NotNegativeFloat | None = None
+    """What the logits are divided by; 0 takes the best token. Above 1 flattens the choice, below 1 sharpens it."""
+    top_k: NotNegativeInt | None = None
+    """How many of the best tokens stay to choose from; 0 keeps every token. It comes after the temperature."""
+    top_p: PositiveShare | None = None
+    """Probability that the smallest set of best tokens must reach; 1 keeps every token.
+
+    It comes after ``top_k`` (Holtzman et al., arXiv:1904.09751).
     """
+    repetition_penalty: PositiveFloat = 1.0
+    """What makes tokens already seen less likely; 1 changes nothing.
 
-    max_new_tokens: int = 32
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    stop: Sequence[str] | str | None = ()
-    seed: int | None = None
+    It divides their positive and multiplies their negative logits (Keskar et al., arXiv:1909.05858).
+    """
+    stop: Annotated[Sequence[Word] | Word | None, BeforeValidator(_as_words)] = ()
+    """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop_words``."""
+    seed: Seed | None = None
+    """Seed of the draw; None draws anew each time. TensorRT-LLM: ``random_seed``."""
     logprobs: bool = False
+    """Whether the log-probability of each chosen token is kept, before temperature and filtering."""
     ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        require_positive("SamplingParams", max_new_tokens=self.max_new_tokens)
-        check_types(self)
-        object.__setattr__(self, "stop", tuple(stop))
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ConfigError(
-                "temperature must be finite and not negative", got=self.temperature, remedy="0 takes the best token"
-            )
-        if self.top_k is not None and self.top_k < 0:
-            raise ConfigError("top_k must not be negative", got=self.top_k, remedy="0 keeps every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError("top_p must lie in (0, 1]", got=self.top_p, remedy="1 keeps every token")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(
-                "repetition_penalty must be positive and finite",
-                got=self.repetition_penalty,
-                remedy="1 changes nothing",
-            )
-        if "" in stop:
-            raise ConfigError("an empty stop word would stop at once", got=self.stop, remedy="leave it out")
+    """Whether the answer goes on behind the model's end token, up to ``max_new_tokens``."""
 
     @property
     def greedy(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator
 
-from trtlab.config.model import DTYPES, ModelConfig, torch_dtype
+from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.tables import HUGGING_FACE_NAMES
 from trtlab.convert.hugging_face_config import HuggingFaceConfig, read_config
@@ -57,14 +57,13 @@ def _head_differs(found: Mapping[str, LazyTensor]) -> bool:
     return table is not None and (table.shape != head.shape or not torch.equal(table.read(), head.read()))
 
 
-def _choose_dtype(stored: HuggingFaceConfig, dtype: str, found: Mapping[str, LazyTensor]) -> str:
+def _choose_dtype(stored: HuggingFaceConfig, dtype: str, found: Mapping[str, LazyTensor]) -> DtypeName:
     """``auto`` is the config's word, or what the tensors are when it says nothing."""
     if dtype != "auto":
-        torch_dtype(dtype)
-        return dtype
+        return dtype_name(dtype)
     named = stored.stored_dtype
     if named in DTYPES:
-        return named
+        return dtype_name(named)
     first = next(iter(found.values())).dtype if found else torch.float32
     return next((name for name, kind in DTYPES.items() if kind == first), "float32")
 

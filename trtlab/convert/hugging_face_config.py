@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import ConfigDict, model_validator
 
-from trtlab.config.model import ModelConfig, RotaryScaling
+from trtlab.config.model import DtypeName, ModelConfig, RotaryKind, RotaryScaling
 from trtlab.convert.families.tables import FAMILIES, Family
 from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
@@ -108,7 +108,7 @@ class HuggingFaceConfig(_Header):
         """The dtype that the file names, in either spelling."""
         return self.dtype or self.torch_dtype
 
-    def to_model_config(self, dtype: str) -> ModelConfig:
+    def to_model_config(self, dtype: DtypeName) -> ModelConfig:
         """The model's shape; CheckpointError naming a value that is not supported, or settings that contradict."""
         family = self.family()
         self._check(family)
@@ -186,7 +186,7 @@ def _scaling(kind: str, rope: RopeParameters, longest: int) -> RotaryScaling:
     if factor is None:
         raise CheckpointError(f"{kind} rotary scaling lacks its factor", remedy=REMEDY)
     return RotaryScaling(
-        kind=kind,
+        kind=cast(RotaryKind, kind),  # any other is refused there
         factor=factor,
         original_max_position_embeddings=trained,
         low_freq_factor=rope.low_freq_factor,

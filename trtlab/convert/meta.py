@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trtlab.config.model import DTYPES, ModelConfig, RotaryScaling, torch_dtype
+from trtlab.config.model import DTYPES, DtypeName, ModelConfig, RotaryScaling, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.tables import META_NAMES
 from trtlab.errors import CheckpointError
@@ -72,12 +72,10 @@ def _read_config(params: Params, found: Mapping[str, LazyTensor], dtype: str) ->
         raise CheckpointError("these are not the weights of a LLaMA", expected=", ".join(needed))
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
-    stored = next((name for name, kind in DTYPES.items() if kind == found[needed[0]].dtype), "float32")
-    if dtype != "auto":
-        torch_dtype(dtype)
+    stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == found[needed[0]].dtype), "float32")
     return ModelConfig(
         architecture="LlamaForCausalLM",
-        dtype=stored if dtype == "auto" else dtype,
+        dtype=stored if dtype == "auto" else dtype_name(dtype),
         vocab_size=found[needed[0]].shape[0],
         hidden_size=params.dim,
         num_hidden_layers=params.n_layers,

@@ -85,7 +85,7 @@ def _measured(
 
 def recipe_title(quant: QuantConfig) -> str:
     """``W8A16 · INT8 KV split`` and the like."""
-    weights = quant.quant_algo or ""
+    weights: str = quant.quant_algo or ""
     if quant.recipe is not None and quant.recipe.grouped:
         weights += f" g{quant.group_size}"
     if quant.recipe is not None and quant.recipe.family.startswith("smoothquant"):

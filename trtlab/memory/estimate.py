@@ -272,7 +272,7 @@ def _rank_estimate(
     kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
     per_token = 2 * len(stage) * kv_heads * config.head_size * sizes.kv_itemsize  # K and V
     model = _meta_weights(config, mapping, rank, tensors)
-    prompt, past = build.max_input_len, min(build.max_input_len, build.seq_len - 1)
+    prompt, past = build.input_len, min(build.input_len, build.seq_len - 1)
     return RankEstimate(
         rank=rank,
         layers=stage,
@@ -292,7 +292,7 @@ def largest_step(build: BuildConfig) -> list[Span]:
     There are fewer tokens where the prompts at ``max_input_len`` do not make as many. Logits are those of the last
     tokens; asking for every token's takes ``tokens * vocab_size * 4`` bytes more.
     """
-    tokens = min(build.max_num_tokens, build.max_batch_size * build.max_input_len)
+    tokens = min(build.max_num_tokens, build.max_batch_size * build.input_len)
     rows = min(build.max_batch_size, tokens)
     share, rest = divmod(tokens, rows)
     return [Span(0, share + (place < rest)) for place in range(rows)]

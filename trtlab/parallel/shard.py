@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
+
+from trtlab.config.base import Settings, settings
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError
@@ -16,24 +19,16 @@ from trtlab.storage.lazy import LazyTensor, cat
 LAYER_PREFIX = layer_name(0, "").removesuffix("0.")
 
 
-@dataclass(frozen=True)
-class EmbeddingLayout:
-    """How the token table lies over tensor-parallel ranks: whole on each, or cut by rows (0) or columns (1).
-
-    ``use_embedding_sharing`` keeps one table for lookup and head, which only a tied model may.
-    """
+@settings
+class EmbeddingLayout(Settings):
+    """How the token table lies over tensor-parallel ranks: whole on each, or cut."""
 
     use_parallel_embedding: bool = False
-    embedding_sharding_dim: int = 0
+    """Whether the token table is cut over the tensor-parallel ranks; each then holds a part of it."""
+    embedding_sharding_dim: Annotated[int, Field(ge=0, le=1)] = 0
+    """Where the table is cut: 0 by rows (the vocabulary), 1 by columns (the hidden size)."""
     use_embedding_sharing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.embedding_sharding_dim not in (0, 1):
-            raise ConfigError(
-                "embedding_sharding_dim is out of range",
-                got=self.embedding_sharding_dim,
-                expected="0 (rows), 1 (columns)",
-            )
+    """Whether lookup and head keep one table, which only a tied model may."""
 
     @property
     def cut(self) -> int | None:

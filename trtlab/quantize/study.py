@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config.algorithms import KV_SCALES, LINEARS, Recipe
+from trtlab.config.algorithms import KV_SCALES, LINEARS, KvScales, Recipe
 from trtlab.config.quant import QuantConfig
 from trtlab.model.scales import amax, by_group, positive
 from trtlab.model.tensor_specs import layer_name
@@ -92,7 +92,7 @@ def study(quantization: Quantization) -> Study:
     quant = quantization.config.quantization
     settings = _settings(quant)
     linears: list[LinearStudy] = []
-    caches: dict[str, list[KvRow]] = {scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"}
+    caches: dict[KvScales, list[KvRow]] = {scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"}
     with (
         torch.inference_mode(),
         progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,

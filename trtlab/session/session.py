@@ -13,7 +13,6 @@ from typing import Any, Protocol, overload
 from torch import Tensor
 
 from trtlab.card import Shown
-from trtlab.config.base import require
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
@@ -30,6 +29,7 @@ from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
 from trtlab.session.request import Completion, Request
 from trtlab.tensorrt.build.plans import Plans
+from trtlab.validation import require
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -305,7 +305,7 @@ class Session(Shown):
             raise RequestError(
                 f"this prompt is no sequence of token ids: {error}", remedy="give text, or a list of whole numbers"
             ) from error
-        vocab, limit = self.engine.config.vocab_size, self.engine.build_config.max_input_len
+        vocab, limit = self.engine.config.vocab_size, self.engine.build_config.input_len
         if not ids:
             raise RequestError("the prompt is empty", remedy="give at least one token")
         outside = next((token for token in ids if not 0 <= token < vocab), None)

@@ -79,7 +79,7 @@ def profiles(build: BuildConfig) -> tuple[Profile, Profile]:
     A plan is padded, not packed: several prompts of unlike lengths in one run would compute on their padding, and
     TensorRT would reserve memory for the largest batch times the longest prompt.
     """
-    tokens = min(build.max_num_tokens, build.max_input_len)
+    tokens = min(build.max_num_tokens, build.input_len)
     one = Range(1, 1, 1)
     # A batch that can be nothing but 1 fails in FP16 and BF16 (TensorRT for RTX 1.7: "Error while verifying IR" at the
     # mask), so the context may have two rows, of which one is used.

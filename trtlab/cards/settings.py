@@ -1,0 +1,20 @@
+"""The card of settings: every field with its value, its default and the first sentence of its docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trtlab.card import Card, Table
+from trtlab.config.base import Settings, default_of, first_sentence, written
+
+
+def settings_card(chosen: Settings) -> Card:
+    """Every field with its value, the default where the value is another, and what it is."""
+    kind = type(chosen)
+    rows = []
+    for field in dataclasses.fields(chosen):
+        value, default = getattr(chosen, field.name), default_of(field)
+        words = "must be given" if default is dataclasses.MISSING else repr(default)
+        rows.append((field.name, repr(value), "" if value == default else words, first_sentence(kind, field.name)))
+    typed = (("as one types it", written(chosen)),)
+    return Card(kind.__name__, typed, (Table(("setting", "value", "default", "what it is"), tuple(rows)),))
