@@ -234,6 +234,11 @@ FAULTS = {
     "a rope without a kind": (lambda f: rewrite(f, rotary_scaling={"factor": 2.0}), "rotary_scaling"),
     "an unknown activation": (lambda f: rewrite(f, hidden_act="xielu"), "xielu"),
     "a format from the future": (lambda f: rewrite(f, trtlab={"format": 99}), "format 99.*upgrade trtlab"),
+    "of Hugging Face": (
+        lambda f: rewrite(f, architecture=..., architectures=["LlamaForCausalLM"]),
+        "config.json is of a Hugging Face folder.*from_hugging_face",
+    ),
+    "of ModelOpt": (lambda f: rewrite(f, rotary_base=..., producer={"name": "modelopt"}), "ModelOpt.*add rotary_base"),
     "no sizes": (lambda f: rewrite(f, hidden_size=...), "hidden_size is missing"),
     "words for numbers": (lambda f: rewrite(f, hidden_size="16"), "hidden_size is '16'"),
     "a billion layers": (lambda f: rewrite(f, num_hidden_layers=10**9), "1000000000 layers"),

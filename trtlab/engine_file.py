@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
 from trtlab.config.build import BuildConfig
 from trtlab.convert.trtllm_config import TrtllmConfig
@@ -37,10 +37,11 @@ class EngineFile(OpenObject):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_kind(cls, raw: dict[str, Any]) -> dict[str, Any]:
+    def _check_kind(cls, raw: dict[str, Any], info: ValidationInfo[str]) -> dict[str, Any]:
         if not isinstance(raw.get("build_config"), dict) or not isinstance(raw.get("pretrained_config"), dict):
             raise EngineError(
-                "this is not an engine folder", remedy="Checkpoint.load() opens a checkpoint; build() it first"
+                f"{info.context} is not of an engine folder",
+                remedy="Checkpoint.load() opens a checkpoint; build() it first",
             )
         return raw
 

@@ -21,14 +21,14 @@ def check_layers(where: str, layers: int, tensors: int) -> None:
         )
 
 
-def check_tensors(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """CheckpointError listing missing, surplus and mis-shaped tensors together, with the shapes expected."""
-    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    surplus = [f"surplus {name} {list(tensor.shape)}" for name, tensor in found.items() if name not in expected]
+    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    surplus = [f"surplus {name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in expected]
     shaped = [
-        f"{name} is {list(found[name].shape)}, expected {list(shape)}"
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name].shape != tuple(shape)
+        if name in tensors and tensors[name].shape != tuple(shape)
     ]
     problems = missing + surplus + shaped
     if problems:
@@ -38,29 +38,29 @@ def check_tensors(where: str, found: Mapping[str, LazyTensor], expected: Mapping
         )
 
 
-def check_floating(where: str, found: Iterable[tuple[str, LazyTensor]]) -> None:
+def check_floating(where: str, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
     """CheckpointError for a weight that is not a plain floating-point tensor, as a quantized model's are not."""
-    odd = [
+    refused = [
         f"{name} is {tensor.dtype}"
-        for name, tensor in found
+        for name, tensor in tensors
         if tensor.dtype.itemsize < 2 or not tensor.dtype.is_floating_point
     ]
-    if odd:
+    if refused:
         raise CheckpointError(
-            f"{where} holds quantized weights: {_listed(odd)}", remedy="start from the model's unquantized folder"
+            f"{where} holds quantized weights: {_listed(refused)}", remedy="start from the model's unquantized folder"
         )
 
 
-def check_dtype(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, torch.dtype]) -> None:
+def check_dtype(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping[str, torch.dtype]) -> None:
     """CheckpointError for tensors that are not stored in the dtypes that the config leads to."""
-    odd = [
+    refused = [
         f"{name} is {tensor.dtype}, expected {expected[name]}"
-        for name, tensor in found.items()
+        for name, tensor in tensors.items()
         if tensor.dtype != expected[name]
     ]
-    if odd:
+    if refused:
         raise CheckpointError(
-            f"{where} does not hold what its config says: {_listed(odd)}", remedy="convert the model again"
+            f"{where} does not hold what its config says: {_listed(refused)}", remedy="convert the model again"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, ValidationInfo, model_validator
 
 from trtlab.config.model import DtypeName, ModelConfig, RotaryKind, RotaryScaling
 from trtlab.convert.families.tables import FAMILIES, Family
@@ -99,8 +99,8 @@ class HuggingFaceConfig(_Header):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_family_defaults(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        family = parse_model(raw, _Header, "config.json", remedy=REMEDY).family()
+    def _add_family_defaults(cls, raw: dict[str, Any], info: ValidationInfo[str]) -> dict[str, Any]:
+        family = parse_model(raw, _Header, info.context, remedy=REMEDY).family()
         return {**family.defaults, **raw}
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 from collections import abc
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig, RotaryScaling
@@ -53,22 +53,22 @@ class _Header(OpenObject):
     producer: _Producer | None = None
     trtlab: _Format | None = None
 
-    def check(self) -> None:
-        """CheckpointError for a file of another program, or of a later trtlab."""
+    def check(self, where: str) -> None:
+        """CheckpointError for a file of another program, or of a later trtlab; ``where`` names it."""
         if self.architecture is None and self.architectures is not None:
             raise CheckpointError(
-                "this is a Hugging Face folder",
+                f"{where} is of a Hugging Face folder",
                 expected="one that checkpoint.save() or TensorRT-LLM wrote",
                 remedy="open it with Checkpoint.from_hugging_face()",
             )
         if self.trtlab is not None and self.trtlab.format > FORMAT:
             raise CheckpointError(
-                f"the checkpoint has format {self.trtlab.format}; this trtlab {VERSION} reads up to {FORMAT}",
+                f"{where} has format {self.trtlab.format}; this trtlab {VERSION} reads up to {FORMAT}",
                 remedy="upgrade trtlab",
             )
         if self.producer is not None and self.producer.name == "modelopt" and self.rotary_base is None:
             raise CheckpointError(
-                "config.json comes from ModelOpt, which leaves rotary_base out",
+                f"{where} comes from ModelOpt, which leaves rotary_base out",
                 remedy="add rotary_base (the source's rope_theta) and its rotary_scaling to config.json",
             )
 
@@ -163,9 +163,9 @@ class TrtllmConfig(ModelFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_header(cls, raw: Any) -> Any:
+    def _check_header(cls, raw: Any, info: ValidationInfo[str]) -> Any:
         if isinstance(raw, dict):
-            parse_model(raw, _Header, "config.json", remedy=REMEDY).check()
+            parse_model(raw, _Header, info.context, remedy=REMEDY).check(info.context)
         return raw
 
     @property

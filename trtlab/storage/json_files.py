@@ -33,17 +33,15 @@ Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON knows no tuples; 
 
 
 class StoredObject(BaseModel):
-    """Base of what one JSON object holds. A bool is no number, a number no text; unknown keys are refused.
-
-    A key of ``neutral`` passes with any value. With ``passes_empty`` an unknown key passes that asks for nothing:
-    null, false, 0, or empty.
-    """
+    """Base of what one JSON object holds: a bool is no int there, a number no str, and unknown keys are refused."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
     neutral: ClassVar[Collection[str]] = ()
+    """Keys that pass with any value."""
     passes_empty: ClassVar[bool] = False
+    """Whether an unknown key passes when it asks for nothing: null, false, 0, or empty."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +60,7 @@ class StoredObject(BaseModel):
 
 
 class OpenObject(StoredObject):
-    """Base of a JSON object whose other keys do not matter."""
+    """Base of what one JSON object holds whose other keys do not matter."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -72,7 +70,7 @@ class ByFields:
 
     Args:
         allow_inf_nan: Whether numbers may be infinite.
-        **stricter: Types that the file must have where the dataclass allows more.
+        **stricter: Fields that the file must have, with their types there, where the dataclass has a default.
     """
 
     def __init__(self, *, allow_inf_nan: bool = False, **stricter: Any) -> None:
@@ -82,7 +80,7 @@ class ByFields:
     def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         hints = typing.get_type_hints(kind, include_extras=True)
         fields: dict[str, Any] = {
-            field.name: (_from_json(self._stricter.get(field.name, hints[field.name])), _default(field))
+            field.name: (_from_json(hints[field.name]), ... if _is_required(field) else None)
             for field in dataclasses.fields(kind)
         }
         fields |= {name: (hint, ...) for name, hint in self._stricter.items()}
@@ -97,10 +95,8 @@ class _WithInfinity(StoredObject):
     model_config = ConfigDict(allow_inf_nan=True)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory)
-    return ... if field.default is dataclasses.MISSING else field.default
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _from_json(hint: Any) -> Any:
@@ -130,9 +126,9 @@ def read_model(path: Path, kind: type[S], *, remedy: str, error: type[TrtlabErro
 def parse_model(
     raw: dict[str, Any], kind: type[S], where: str, *, remedy: str, error: type[TrtlabError] = CheckpointError
 ) -> S:
-    """``read_model`` for an object in memory; ``where`` names it in an error."""
+    """``read_model`` for an object in memory; ``where`` names it in an error, and is the context of its validators."""
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(raw, context=where)
     except ValidationError as refusal:
         lines = _lines(refusal, kind)
         rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
