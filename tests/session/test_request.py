@@ -643,3 +643,40 @@ def test_the_cache_and_the_events_may_be_read_while_another_thread_steps(talk):
         reads += 1
     thread.join()
     assert not errors and reads > 3 and all(request.done for request in requests)
+
+
+# --- beside a step of another thread
+
+
+def test_submit_cancel_and_fork_return_while_another_thread_is_inside_a_forward_pass(talk, monkeypatch):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    expected = talk.generate("the cat", params)
+    running, dropped = talk.submit("the cat", params), talk.submit("a mat", params)
+    talk.step()
+    inside, leave, results = threading.Event(), threading.Event(), []
+    run = talk._loop.backend.ranks.run
+
+    def blocked(step):
+        inside.set()
+        assert leave.wait(20)
+        return run(step)
+
+    def meanwhile():
+        results.append((talk.submit("the cat", params), talk.fork(running), dropped.cancel(), dropped.status))
+        results.append((running.token_ids, running.status, talk.waiting))
+
+    monkeypatch.setattr(talk._loop.backend.ranks, "run", blocked)
+    stepping = threading.Thread(target=talk.step, daemon=True)
+    stepping.start()
+    assert inside.wait(20)
+    thread = threading.Thread(target=meanwhile, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "submit, fork or cancel waits for the forward pass"
+    leave.set()
+    stepping.join(20)
+    (late, child, cancelled, status), (token_ids, state, waiting) = results
+    assert cancelled and (status, dropped.status) == ("running", "cancelled")
+    assert (token_ids, state, waiting) == (expected.token_ids[:1], "running", 2)
+    talk._loop.check_integrity()
+    assert running.result() == late.result() == child.result() == expected

@@ -115,8 +115,8 @@ class BlockManager:
     def fork(self, parent: Chain, child: Chain, past: int) -> None:
         """Begin ``child`` with the blocks of the parent's ``past`` tokens, the one that is not full among them."""
         self.open(child, parent.blocks[: self.required(past)])
-        child.committed = parent.committed
-        child.hashes = parent.hashes[: parent.committed]
+        child.committed = past // self.tokens_per_block
+        child.hashes = parent.hashes[: child.committed]
 
     def demand(self, chain: Chain, past: int, tokens: int) -> int:
         """Blocks that the chain must take before it holds so many tokens; a shared block in its way counts as one."""

@@ -6,7 +6,8 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from trtlab.parallel.step import Chunk, StepInputs
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
+from trtlab.runtime.inbox import Arrival, Cancellation, Inbox, Message
 from trtlab.runtime.kv_cache import KvCache
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
@@ -28,7 +30,11 @@ Turn = tuple[RequestState, Chunk]
 
 
 class Loop:
-    """Runs requests to their ends. Every method may be called from any thread; one step runs at a time."""
+    """Runs requests to their ends. Every method may be called from any thread; one step runs at a time.
+
+    ``submit``, ``fork`` and ``cancel`` never wait for a step: they post a message. It is carried out at once when no
+    step is under way, else by the thread that runs the step, before the step ends.
+    """
 
     def __init__(
         self,
@@ -40,7 +46,6 @@ class Loop:
         pool = backend.pool
         self.backend = backend
         self.clock = clock
-        self.lock = threading.RLock()
         self.events = EventLog(config.events_kept)
         self.closed = False
         self._max_num_tokens = build.max_num_tokens
@@ -60,62 +65,121 @@ class Loop:
         self._listeners: dict[RequestState, Listener | None] = {}
         self._finished: list[Finish] = []  # since the last event
         self._deadlines: list[tuple[float, int, RequestState]] = []
-        self._stepping = False
-        self._withdrawn: list[RequestState] = []  # cancelled from within a step
+        self._inbox = Inbox()
+        self._lock = threading.RLock()  # whoever holds it may change requests, slots and blocks
+        self._busy = False  # its holder is at it: a message from that very thread waits
 
     def submit(self, request: RequestState, listener: Listener | None = None) -> None:
         """Queue a request; RequestError when it could never run."""
-        with self.lock:
-            self._require_open()
-            self.scheduler.refuse_if_never(request)
-            self._register(request, listener)
-            self.scheduler.add(request)
+        self._post_arrival(Arrival(request), listener)
 
     def fork(self, parent: RequestState, child: RequestState, listener: Listener | None = None) -> None:
-        """Queue a request that goes on where ``parent`` stands; it shares the parent's blocks where it can."""
-        with self.lock:
-            self._require_open()
-            if parent not in self._listeners:
-                raise RequestError(f"request {parent.number} is not under way in this session", remedy="submit it here")
-            self.scheduler.refuse_if_never(child)
-            self._register(child, listener)
-            if not (self.backend.pool.paged and self.scheduler.fork(parent, child)):
-                self.scheduler.add(child)
+        """Queue a request that begins with tokens of ``parent``; it shares the parent's blocks where it can.
 
-    def _register(self, request: RequestState, listener: Listener | None) -> None:
-        request.arrival = self._steps
-        self._listeners[request] = listener
-        if request.deadline_s < math.inf:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.number, request))
+        RequestError when it could never run, or when ``parent`` is not under way.
+        """
+        self._post_arrival(Arrival(child, parent), listener)
+
+    def _post_arrival(self, message: Arrival, listener: Listener | None) -> None:
+        with self._inbox.lock:
+            self._require_open()
+            parent = message.parent
+            if parent is not None and parent not in self._listeners:
+                raise RequestError(f"request {parent.number} is not under way in this session", remedy="submit it here")
+            self.scheduler.refuse_if_never(message.request)
+            self._listeners[message.request] = listener
+            self._inbox.post(message)
+        self._attend()
 
     def cancel(self, request: RequestState) -> bool:
-        """End a request wherever it stands; False when it had ended before."""
-        with self.lock:
+        """End a request wherever it stands, at the latest when the step under way ends; False when it had ended."""
+        with self._inbox.lock:
             if request not in self._listeners:
                 return False
-            if self._stepping:  # from within: a listener, or a dropped stream that the garbage collector closes
-                self._withdrawn.append(request)
-            else:
-                self._end(request, "cancelled")
-            return True
+            self._inbox.post(Cancellation(request))
+        self._attend()
+        return True
+
+    def is_under_way(self, request: RequestState) -> bool:
+        """Whether the request was queued here and has not ended."""
+        return request in self._listeners
+
+    @property
+    def waiting(self) -> int:
+        """Requests under way that have no slot."""
+        return max(0, len(self._listeners) - len(self.scheduler.running))
+
+    def _attend(self) -> None:
+        """Carry messages out, unless another thread holds the lock: it looks again after it has let go of it."""
+        while self._inbox and self._lock.acquire(blocking=False):
+            try:
+                if self._busy:
+                    return
+                self._drain()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other threads from changing anything; messages are carried out before and after."""
+        try:
+            with self._lock:
+                if not self._busy:
+                    self._drain()
+                outer, self._busy = self._busy, True
+                try:
+                    yield
+                finally:
+                    self._busy = outer
+        finally:
+            self._attend()
+
+    def _drain(self) -> None:
+        outer, self._busy = self._busy, True
+        try:
+            self._inbox.drain(self._carry_out)
+        finally:
+            self._busy = outer
+
+    def _carry_out(self, message: Message) -> None:
+        request = message.request
+        if request not in self._listeners:
+            return
+        if isinstance(message, Cancellation):
+            self._end(request, "cancelled")
+        elif request.slot is None and not self.scheduler.is_waiting(request):
+            request.arrival = self._steps
+            if request.deadline_s < math.inf:
+                heapq.heappush(self._deadlines, (request.deadline_s, request.number, request))
+            parent = message.parent
+            if parent is None or not self.backend.pool.paged or not self.scheduler.fork(parent, request):
+                self.scheduler.add(request)
 
     def step(self) -> StepEvent | None:
         """One step for all that run; None when there is nothing to do. An error ends the request whose it is."""
-        with self.lock:
+        with self._exclusive():
             self._require_open()
-            self._stepping, start = True, self.clock()
-            try:
-                step, work = self._choose_and_run(start)
-            finally:
-                self._stepping = False
-                while self._withdrawn:
-                    self.cancel(self._withdrawn.pop())
-            if not step.chunks and not self._finished:
-                return None
-            event = self._event(step, work, start)
-            self.events.append(event)
-            self._steps += 1
-            return event
+            return self._step()
+
+    def advance(self, request: RequestState) -> None:
+        """One step, unless the request has ended meanwhile: another thread may have run the steps that it needed."""
+        with self._exclusive():
+            if request in self._listeners:
+                event = self._step()
+                assert event is not None or request not in self._listeners, f"{request.number} is left out"
+
+    def _step(self) -> StepEvent | None:
+        start = self.clock()
+        try:
+            step, work = self._choose_and_run(start)
+        finally:
+            self._drain()
+        if not step.chunks and not self._finished:
+            return None
+        event = self._event(step, work, start)
+        self.events.append(event)
+        self._steps += 1
+        return event
 
     def _choose_and_run(self, start: float) -> tuple[NextStep, tuple[Work, ...]]:
         while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
@@ -222,33 +286,36 @@ class Loop:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits that follow each token: [tokens, vocab], float32, on the CPU; the tokens join no cache."""
-        with self.lock, self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
+        with self._exclusive():
             self._require_open()
-            limit = self._max_num_tokens
-            starts = range(0, len(token_ids), limit)
-            chunks = [Chunk(slot, start, tuple(token_ids[start : start + limit]), blocks) for start in starts]
-            parts = [self.backend.ranks.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
-            return torch.cat([part.cpu() for part in parts])
+            with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
+                limit = self._max_num_tokens
+                starts = range(0, len(token_ids), limit)
+                chunks = [Chunk(slot, start, tuple(token_ids[start : start + limit]), blocks) for start in starts]
+                parts = [self.backend.ranks.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
+                return torch.cat([part.cpu() for part in parts])
 
     def check_integrity(self) -> None:
         """AssertionError when requests, slots and blocks disagree."""
         self.scheduler.check_integrity()
         known = {*self.scheduler.running, *self.scheduler.waiting}
-        assert known == set(self._listeners), "a request is lost"
-        assert not any(request.done for request in known), "who is done has left"
+        assert known | self._inbox.arrivals == set(self._listeners), "a request is lost"
+        assert not any(request.done for request in known), "a request that has ended is still queued"
 
     def close(self) -> None:
         """Cancel what is under way and free the ranks; a second close is harmless."""
-        with self.lock:
+        with self._exclusive():
             if self.closed:
                 return
+            with self._inbox.lock:
+                self.closed = True  # nobody arrives from here on
+            self._drain()
             for request in tuple(self._listeners):
                 request.error = RequestError(
                     f"the session was closed while request {request.number} was under way",
                     remedy="let it finish first: request.result(), or session.run()",
                 )
                 self._end(request, "cancelled")
-            self.closed = True
             self.backend.ranks.close()
 
     def _require_open(self) -> None:

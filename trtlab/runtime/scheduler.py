@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,18 +75,29 @@ class Scheduler:
         """Queue a request by priority and arrival."""
         insort(self.waiting, request, key=lambda r: r.key)
 
+    def is_waiting(self, request: RequestState) -> bool:
+        """Whether the request is queued."""
+        index = bisect_left(self.waiting, request.key, key=lambda r: r.key)
+        return index < len(self.waiting) and self.waiting[index] is request
+
     def fork(self, parent: RequestState, child: RequestState) -> bool:
-        """Let ``child``, which knows the parent's tokens, run on the parent's own blocks; False when it must wait."""
+        """Let ``child``, which begins with tokens of the parent, run on the parent's blocks; False when it must wait.
+
+        The parent may have gone on since: what it computed beyond the child's tokens is not shared.
+        """
         if parent.slot is None or not self._free or not self._in_flight:
             return False
+        past, size = min(parent.past, child.total - 1), self.blocks.tokens_per_block
+        if past // size < parent.chain.committed:  # the parent has filled this block: others may find it as it is
+            past -= past % size
         needed = self.blocks.required(child.longest if self._no_evict else child.total)
-        needed -= self.blocks.required(parent.past)
-        if parent.past % self.blocks.tokens_per_block:
+        needed -= self.blocks.required(past)
+        if past % size:
             needed += 2  # the open block counts for both until one of them has copied it
         if not self._has_room(needed):
             return False
-        self.blocks.fork(parent.chain, child.chain, parent.past)
-        child.past = child.reused = parent.past
+        self.blocks.fork(parent.chain, child.chain, past)
+        child.past = child.reused = past
         self._seat(child)
         return True
 

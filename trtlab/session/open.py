@@ -12,7 +12,8 @@ from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.fits import require_room_to_run
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.torch_backend import torch_backend
-from trtlab.session.session import RunnableEngine, Session
+from trtlab.session.runnable_engine import RunnableEngine
+from trtlab.session.session import Session
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 from trtlab.tensorrt.run.plan_runner import plan_backend
 

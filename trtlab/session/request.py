@@ -1,11 +1,13 @@
-"""A request as its sender holds it: text as it comes, the finished answer, or an end before its time."""
+"""Public handle to a request: stream its text, await or take its answer, cancel it."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Executor as Thread
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from trtlab.card import Shown
@@ -46,6 +48,7 @@ class Request(Shown):
         self._text = text
         self._loop = loop
         self._thread = thread
+        self._reading = threading.Lock()  # of the text, which steps feed and any thread may take
         self._read = 0  # tokens that the text has seen
         self._fresh = ""  # text that nobody has taken yet
 
@@ -62,7 +65,7 @@ class Request(Shown):
     @property
     def done(self) -> bool:
         """Whether it has ended, in whatever way."""
-        return self.state.done
+        return not self._loop.is_under_way(self.state)
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -97,11 +100,14 @@ class Request(Shown):
     def result(self) -> Completion:
         """The finished answer; raises what ended the request, if it failed."""
         while not self.done:
-            self._advance()
+            self._loop.advance(self.state)
         return self._completion()
 
     def cancel(self) -> bool:
-        """End it now and free its blocks; False when it had ended before. What there is of the answer stays."""
+        """End it and free its blocks; False when it had ended before. What there is of the answer stays.
+
+        Never waits: while another thread runs a step it takes effect when that step ends.
+        """
         return self._loop.cancel(self.state)
 
     async def _pieces(self) -> AsyncIterator[str]:
@@ -118,62 +124,60 @@ class Request(Shown):
 
     async def _wait(self) -> Completion:
         while not self.done:
-            await self._aside(self._advance)
+            await self._aside(partial(self._loop.advance, self.state))
         return await self._aside(self._completion)
 
     def __await__(self) -> Generator[Any, None, Completion]:
         return self._wait().__await__()
 
     async def _aside(self, work: Callable[[], T]) -> T:
-        """Run it in the session's thread: whatever takes the lock may wait for a step, and an event loop must not."""
+        """Run it in the session's thread: it may run steps or wait for one, and an event loop must not."""
         if self._loop.closed:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread(), work)
 
     def _next_piece(self) -> tuple[str, bool]:
         """The text that can be read now, after a step if there is none; and whether it was the last."""
-        with self._loop.lock:
+        last = self.done  # read first: what it leaves can then be taken whole
+        piece = self._take()
+        if not piece and not last:
+            self._loop.advance(self.state)
+            last = self.done
             piece = self._take()
-            if not piece and not self.done:
-                self._advance()
-                piece = self._take()
-            return piece, self.done
-
-    def _advance(self) -> None:
-        """Run a step, unless one that ran meanwhile has ended the request."""
-        with self._loop.lock:
-            if not self.done and self._loop.step() is None:
-                assert self.done, f"request {self.number} is under way and no step runs"
+        return piece, last
 
     def look_for_stop(self) -> None:
         """Read what is new when a stop word may end the request; the loop calls it after each token."""
-        if self.state.params.stop:
+        if self._text is None or not self.state.params.stop:
+            return
+        with self._reading:
             self._fresh += self._settle()
+        if self._text.stopped_by is not None:
+            self.state.finish_reason = "stop"
 
     def _take(self) -> str:
         """The text that has settled since the last call; all of it once the request is done."""
-        with self._loop.lock:
+        with self._reading:
             piece, self._fresh = self._fresh + self._settle(), ""
             return piece
 
     def _settle(self) -> str:
         if self._text is None:
             return ""
+        ended = self.state.done  # read first: no token follows it
         new = self.state.token_ids[len(self.state.prompt_ids) + self._read :]
         self._read += len(new)
         piece = self._text.feed(new)
-        if self.done:
+        if ended:
             piece += self._text.finish()
-        if self._text.stopped_by is not None:
-            self.state.finish_reason = "stop"
         return piece
 
     def _completion(self) -> Completion:
         self._raise_error()
-        with self._loop.lock:
+        with self._reading:
             self._fresh += self._settle()  # whoever streams may still want it
         state = self.state
-        assert state.finish_reason is not None, "the answer is finished"
+        assert state.finish_reason is not None, "the answer is not finished"
         return Completion(
             state.prompt_ids,
             tuple(state.output_ids),

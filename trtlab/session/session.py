@@ -7,19 +7,14 @@ import operator
 from collections import abc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from trtlab.card import Shown
-from trtlab.config.build import BuildConfig
-from trtlab.config.mapping import Mapping
-from trtlab.config.model import ModelConfig
 from trtlab.config.sampling import SamplingParams
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
-from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.events import EventLog, StepEvent
 from trtlab.runtime.kv_cache import KvCache
@@ -28,52 +23,10 @@ from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
 from trtlab.session.request import Completion, Request
-from trtlab.tensorrt.build.plans import Plans
+from trtlab.session.runnable_engine import RunnableEngine
 from trtlab.validation import require
 
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-class RunnableEngine(Protocol):
-    """What a session needs of an engine."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
-        ...
-
-    @property
-    def build_config(self) -> BuildConfig:
-        """The bounds, resolved for the model."""
-        ...
-
-    @property
-    def mapping(self) -> Mapping:
-        """How the model lies over ranks."""
-        ...
-
-    @property
-    def layout(self) -> EmbeddingLayout:
-        """How its token table does."""
-        ...
-
-    @property
-    def plans(self) -> Plans | None:
-        """Its TensorRT plans, if it has any."""
-        ...
-
-    @property
-    def tokenizer_dir(self) -> Path | None:
-        """The folder of its tokenizer."""
-        ...
-
-    def weights(self, rank: int) -> dict[str, Tensor]:
-        """One rank's tensors, read."""
-        ...
-
-    def require_open(self) -> None:
-        """EngineError after ``close``."""
-        ...
 
 
 class Session(Shown):
@@ -104,7 +57,7 @@ class Session(Shown):
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot or for blocks."""
-        return len(self._loop.scheduler.waiting)
+        return self._loop.waiting
 
     @property
     def kv_cache(self) -> KvCache:
@@ -201,25 +154,27 @@ class Session(Shown):
         """
         parent = request.state
         params = parent.params if params is None else _given(params)
-        with self._loop.lock:
-            if request.done:
-                raise RequestError(
-                    f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
-                )
-            self._refuse_beyond_bounds(parent.prompt_ids, params)
-            if params.max_new_tokens <= len(parent.output_ids):
-                raise RequestError(
-                    f"request {request.number} has generated {len(parent.output_ids)} tokens already",
-                    got=f"max_new_tokens {params.max_new_tokens}",
-                    remedy="max_new_tokens counts from the beginning of the answer: raise it",
-                )
-            if params.logprobs and not parent.params.logprobs:
-                raise RequestError("the log-probabilities before the fork were not kept", remedy="leave logprobs out")
-            state = self._state(parent.prompt_ids, params)
-            state.priority, state.deadline_s = parent.priority, parent.deadline_s
-            state.token_ids += parent.output_ids
-            state.logprobs += parent.logprobs
-            return self._submit(state, parent)
+        if request.done:
+            raise RequestError(
+                f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
+            )
+        self._refuse_beyond_bounds(parent.prompt_ids, params)
+        logprobs, output_ids = list(parent.logprobs), parent.output_ids  # as they are now: the parent may be in a step
+        if parent.params.logprobs:
+            output_ids = output_ids[: len(logprobs)]
+        if params.max_new_tokens <= len(output_ids):
+            raise RequestError(
+                f"request {request.number} has generated {len(output_ids)} tokens already",
+                got=f"max_new_tokens {params.max_new_tokens}",
+                remedy="max_new_tokens counts from the beginning of the answer: raise it",
+            )
+        if params.logprobs and not parent.params.logprobs:
+            raise RequestError("the log-probabilities before the fork were not kept", remedy="leave logprobs out")
+        state = self._state(parent.prompt_ids, params)
+        state.priority, state.deadline_s = parent.priority, parent.deadline_s
+        state.token_ids += output_ids
+        state.logprobs += logprobs
+        return self._submit(state, parent)
 
     def step(self) -> StepEvent | None:
         """Run one step for all requests under way and tell what it did; None when there is nothing to do."""
