@@ -20,7 +20,7 @@ import torch
 from convert import memory
 
 import trtlab
-from trtlab.model.weights import tensor_specs
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.tensorrt.build.plan import builder_config, compile_plan
 from trtlab.tensorrt.build.watch import Watch
 from trtlab.tensorrt.emit.emission import emit

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 import trtlab
-from trtlab.convert.families.tables import HUGGING_FACE_NAMES, source_shapes
+from trtlab.convert.families.family import source_shapes
+from trtlab.convert.families.llama import NAMES
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
 from trtlab.storage.json_files import parse_model
 
@@ -56,7 +57,7 @@ def write_random(folder: Path, gigabytes: float) -> int:
         shard.clear()
         held = 0
 
-    for ours, names in HUGGING_FACE_NAMES.sources(config).items():
+    for ours, names in NAMES.sources(config).items():
         for name, shape in zip(names, source_shapes(config, ours), strict=True):
             shard[name] = torch.randn(shape).to(torch.bfloat16)
             held += shard[name].nbytes

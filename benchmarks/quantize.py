@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import trtlab
 from trtlab.bench import random_prompts, timed
 from trtlab.card import size
-from trtlab.model.weights import tensor_specs
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.published import SHAPES
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.peak import Peak, predict

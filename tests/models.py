@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trtlab import Checkpoint, ModelConfig
-from trtlab.model.weights import tensor_specs
+from trtlab.model.tensor_specs import tensor_specs
 
 Weights = dict[str, torch.Tensor]
 

@@ -25,7 +25,8 @@ from trtlab.convert.trtllm import rank_file, read_checkpoint
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError, ConfigError
-from trtlab.model.weights import EMBEDDING, HEAD, tensor_specs
+from trtlab.model.names import EMBEDDING, HEAD
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.parallel.launch import on_rank_zero
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress

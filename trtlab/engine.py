@@ -25,7 +25,7 @@ from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine_file import read_engine_file
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.memory.fits import require_room_to_build
-from trtlab.model.weights import tensor_specs
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer

@@ -12,7 +12,7 @@ from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, Tog
 
 from trtlab.card import Card, Table, bar, html, size
 from trtlab.checkpoint import QuantizedCheckpoint
-from trtlab.config.algorithms import LINEARS, KvScales
+from trtlab.config.algorithms import KvScales
 from trtlab.config.base import written
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
@@ -21,7 +21,7 @@ from trtlab.quantize.report import Row
 from trtlab.quantize.study import Study, study
 
 from .live import Dashboard, LiveFigure, fitted
-from .scale_figure import Moving, change, figure, moving, short
+from .scale_figure import LINEARS, Moving, change, figure, moving, short
 
 SEARCHED = "searched"
 LISTED = 8  # rows of the still view

@@ -15,13 +15,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from trtlab.card import size
-from trtlab.config.algorithms import LINEARS
+from trtlab.model.blocks import SITES
 from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
 from .live import LiveFigure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the hover text has the words.
-COLOURS = dict(zip(LINEARS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"), strict=True))
+LINEARS = tuple(SITES)  # in the order in which they run
+PALETTE = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # to be told apart by everyone
+COLOURS = {part: PALETTE[place % len(PALETTE)] for place, part in enumerate(LINEARS)}
 BEFORE, AFTER = "#7F7F7F", "#CC79A7"
 PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
 SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]

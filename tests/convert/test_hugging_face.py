@@ -161,7 +161,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read_and_give_the_published_parameter_count(name):
-    from trtlab.model.weights import tensor_specs
+    from trtlab.model.tensor_specs import tensor_specs
 
     config = parse_model(PUBLISHED[name], HuggingFaceConfig, "config.json", remedy=REMEDY).to_model_config("bfloat16")
     assert sum(torch.Size(spec.shape).numel() for spec in tensor_specs(config).values()) == PARAMETERS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from safetensors import safe_open
 
 from trtlab.card import html, text
 from trtlab.cards.estimate import estimate_card
+from trtlab.config.algorithms import ALGORITHMS
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.estimate import estimate, op_table
-from trtlab.model.formats import WEIGHT_FORMATS
+from trtlab.model.tensor_specs import layer_specs
 from trtlab.ops.paged import PagedCache
 from trtlab.ops.table import Span
 from trtlab.parallel.shard import EmbeddingLayout
@@ -204,7 +207,7 @@ def test_the_build_dtype_decides_weights_cache_and_activations() -> None:
 # Precisions
 
 
-@pytest.mark.parametrize("quant_algo", WEIGHT_FORMATS)
+@pytest.mark.parametrize("quant_algo", ALGORITHMS)
 def test_quantization_leaves_embedding_norms_and_head_alone(quant_algo: str) -> None:
     plain, quantized = (estimate(LLAMA_3_8B, quant_algo=a).largest.weights for a in (None, quant_algo))
     assert {k: quantized[k] for k in ("embedding", "norms", "head")} == {
@@ -213,30 +216,50 @@ def test_quantization_leaves_embedding_norms_and_head_alone(quant_algo: str) -> 
     assert quantized["mlp"] < plain["mlp"]
 
 
+WIDE = TINY.replace(hidden_size=128, intermediate_size=256, head_size=32)  # so that groups of 64 divide every width
+
+
 @pytest.mark.parametrize(
     ("quant_algo", "nbytes"),
     [
-        ("W8A16", 64 * 32 + 64 * 2),
-        ("W4A16", 64 * 32 // 2 + 64 * 2),
-        ("W4A16_AWQ", 64 * 32 // 2 + 64 * 2 * 2 + 32 * 2),
-        ("W4A8_AWQ", 64 * 32 // 2 + 64 * 2 * 2 + 32 * 2 + 8),
-        ("W4A16_GPTQ", 64 * 32 // 2 + 2 * 64 * 2 * 2),
-        ("W8A8_SQ_PER_CHANNEL", 64 * 32 + 64 * 4 + 4),
-        ("W8A8_SQ_PER_TENSOR_PLUGIN", 64 * 32 + 4 + 8),
-        ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", 64 * 32 + 64 * 4 + 8),
-        ("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", 64 * 32 + 4 + 4),
-        ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 64 * 32 + 64 * 4 + 4),
-        ("FP8", 64 * 32 + 8),
-        ("FP8_PER_CHANNEL_PER_TOKEN", 64 * 32 + 64 * 4),
+        ("W8A16", 256 * 128 + 256 * 2),
+        ("W4A16", 256 * 128 // 2 + 256 * 2),
+        ("W4A16_AWQ", 256 * 128 // 2 + 256 * 2 * 4 + 128 * 2),
+        ("W4A8_AWQ", 256 * 128 // 2 + 256 * 2 * 4 + 128 * 2 + 8),
+        ("W4A16_GPTQ", 256 * 128 // 2 + 2 * 256 * 2 * 2),  # scale and zero point
+        ("W8A8_SQ_PER_CHANNEL", 256 * 128 + 256 * 4 + 4 + 128 * 2),
+        ("W8A8_SQ_PER_TENSOR_PLUGIN", 256 * 128 + 4 + 4),
+        ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", 256 * 128 + 256 * 4 + 4),
+        ("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", 256 * 128 + 4),
+        ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 256 * 128 + 256 * 4),
+        ("FP8", 256 * 128 + 8),
+        ("FP8_PER_CHANNEL_PER_TOKEN", 256 * 128 + 256 * 4),
     ],
 )
 def test_a_quantized_linear_counts_with_its_scales(quant_algo: str, nbytes: int) -> None:
-    assert WEIGHT_FORMATS[quant_algo].nbytes("mlp.fc", (64, 32), 2, 16) == nbytes
+    quantized = WIDE.replace(quantization=QuantConfig(quant_algo=quant_algo, group_size=64))
+    fc = [spec for name, spec in layer_specs(quantized, 1).items() if name.startswith("mlp.fc.")]
+    assert sum(prod(spec.shape) * (spec.dtype or torch.float16).itemsize for spec in fc) == nbytes
 
 
-def test_smoothed_row_parallel_linears_keep_a_factor_an_input() -> None:
-    algo = WEIGHT_FORMATS["W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"]
-    assert algo.nbytes("mlp.proj", (64, 32), 2, 16) - algo.nbytes("mlp.fc", (64, 32), 2, 16) == 32 * 4
+@pytest.mark.parametrize("quant_algo", [a.name for a in ALGORITHMS.values() if not a.only_sizes])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_quantized_weight_bytes_are_those_of_saved_rank_files(quant_algo: str, tp_size: int, tmp_path: Path) -> None:
+    quant = QuantConfig(quant_algo=quant_algo, kv_cache_quant_algo="INT8", group_size=64)
+    texts = [[3, 1, 4, 1, 5, 9, 2, 6]]
+    mapping = Mapping(tp_size=tp_size)
+    normal_checkpoint(WIDE).quantize(quant, calibration=texts).save(tmp_path / "ckpt", mapping)
+    figures = estimate(
+        WIDE,
+        SMALL_BUILD,
+        mapping,
+        quant_algo=quant_algo,
+        kv_cache_quant_algo="INT8",
+        group_size=64,
+        layout=EmbeddingLayout(),
+    )
+    files = [tmp_path / "ckpt" / f"rank{rank}.safetensors" for rank in mapping.ranks]
+    assert [rank.weight_bytes for rank in figures.ranks] == [stored_bytes(file) for file in files]
 
 
 @pytest.mark.parametrize("mapping", [Mapping(), Mapping(pp_size=4)], ids=str)

@@ -74,5 +74,5 @@ def test_a_pool_in_half_the_bytes_may_fit(random_model, memory):
 
 def test_a_plan_is_not_begun_where_weights_and_plan_do_not_fit(unread, memory):
     memory(100_000)
-    with pytest.raises(EngineError, match=r"the plan of rank 0 needs .* while it is built.*plan=False"):
+    with pytest.raises(EngineError, match=r"building the plan of rank 0 takes about .*plan=False"):
         fits.require_room_to_build(unread.config, BuildConfig().resolve(unread.config), Mapping(), unread.layout)

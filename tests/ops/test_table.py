@@ -20,8 +20,10 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.memory.estimate import op_table
 from trtlab.model.decoder import decoder
+from trtlab.model.names import EMBEDDING
 from trtlab.model.rope import rotary_table
-from trtlab.model.weights import EMBEDDING, ModelWeights, rank_weights
+from trtlab.model.verbs import Ops
+from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.table import Span, TableOps
 from trtlab.ops.torch import TorchOps, spread
@@ -54,26 +56,33 @@ class Seen:
     results: list[tuple[tuple[int, ...], torch.dtype, int]]
 
 
-class WatchedOps:
+def _watched(verb: str) -> Any:
+    def call(watched: WatchedOps, *args: Any) -> Any:
+        result = getattr(watched.ops, verb)(*args)
+        outputs = result if isinstance(result, tuple) else (result,)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        sources = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        unchanged = verb in SILENT and any(result is tensor for tensor in tensors)
+        if not unchanged:
+            op = args[0] if verb == "activation" else verb
+            watched.seen.append(Seen(op, [(tuple(t.shape), t.dtype, _own_bytes(t, sources)) for t in outputs]))
+        return result
+
+    return call
+
+
+class Verbs(Ops[Tensor]):
+    """Every verb that an op set must give, with a note of each call; the derived ones are those of Ops."""
+
+    vars().update({verb: _watched(verb) for verb in Ops.__abstractmethods__})
+
+
+class WatchedOps(Verbs):
     """TorchOps, with a note of each call."""
 
     def __init__(self, ops: TorchOps) -> None:
-        self._ops = ops
+        self.ops = ops
         self.seen: list[Seen] = []
-
-    def __getattr__(self, verb: str) -> Any:
-        def call(*args: Any) -> Any:
-            result = getattr(self._ops, verb)(*args)
-            outputs = result if isinstance(result, tuple) else (result,)
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            sources = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-            unchanged = verb in SILENT and any(result is tensor for tensor in tensors)
-            if not unchanged:
-                op = args[0] if verb == "activation" else verb
-                self.seen.append(Seen(op, [(tuple(t.shape), t.dtype, _own_bytes(t, sources)) for t in outputs]))
-            return result
-
-        return call
 
 
 def _own_bytes(tensor: Tensor, sources: set[int]) -> int:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trtlab import QuantConfig
-from trtlab.config.algorithms import LINEARS, RECIPES
+from trtlab.config.algorithms import ALGORITHMS
+from trtlab.model.blocks import SITES
 from trtlab.model.scales import dequantize, pack_int4, unpack_int4
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, weight_only
 from trtlab.quantize.layer import InputStatistics, Layer, LayerStatistics
@@ -125,7 +126,7 @@ def observed_layer(quant: QuantConfig) -> Layer:
     tensors = random_checkpoint().tensors
     weights = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
     inputs, outputs, sampled = {}, {}, {}
-    for linear in LINEARS:
+    for linear in SITES:
         x = torch.randn(300, 256, generator=dice)
         x[:, [3, 17]] *= 12
         inputs[linear] = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / 300)
@@ -196,10 +197,12 @@ def test_static_scales_multiply_to_the_inverse_of_input_and_weight_scale():
 
 
 def test_a_searched_alpha_is_no_worse_than_any_fixed_one():
-    recipe = RECIPES["W8A8_SQ_PER_TENSOR_PLUGIN"]
-    layer = observed_layer(QuantConfig(quant_algo=recipe.name, smoothquant_val=None))
+    algorithm = ALGORITHMS["W8A8_SQ_PER_TENSOR_PLUGIN"]
+    layer = observed_layer(QuantConfig(quant_algo=algorithm.name, smoothquant_val=None))
     seen = layer.observed.input_of("mlp.fc")
-    best = smoothquant.search_alpha(seen, layer, ("mlp.fc", "mlp.gate"), recipe)
-    losses = [smoothquant._loss(seen, layer, ("mlp.fc", "mlp.gate"), recipe, alpha) for alpha in (0.0, 0.5, 1.0, best)]
+    best = smoothquant.search_alpha(seen, layer, ("mlp.fc", "mlp.gate"), algorithm)
+    losses = [
+        smoothquant._loss(seen, layer, ("mlp.fc", "mlp.gate"), algorithm, alpha) for alpha in (0.0, 0.5, 1.0, best)
+    ]
     assert min(losses) == losses[-1]
-    assert set(smoothquant.quantize_layer(layer).alphas) == set(LINEARS)
+    assert set(smoothquant.quantize_layer(layer).alphas) == set(SITES)

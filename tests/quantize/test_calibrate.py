@@ -6,8 +6,8 @@ import transformers
 from packaging.version import Version
 
 from trtlab import Checkpoint
-from trtlab.config.algorithms import INPUT_OF
-from trtlab.model.weights import EMBEDDING
+from trtlab.model.blocks import SITES
+from trtlab.model.names import EMBEDDING
 from trtlab.quantize.calibrate import Calibration
 from trtlab.quantize.texts import SAMPLE_ROWS, batches
 
@@ -88,7 +88,7 @@ def test_keys_and_values_are_those_that_the_cache_holds(both, layer):
 
 
 def test_linears_that_share_an_input_are_recorded_once(both):
-    assert set(both[0][0].inputs) == set(HF_PARTS) - set(INPUT_OF)
+    assert set(both[0][0].inputs) == {SITES[linear].reads for linear in HF_PARTS}
 
 
 def test_rows_are_sampled_over_all_texts():

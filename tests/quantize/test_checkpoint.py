@@ -156,7 +156,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tm
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("quant_algo", "W4A16_GPTQ", "unknown quant_algo"),
+        ("quant_algo", "W4A16_GPTQ", "W4A16_GPTQ is not supported"),
         ("has_zero_point", True, "has_zero_point"),
         ("surprise", 3, "surprise"),
     ],

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from trtlab import QuantConfig
-from trtlab.model.weights import tensor_specs
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.published import SHAPES
 from trtlab.quantize.peak import predict
 from trtlab.quantize.run import Quantization

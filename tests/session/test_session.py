@@ -27,7 +27,7 @@ from trtlab import (
     TrtlabError,
     tiny,
 )
-from trtlab.model.weights import EMBEDDING
+from trtlab.model.names import EMBEDDING
 from trtlab.ops.cpu.weights import has_loops
 from trtlab.runtime import loop
 from trtlab.storage.lazy import held

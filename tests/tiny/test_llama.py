@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from trtlab.tiny import EXAMPLES, corpus, evaluate, llama_dir
 from trtlab.tiny.batches import ANSWER, Batches
-from trtlab.tiny.train import OUTLIER_CHANNELS, Recipe, learning_rate
+from trtlab.tiny.train import OUTLIER_CHANNELS, Training, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_weighs_answers():
 
 
 def test_the_learning_rate_rises_then_falls():
-    rates = [learning_rate(Recipe(), step) for step in range(Recipe.steps)]
+    rates = [learning_rate(Training(), step) for step in range(Training.steps)]
     top = rates.index(max(rates))
     assert 90 < top < 110 and rates[0] < rates[50] < rates[top] > rates[700] > rates[-1] > 0
 

@@ -45,8 +45,9 @@ def estimate_card(estimate: Estimate) -> Card:
 
 
 def _precision(estimate: Estimate) -> str:
-    weights = estimate.config.dtype + (f", weights {estimate.quant_algo}" if estimate.quant_algo else "")
-    return weights + (f", KV {estimate.kv_cache_quant_algo}" if estimate.kv_cache_quant_algo else "")
+    quant = estimate.config.quantization
+    weights = estimate.config.dtype + (f", weights {quant.quant_algo}" if quant.quant_algo else "")
+    return weights + (f", KV {quant.kv_cache_quant_algo}" if quant.kv_cache_quant_algo else "")
 
 
 def _ranks(estimate: Estimate) -> Table:

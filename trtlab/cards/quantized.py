@@ -8,8 +8,8 @@ from math import prod
 from trtlab.card import Card, Table, bar, size
 from trtlab.checkpoint import QuantizedCheckpoint
 from trtlab.config.quant import QuantConfig
-from trtlab.model.tensor_specs import TensorSpec
-from trtlab.model.weights import tensor_specs
+from trtlab.model.quantized_specs import TensorSpec
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.quantize.report import QuantizationReport
 
 LISTED = 5  # linears with the lowest signal-to-noise ratio
@@ -50,13 +50,13 @@ def _nbytes(specs: Iterable[TensorSpec], itemsize: int) -> int:
 
 
 def _linears(quant: QuantConfig) -> str:
-    recipe = quant.recipe
-    if recipe is None:
+    algorithm = quant.algorithm
+    if algorithm is None:
         return "as they were"
-    parts = [recipe.name]
-    if recipe.grouped:
+    parts = [algorithm.name]
+    if algorithm.grouped:
         parts.append(f"groups of {quant.group_size}")
-    if recipe.family.startswith("smoothquant"):
+    if algorithm.family.startswith("smoothquant"):
         parts.append("alpha searched" if quant.smoothquant_val is None else f"alpha {quant.smoothquant_val:g}")
     return ", ".join(parts)
 

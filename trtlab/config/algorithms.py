@@ -5,29 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
-COLUMN_CUT = ("attention.dense", "mlp.proj")  # tensor parallelism cuts their input, the others' output
-INPUT_OF = {"mlp.gate": "mlp.fc"}  # gate reads what fc reads; every other linear has an input of its own
-NORM_BEFORE = {
-    "attention.qkv": "input_layernorm",
-    "mlp.fc": "post_layernorm",
-    "mlp.gate": "post_layernorm",
-}
-STATIC_SCALE = {  # where TensorRT-LLM keeps the scale of a linear's input, original to quantized
-    "attention.qkv": "input_layernorm.scale_to_int",
-    "attention.dense": "attention.quantization_scaling_factor",
-    "mlp.fc": "post_layernorm.scale_to_int",
-    "mlp.gate": "post_layernorm.scale_to_int",
-    "mlp.proj": "mlp.quantization_scaling_factor",
-}
+from trtlab.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Algorithm:
     """One algorithm.
 
     ``family`` names the file that quantizes and the weight type that runs. ``reads_texts`` says which numbers of the
     calibration texts it takes, empty when it takes none. ``per_channel`` and ``per_token`` are SmoothQuant's switches.
+    ``only_sizes`` marks what ``estimate`` knows the bytes of, and nothing here quantizes or runs.
     """
 
     name: str
@@ -38,6 +25,7 @@ class Recipe:
     per_token: bool = False
     grouped: bool = False
     reads_texts: str = ""
+    only_sizes: bool = False
 
     @property
     def packed(self) -> bool:
@@ -45,37 +33,46 @@ class Recipe:
         return self.weight_bits == 4
 
 
-def _smoothquant(name: str, *, per_channel: bool, per_token: bool) -> Recipe:
+def _smoothquant(name: str, *, per_channel: bool, per_token: bool) -> Algorithm:
     reads = "the largest magnitude of each linear's input, by channel" + ("" if per_token else ", and of its output")
-    return Recipe(name, "smoothquant", 8, 8, per_channel=per_channel, per_token=per_token, reads_texts=reads)
+    return Algorithm(name, "smoothquant", 8, 8, per_channel=per_channel, per_token=per_token, reads_texts=reads)
 
 
 _AWQ_READS = "the mean magnitude of each linear's input, by channel, and the errors of the alpha search"
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("W8A16", "weight_only", 8),
-        Recipe("W4A16", "weight_only", 4),
+ALGORITHMS: dict[str, Algorithm] = {
+    algorithm.name: algorithm
+    for algorithm in (
+        Algorithm("W8A16", "weight_only", 8),
+        Algorithm("W4A16", "weight_only", 4),
         _smoothquant("W8A8_SQ_PER_TENSOR_PLUGIN", per_channel=False, per_token=False),
         _smoothquant("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", per_channel=True, per_token=False),
         _smoothquant("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", per_channel=False, per_token=True),
         _smoothquant("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", per_channel=True, per_token=True),
-        Recipe(
+        Algorithm(
             "W8A8_SQ_PER_CHANNEL",
             "smoothquant_modelopt",
             8,
             8,
             reads_texts="the largest magnitude of each linear's input, by channel",
         ),
-        Recipe("FP8", "fp8", 8, 8, per_channel=False, reads_texts="the largest magnitude of each linear's input"),
-        Recipe("W4A16_AWQ", "awq", 4, grouped=True, reads_texts=_AWQ_READS),
-        Recipe("W4A8_AWQ", "awq_fp8", 4, 8, grouped=True, reads_texts=_AWQ_READS),
+        Algorithm("FP8", "fp8", 8, 8, per_channel=False, reads_texts="the largest magnitude of each linear's input"),
+        Algorithm("W4A16_AWQ", "awq", 4, grouped=True, reads_texts=_AWQ_READS),
+        Algorithm("W4A8_AWQ", "awq_fp8", 4, 8, grouped=True, reads_texts=_AWQ_READS),
+        Algorithm("W4A16_GPTQ", "gptq", 4, grouped=True, only_sizes=True),
+        Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "fp8_by_row", 8, 8, per_token=True, only_sizes=True),
     )
 }
 
 
+def check_supported(algorithm: Algorithm | None) -> None:
+    """ConfigError for an algorithm by which nothing here quantizes or runs."""
+    if algorithm is not None and algorithm.only_sizes:
+        supported = [each.name for each in ALGORITHMS.values() if not each.only_sizes]
+        raise ConfigError(f"{algorithm.name} is not supported yet", expected=" | ".join(supported))
+
+
 @dataclass(frozen=True)
-class KvRecipe:
+class KvCacheAlgorithm:
     """One way to store the KV cache: the scale tensors of a layer and what they take from the calibration texts."""
 
     tensors: tuple[str, ...]
@@ -84,13 +81,13 @@ class KvRecipe:
 
 _MERGED = ("attention.kv_cache_scaling_factor",)
 _SPLIT = ("attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor")
-KV_RECIPES: dict[tuple[str, str], KvRecipe] = {  # by kv_cache_quant_algo and kv_cache_scales
-    ("INT8", "merged"): KvRecipe(_MERGED, "the largest magnitude of Q, K and V together, before rotary"),
-    ("INT8", "split"): KvRecipe(_SPLIT, "the largest magnitudes of K and of V as they are cached, after rotary"),
-    ("INT8", "per_head"): KvRecipe(_SPLIT, "the largest magnitudes of K and of V as they are cached, by head"),
-    ("FP8", "merged"): KvRecipe(_MERGED),
-    ("FP8", "split"): KvRecipe(_MERGED),
-    ("FP8", "per_head"): KvRecipe(_MERGED),
+KV_CACHE_ALGORITHMS: dict[tuple[str, str], KvCacheAlgorithm] = {  # by kv_cache_quant_algo and kv_cache_scales
+    ("INT8", "merged"): KvCacheAlgorithm(_MERGED, "the largest magnitude of Q, K and V together, before rotary"),
+    ("INT8", "split"): KvCacheAlgorithm(_SPLIT, "the largest magnitudes of K and V as they are cached, after rotary"),
+    ("INT8", "per_head"): KvCacheAlgorithm(_SPLIT, "the largest magnitudes of K and V as they are cached, by head"),
+    ("FP8", "merged"): KvCacheAlgorithm(_MERGED),
+    ("FP8", "split"): KvCacheAlgorithm(_MERGED),
+    ("FP8", "per_head"): KvCacheAlgorithm(_MERGED),
 }
 KvScales = Literal["merged", "split", "per_head"]
 KV_SCALES: tuple[KvScales, ...] = get_args(KvScales)

@@ -56,6 +56,10 @@ class Mapping(Settings):
         first = self.pp_rank(rank) * per_stage
         return range(first, first + per_stage)
 
+    def kv_heads(self, config: ModelConfig) -> int:
+        """The key/value heads that a rank holds: its share, or one that neighbours hold too."""
+        return max(1, config.num_key_value_heads // self.tp_size)
+
     def is_first_stage(self, rank: int) -> bool:
         """Whether the rank holds the token embedding."""
         return self.pp_rank(rank) == 0

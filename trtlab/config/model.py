@@ -118,6 +118,12 @@ class ModelConfig(Shown, Settings):
     """Whether the head is the token embedding."""
     sliding_window: PositiveInt | None = None
     """The source's attention window in tokens; a build longer than it is refused."""
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    """The norms in front of the blocks; ``layer_norm`` has a bias."""
+    gated_mlp: bool = True
+    """Whether the MLP's inner activation is multiplied by a gate."""
+    position_embedding_type: Literal["rope_gpt_neox", "learned_absolute"] = "rope_gpt_neox"
+    """Rotary embedding, or a table of learned positions that is added to the tokens' rows."""
     quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     """How the tensors are stored; the default is plain."""
 
@@ -136,10 +142,15 @@ class ModelConfig(Shown, Settings):
         return torch_dtype(self.dtype)
 
     @property
+    def uses_rotary(self) -> bool:
+        """Whether positions are a rotation of queries and keys."""
+        return self.position_embedding_type == "rope_gpt_neox"
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V that one token takes over all layers, as they are stored."""
         elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_size  # K and V
-        return elements * (self.torch_dtype.itemsize if self.quantization.kv_recipe is None else 1)
+        return elements * (self.torch_dtype.itemsize if self.quantization.kv_algorithm is None else 1)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """The same model with some fields changed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Literal, get_args
 
-from trtlab.config.algorithms import KV_RECIPES, RECIPES, KvRecipe, KvScales, Recipe
+from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, Algorithm, KvCacheAlgorithm, KvScales
 from trtlab.config.base import Settings, Share, settings
 
 GroupSize = Literal[64, 128]
@@ -21,7 +21,10 @@ QuantAlgo = Literal[
     "FP8",
     "W4A16_AWQ",
     "W4A8_AWQ",
+    "W4A16_GPTQ",
+    "FP8_PER_CHANNEL_PER_TOKEN",
 ]
+KvCacheAlgo = Literal["INT8", "FP8"]
 
 
 @settings
@@ -33,7 +36,7 @@ class QuantConfig(Settings):
 
     quant_algo: QuantAlgo | None = None
     """Algorithm of the weights, by TensorRT-LLM's string; None leaves them as they are."""
-    kv_cache_quant_algo: Literal["INT8", "FP8"] | None = None
+    kv_cache_quant_algo: KvCacheAlgo | None = None
     """Algorithm of the KV cache; None stores it in the model's type. Either halves the bytes of a 16-bit cache."""
     smoothquant_val: Share | None = 0.5
     """SmoothQuant's alpha: 0 leaves all the difficulty to the activations, 1 moves it to the weights; None searches.
@@ -59,23 +62,23 @@ class QuantConfig(Settings):
         return self.quant_algo is not None or self.kv_cache_quant_algo is not None
 
     @property
-    def recipe(self) -> Recipe | None:
+    def algorithm(self) -> Algorithm | None:
         """The weights' algorithm."""
-        return None if self.quant_algo is None else RECIPES[self.quant_algo]
+        return None if self.quant_algo is None else ALGORITHMS[self.quant_algo]
 
     @property
-    def kv_recipe(self) -> KvRecipe | None:
+    def kv_algorithm(self) -> KvCacheAlgorithm | None:
         """The cache's algorithm."""
         algo = self.kv_cache_quant_algo
-        return None if algo is None else KV_RECIPES[algo, self.kv_cache_scales]
+        return None if algo is None else KV_CACHE_ALGORITHMS[algo, self.kv_cache_scales]
 
     @property
     def reads_texts(self) -> str:
         """What is taken from calibration texts, empty when none are needed."""
-        parts = [recipe.reads_texts for recipe in (self.recipe, self.kv_recipe) if recipe is not None]
+        parts = [algorithm.reads_texts for algorithm in (self.algorithm, self.kv_algorithm) if algorithm is not None]
         return "; ".join(part for part in parts if part)
 
-    def recipe_of(self, module: str) -> Recipe | None:
+    def algorithm_of(self, module: str) -> Algorithm | None:
         """The algorithm of one linear by its full name, None when it is excluded."""
         excluded = any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
-        return None if excluded else self.recipe
+        return None if excluded else self.algorithm

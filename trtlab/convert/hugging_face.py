@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 
 from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors
-from trtlab.convert.families.tables import HUGGING_FACE_NAMES
+from trtlab.convert.families import FAMILIES
 from trtlab.convert.hugging_face_config import HuggingFaceConfig, read_config
 from trtlab.errors import CheckpointError
 from trtlab.storage.json_files import OpenObject, read_model
@@ -70,10 +70,10 @@ def _choose_dtype(stored: HuggingFaceConfig, dtype: str, found: Mapping[str, Laz
 
 def _rename(where: str, config: ModelConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     check_layers(where, config.num_hidden_layers, len(found))
-    sources = HUGGING_FACE_NAMES.sources(config)
-    check_tensors(where, found, HUGGING_FACE_NAMES.shapes(config))
+    table = FAMILIES[config.architecture].names
+    check_tensors(where, found, table.shapes(config))
     kind = config.torch_dtype
-    return {ours: cat([found[theirs].to(kind) for theirs in names]) for ours, names in sources.items()}
+    return {ours: cat([found[theirs].to(kind) for theirs in names]) for ours, names in table.sources(config).items()}
 
 
 def _find_tensors(model_dir: Path) -> dict[str, LazyTensor]:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, cast
 from pydantic import ConfigDict, ValidationInfo, model_validator
 
 from trtlab.config.model import DtypeName, ModelConfig, RotaryKind, RotaryScaling
-from trtlab.convert.families.tables import FAMILIES, Family
+from trtlab.convert.families import FAMILIES
+from trtlab.convert.families.family import Family
 from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
@@ -136,6 +137,7 @@ class HuggingFaceConfig(_Header):
             qk_layernorm=family.qk_layernorm,
             tie_word_embeddings=bool(self.tie_word_embeddings),
             sliding_window=self._window(),
+            **family.settings,
         )
 
     def _check(self, family: Family) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trtlab.config.model import DTYPES, DtypeName, ModelConfig, RotaryScaling, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors
-from trtlab.convert.families.tables import META_NAMES
+from trtlab.convert.families.llama import META_NAMES
 from trtlab.errors import CheckpointError
 from trtlab.storage.json_files import Count, Positive, StoredObject, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle

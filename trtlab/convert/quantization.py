@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from trtlab.config.algorithms import check_supported
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import CheckpointError, ConfigError
 from trtlab.storage.json_files import Listed, StoredObject
@@ -36,23 +37,25 @@ class StoredQuantization(StoredObject):
         if self.kv_cache_quant_algo is not None:
             values["kv_cache_scales"] = kv_cache_scales
         try:
-            return QuantConfig(**{**values, "exclude_modules": self.exclude_modules or ()})
+            quant = QuantConfig(**{**values, "exclude_modules": self.exclude_modules or ()})
+            check_supported(quant.algorithm)
         except ConfigError as error:
             raise CheckpointError(
                 f"the checkpoint's quantization is not supported: {error}",
                 remedy="quantize the source again with trtlab",
             ) from error
+        return quant
 
 
 def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
     """TensorRT-LLM's keys; what an algorithm does not use is left out."""
-    recipe = quant.recipe
+    algorithm = quant.algorithm
     stored: dict[str, Any] = {"quant_algo": quant.quant_algo, "kv_cache_quant_algo": quant.kv_cache_quant_algo}
-    if recipe is not None:
+    if algorithm is not None:
         stored["exclude_modules"] = list(quant.exclude_modules)
-        if recipe.grouped:
+        if algorithm.grouped:
             stored |= {"group_size": quant.group_size, "has_zero_point": False, "pre_quant_scale": True}
-        if recipe.family.startswith("smoothquant"):
+        if algorithm.family.startswith("smoothquant"):
             stored["smoothquant_val"] = quant.smoothquant_val
     return stored
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import abc
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,9 +13,8 @@ from trtlab.config.model import ModelConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
 from trtlab.errors import CheckpointError
-from trtlab.model.tensor_specs import layer_name
-from trtlab.model.weights import tensor_specs
-from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
+from trtlab.model.names import layer_name
+from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
 from trtlab.storage.json_files import read_model
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 
@@ -90,21 +88,9 @@ def rank_shapes(
     config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout
 ) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that one rank's file holds."""
-    return {name: tensor.shape for name, tensor in _rank(config, mapping, rank, layout).items()}
+    return {name: tensor.shape for name, tensor in rank_tensors(config, mapping, rank, layout).items()}
 
 
 def rank_dtypes(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, torch.dtype]:
     """The name and dtype of every tensor that one rank's file holds: the model's, or what its algorithm stores."""
-    return {name: tensor.dtype for name, tensor in _rank(config, mapping, rank, layout).items()}
-
-
-def _rank(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
-    whole = {
-        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _never_read)
-        for name, spec in tensor_specs(config).items()
-    }
-    return shard(config, mapping, rank, whole, layout)
-
-
-def _never_read() -> Any:
-    raise AssertionError("a shape has no data")
+    return {name: tensor.dtype for name, tensor in rank_tensors(config, mapping, rank, layout).items()}

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_vali
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig, RotaryScaling
-from trtlab.convert.families.tables import FAMILIES
+from trtlab.convert.families import FAMILIES
 from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
 from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
@@ -96,6 +96,7 @@ class ModelFields(StoredObject):
     qk_layernorm: bool | None = None
     tie_word_embeddings: bool | None = None
     sliding_window: Count | None = None
+    position_embedding_type: Literal["rope_gpt_neox", "learned_absolute"] | None = None
 
 
 class _Scaling(StoredScaling):
@@ -151,7 +152,6 @@ class TrtllmConfig(ModelFields):
     quantization: StoredQuantization | None = None
     moe: _Experts | None = None
     trtlab: Provenance | None = None
-    position_embedding_type: Literal["rope_gpt_neox"] = "rope_gpt_neox"
     rotary_pct: One = 1.0
     embedding_multiplier: One = 1.0
     attention_multiplier: One = 1.0
@@ -186,7 +186,9 @@ class TrtllmConfig(ModelFields):
             raise CheckpointError(
                 f"hidden_act {self.hidden_act!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
             )
-        values = {name: getattr(self, name) for name in ModelFields.model_fields if getattr(self, name) is not None}
+        stored = {name: getattr(self, name) for name in ModelFields.model_fields}
+        values = {name: value for name, value in stored.items() if value is not None}
+        values = {**FAMILIES[self.architecture].settings, **values}
         values.setdefault("head_size", self.hidden_size // self.num_attention_heads)
         if self.share_embedding_table:
             values["tie_word_embeddings"] = True
@@ -210,7 +212,6 @@ def config_to_json(
     return {
         **{name: getattr(config, name) for name in ModelFields.model_fields},
         "logits_dtype": "float32",
-        "position_embedding_type": "rope_gpt_neox",
         "rotary_scaling": None if scaling is None else _scaling_to_json(scaling),
         "use_parallel_embedding": layout.use_parallel_embedding,
         "embedding_sharding_dim": layout.embedding_sharding_dim,

@@ -86,9 +86,9 @@ def _measured(
 def recipe_title(quant: QuantConfig) -> str:
     """``W8A16 · INT8 KV split`` and the like."""
     weights: str = quant.quant_algo or ""
-    if quant.recipe is not None and quant.recipe.grouped:
+    if quant.algorithm is not None and quant.algorithm.grouped:
         weights += f" g{quant.group_size}"
-    if quant.recipe is not None and quant.recipe.family.startswith("smoothquant"):
+    if quant.algorithm is not None and quant.algorithm.family.startswith("smoothquant"):
         weights += " alpha searched" if quant.smoothquant_val is None else f" alpha {quant.smoothquant_val:g}"
     cache = ""
     if quant.kv_cache_quant_algo == "INT8":

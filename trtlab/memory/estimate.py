@@ -13,23 +13,31 @@ from dataclasses import dataclass
 from math import prod
 from typing import NoReturn, Protocol
 
-from torch import Tensor
-
 from trtlab.card import Shown, size
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.config.quant import QuantConfig
+from trtlab.config.quant import GroupSize, KvCacheAlgo, QuantAlgo, QuantConfig
 from trtlab.errors import ConfigError, EngineError
+from trtlab.model.blocks import SITES
 from trtlab.model.decoder import decoder
-from trtlab.model.formats import WeightFormat, kv_itemsize, weight_format
-from trtlab.model.weights import EMBEDDING, HEAD, ModelWeights, rank_weights, tensor_specs
+from trtlab.model.names import HEAD
+from trtlab.model.tensor_specs import tensor_specs
+from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.table import OpTable, Span, TableOps
-from trtlab.parallel.shard import LAYER_PREFIX, EmbeddingLayout, shard, shared_where_possible
+from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, shared_where_possible
 from trtlab.storage.lazy import LazyTensor
 
-# The kind of a weight is that of the first fragment that its name holds.
-KINDS = {EMBEDDING: "embedding", HEAD: "head", "norm": "norms", "ln_f": "norms", "attention": "attention", "mlp": "mlp"}
+# The kind of a weight is that of the first fragment that its name holds. A static scale belongs to its linear.
+WEIGHT_KINDS = {
+    **{site.input_scale: site.block for site in SITES.values()},
+    "embedding": "embedding",
+    HEAD: "head",
+    "norm": "norms",
+    "ln_f": "norms",
+    "attention": "attention",
+    "mlp": "mlp",
+}
 
 
 class HasConfig(Protocol):
@@ -81,8 +89,6 @@ class Estimate(Shown):
     build_config: BuildConfig
     mapping: Mapping
     layout: EmbeddingLayout
-    quant_algo: str | None
-    kv_cache_quant_algo: str | None
     ranks: tuple[RankEstimate, ...]
     whole: RankEstimate
 
@@ -167,9 +173,9 @@ def estimate(
     build_config: BuildConfig | None = None,
     mapping: Mapping | None = None,
     *,
-    quant_algo: str | None = None,
-    kv_cache_quant_algo: str | None = None,
-    group_size: int = 128,
+    quant_algo: QuantAlgo | None = None,
+    kv_cache_quant_algo: KvCacheAlgo | None = None,
+    group_size: GroupSize = 128,
     layout: EmbeddingLayout | None = None,
 ) -> Estimate:
     """Memory and work of a model within these bounds, rank by rank.
@@ -182,20 +188,17 @@ def estimate(
     """
     source = model if isinstance(model, ModelConfig) else model.config
     quant = source.quantization
-    if quant.active:
-        quant_algo = quant_algo or quant.quant_algo
-        kv_cache_quant_algo = kv_cache_quant_algo or quant.kv_cache_quant_algo
-        group_size, source = quant.group_size, source.replace(quantization=QuantConfig())
+    if not quant.active:
+        quant = QuantConfig(quant_algo=quant_algo, kv_cache_quant_algo=kv_cache_quant_algo, group_size=group_size)
     build = (build_config or BuildConfig()).resolve(source)
-    config = source.replace(dtype=build.dtype)
+    config = source.replace(dtype=build.dtype, quantization=quant)
     mapping = mapping or Mapping()
     layout = layout or shared_where_possible(config, mapping)
     if layout.use_embedding_sharing and not config.tie_word_embeddings:
         raise ConfigError("use_embedding_sharing needs a tied model", remedy="leave use_embedding_sharing out")
-    sizes = _Sizes(weight_format(quant_algo), group_size, kv_itemsize(kv_cache_quant_algo, config.torch_dtype.itemsize))
-    ranks = tuple(_rank_estimate(config, build, mapping, rank, layout, sizes) for rank in mapping.ranks)
-    whole = ranks[0] if len(ranks) == 1 else _rank_estimate(config, build, Mapping(), 0, layout, sizes)
-    return Estimate(config, build, mapping, layout, quant_algo, kv_cache_quant_algo, ranks, whole)
+    ranks = tuple(_rank_estimate(config, build, mapping, rank, layout) for rank in mapping.ranks)
+    whole = ranks[0] if len(ranks) == 1 else _rank_estimate(config, build, Mapping(), 0, layout)
+    return Estimate(config, build, mapping, layout, ranks, whole)
 
 
 def op_table(
@@ -229,49 +232,19 @@ def _trace(
     return ops.table
 
 
-def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
-    """The tensors of one rank's file by name: shape and dtype, with nothing behind them."""
-    whole = {
-        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _no_data)
-        for name, spec in tensor_specs(config).items()
-    }
-    return shard(config, mapping, rank, whole, layout)
-
-
-def _no_data() -> Tensor:
-    raise AssertionError("a shape has no data")
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    format: WeightFormat | None
-    group_size: int
-    kv_itemsize: int
-
-    def weight_bytes(self, config: ModelConfig, stage: range, name: str, tensor: LazyTensor) -> int:
-        """Bytes of one tensor of a rank file, with its scales."""
-        if self.format is None or not name.startswith(LAYER_PREFIX):
-            return tensor.nbytes
-        number, part = name.removeprefix(LAYER_PREFIX).removesuffix(".weight").split(".", 1)
-        at_an_end = stage.start + int(number) in (0, config.num_hidden_layers - 1)
-        if part not in self.format.linears or (self.format.keeps_end_layers and at_an_end):
-            return tensor.nbytes
-        rows, columns = tensor.shape
-        return self.format.nbytes(part, (rows, columns), tensor.dtype.itemsize, self.group_size)
-
-
 def _rank_estimate(
-    config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout, sizes: _Sizes
+    config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout
 ) -> RankEstimate:
-    tensors = rank_tensors(config, mapping, rank, layout)
     stage = mapping.layers(rank, config.num_hidden_layers)
+    tensors = rank_tensors(config, mapping, rank, layout)
     weights = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for name, tensor in tensors.items():
-        weights[_kind(name)] += sizes.weight_bytes(config, stage, name, tensor)
+        weights[_kind(name)] += tensor.nbytes
     looked_up_only = not mapping.is_last_stage(rank) or HEAD in tensors
-    kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
-    per_token = 2 * len(stage) * kv_heads * config.head_size * sizes.kv_itemsize  # K and V
-    model = _meta_weights(config, mapping, rank, tensors)
+    per_token = config.kv_bytes_per_token * len(stage) * mapping.kv_heads(config)
+    per_token //= config.num_hidden_layers * config.num_key_value_heads
+    plain = config.replace(quantization=QuantConfig())  # activations are those of the model's dtype
+    model = _meta_weights(plain, mapping, rank, rank_tensors(plain, mapping, rank, layout))
     prompt, past = build.input_len, min(build.input_len, build.seq_len - 1)
     return RankEstimate(
         rank=rank,
@@ -280,9 +253,9 @@ def _rank_estimate(
         step_weight_bytes=sum(weights.values()) - (weights["embedding"] if looked_up_only else 0),
         kv_bytes_per_token=per_token,
         kv_pool_bytes=build.max_batch_size * build.seq_len * per_token,
-        activation_bytes=_trace(config, mapping, model, largest_step(build)).peak_bytes,
-        prefill_flops_per_token=_trace(config, mapping, model, [Span(0, prompt)]).flops / prompt,
-        generation_flops_per_token=float(_trace(config, mapping, model, [Span(past, 1)]).flops),
+        activation_bytes=_trace(plain, mapping, model, largest_step(build)).peak_bytes,
+        prefill_flops_per_token=_trace(plain, mapping, model, [Span(0, prompt)]).flops / prompt,
+        generation_flops_per_token=float(_trace(plain, mapping, model, [Span(past, 1)]).flops),
     )
 
 
@@ -299,4 +272,4 @@ def largest_step(build: BuildConfig) -> list[Span]:
 
 
 def _kind(name: str) -> str:
-    return next(kind for fragment, kind in KINDS.items() if fragment in name)
+    return next(kind for fragment, kind in WEIGHT_KINDS.items() if fragment in name)

@@ -16,17 +16,17 @@ from trtlab.hardware import memory_bytes
 from trtlab.memory.estimate import RankEstimate, estimate
 from trtlab.parallel.shard import EmbeddingLayout
 
-BUILD_COPIES = 2  # TensorRT holds a rank's weights while it writes them into the plan, which is in memory too
+BUILD_PEAK = 2.6  # peak memory of a build over the bytes of its rank's weights, as measured at 1.1 billion parameters
 
 
 def require_room_to_build(config: ModelConfig, build: BuildConfig, mapping: Mapping, layout: EmbeddingLayout) -> None:
-    """EngineError when the largest rank's weights and its plan do not fit this machine's memory side by side."""
+    """EngineError when building the plan of the largest rank takes more memory than this machine has."""
     largest = estimate(config, build, mapping, layout=layout).largest
-    memory = memory_bytes()
-    if memory and BUILD_COPIES * largest.weight_bytes > memory:
+    memory, needed = memory_bytes(), int(BUILD_PEAK * largest.weight_bytes)
+    if memory and needed > memory:
         raise EngineError(
-            f"the plan of rank {largest.rank} needs {size(BUILD_COPIES * largest.weight_bytes)} while it is built: its "
-            f"weights, {size(largest.weight_bytes)}, and the plan beside them",
+            f"building the plan of rank {largest.rank} takes about {size(needed)}, {BUILD_PEAK} times its weights of "
+            f"{size(largest.weight_bytes)}",
             expected=f"at most {size(memory)}, what this machine has",
             remedy="split the weights over more ranks (tp_size), quantize them, or build with plan=False",
         )

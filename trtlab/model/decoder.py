@@ -12,14 +12,40 @@ def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) 
 
     A rank that is not of the last pipeline stage gives its hidden states instead.
     """
-    x = _embed(ops, config, weights, tokens)  # [..., hidden]
-    for index, layer in enumerate(weights.layers):
-        x = ops.add(x, attention(ops, weights, layer, index, x))
-        x = ops.add(x, mlp(ops, config, layer, x))
+    x = residual_stream(ops, config, weights, _embed(ops, config, weights, tokens))
     if weights.final_norm is None or weights.lm_head is None:
         return ops.send(x)
-    x = ops.rms_norm(ops.last_tokens(x), weights.final_norm)
+    x = ops.norm(ops.last_tokens(x), weights.final_norm)
     return ops.logits(ops.all_gather(ops.linear(x, weights.lm_head)), config.vocab_size)
+
+
+def residual_stream(ops: Ops[T], config: ModelConfig, weights: ModelWeights, x: T) -> T:
+    """The hidden states ``[..., hidden]`` after all layers of a rank. Each block adds to what it was given."""
+    delta: T | None = None
+    for index, layer in enumerate(weights.layers):
+        x, normed = ops.add_norm(x, delta, layer.input_layernorm)
+        del delta  # nothing that is done with lives on while a block runs
+        x, normed = ops.add_norm(x, attention(ops, config, weights, index, layer, normed), layer.post_layernorm)
+        delta = mlp(ops, config, layer, normed)
+    assert delta is not None, "every rank has a layer"
+    return ops.add(x, delta)
+
+
+def attention(ops: Ops[T], config: ModelConfig, weights: ModelWeights, index: int, layer: LayerWeights, normed: T) -> T:
+    """What attention adds to the residual stream, from its norm ``[..., hidden]``."""
+    norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+    heads = (weights.heads, weights.kv_heads)
+    context = ops.self_attention(index, ops.linear(normed, layer.qkv), heads, norms, rotary=config.uses_rotary)
+    return ops.all_reduce(ops.linear(context, layer.dense))
+
+
+def mlp(ops: Ops[T], config: ModelConfig, layer: LayerWeights, normed: T) -> T:
+    """What the MLP adds to the residual stream, from its norm ``[..., hidden]``."""
+    if layer.gate is None:
+        inner = ops.activation(config.hidden_act, ops.linear(normed, layer.fc))
+    else:
+        inner = ops.gated(config.hidden_act, normed, layer.fc, layer.gate)
+    return ops.all_reduce(ops.linear(inner, layer.proj))
 
 
 def _embed(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -> T:
@@ -27,22 +53,7 @@ def _embed(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -
         return ops.receive(tokens, config.hidden_size)
     x = ops.embedding(tokens, weights.embedding)
     if weights.gather_embedding:
-        return ops.all_gather(x)
-    return ops.all_reduce(x) if weights.reduce_embedding else x
-
-
-def attention(ops: Ops[T], weights: ModelWeights, layer: LayerWeights, index: int, x: T) -> T:
-    """What attention adds to the hidden states ``[..., hidden]``."""
-    qkv = ops.linear(ops.rms_norm(x, layer.input_layernorm), layer.qkv)
-    q, k, v = ops.split_heads(qkv, weights.heads, weights.kv_heads)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = ops.rms_norm(q, layer.q_norm), ops.rms_norm(k, layer.k_norm)
-    q, k = ops.rotary(q, k)
-    return ops.all_reduce(ops.linear(ops.attention(index, q, k, v), layer.dense))
-
-
-def mlp(ops: Ops[T], config: ModelConfig, layer: LayerWeights, x: T) -> T:
-    """What the MLP adds to the hidden states ``[..., hidden]``."""
-    x = ops.rms_norm(x, layer.post_layernorm)
-    gated = ops.multiply(ops.activation(config.hidden_act, ops.linear(x, layer.fc)), ops.linear(x, layer.gate))
-    return ops.all_reduce(ops.linear(gated, layer.proj))
+        x = ops.all_gather(x)
+    elif weights.reduce_embedding:
+        x = ops.all_reduce(x)
+    return x if weights.positions is None else ops.add(x, ops.position_embedding(tokens, weights.positions))

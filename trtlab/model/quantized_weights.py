@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config.algorithms import NORM_BEFORE, STATIC_SCALE, Recipe
+from trtlab.config.algorithms import Algorithm
 from trtlab.config.quant import QuantConfig
+from trtlab.model.blocks import SITES
 from trtlab.model.scales import FLOAT8, ToOriginal, ToQuantized, unpack_int4
 
 
@@ -134,27 +135,27 @@ class _Found:
 
 
 def quantized_linear(
-    recipe: Recipe, linear: str, name: str, layer: Callable[[str], Tensor], bias: Tensor | None
+    algorithm: Algorithm, linear: str, name: str, layer: Callable[[str], Tensor], bias: Tensor | None
 ) -> Quantized:
     """The typed weight of one linear; ``layer`` gives a tensor by its name within the layer."""
-    return _LINEARS[recipe.family](recipe, _Found(name, linear, layer, bias))
+    return _LINEARS[algorithm.family](algorithm, _Found(name, linear, layer, bias))
 
 
-def _weight_only(recipe: Recipe, found: _Found) -> Quantized:
+def _weight_only(algorithm: Algorithm, found: _Found) -> Quantized:
     scale = ToOriginal(found.of("per_channel_scale")[:, None])
     return WeightOnly(found.name, found.of("weight"), scale, found.bias)
 
 
-def _smoothquant(recipe: Recipe, found: _Found) -> Quantized:
+def _smoothquant(algorithm: Algorithm, found: _Found) -> Quantized:
     to_float = found.of("per_channel_scale")[0]
-    static = None if recipe.per_token else ToQuantized(found.layer(STATIC_SCALE[found.linear]))
-    if not recipe.per_token:
+    static = None if algorithm.per_token else ToQuantized(found.layer(SITES[found.linear].input_scale))
+    if not algorithm.per_token:
         to_float = to_float * found.of("act_scale")[0]
-    smoother = None if found.linear in NORM_BEFORE else found.of("smoother")[0]
+    smoother = None if SITES[found.linear].norm_before is not None else found.of("smoother")[0]
     return Int8Linear(found.name, found.of("weight"), ToOriginal(to_float), static, found.bias, smoother)
 
 
-def _smoothquant_modelopt(recipe: Recipe, found: _Found) -> Quantized:
+def _smoothquant_modelopt(algorithm: Algorithm, found: _Found) -> Quantized:
     activation = found.of("activation_scaling_factor")
     return Int8Linear(
         found.name,
@@ -166,7 +167,7 @@ def _smoothquant_modelopt(recipe: Recipe, found: _Found) -> Quantized:
     )
 
 
-def _fp8(recipe: Recipe, found: _Found) -> Quantized:
+def _fp8(algorithm: Algorithm, found: _Found) -> Quantized:
     return Float8Linear(
         found.name,
         found.of("weight"),
@@ -176,22 +177,22 @@ def _fp8(recipe: Recipe, found: _Found) -> Quantized:
     )
 
 
-def _awq(recipe: Recipe, found: _Found) -> WeightOnly:
+def _awq(algorithm: Algorithm, found: _Found) -> WeightOnly:
     scale = ToOriginal(found.of("weights_scaling_factor"))
     return WeightOnly(found.name, found.of("weight"), scale, found.bias, found.of("prequant_scaling_factor"))
 
 
-def _awq_fp8(recipe: Recipe, found: _Found) -> Quantized:
+def _awq_fp8(algorithm: Algorithm, found: _Found) -> Quantized:
     return Int4Float8Linear(
         found.name,
-        dataclasses.replace(_awq(recipe, found), bias=None),
+        dataclasses.replace(_awq(algorithm, found), bias=None),
         ToOriginal(found.of("weights_scaling_factor_2")),
         ToOriginal(found.of("activation_scaling_factor")),
         found.bias,
     )
 
 
-_LINEARS: dict[str, Callable[[Recipe, _Found], Quantized]] = {
+_LINEARS: dict[str, Callable[[Algorithm, _Found], Quantized]] = {
     "weight_only": _weight_only,
     "smoothquant": _smoothquant,
     "smoothquant_modelopt": _smoothquant_modelopt,
@@ -203,8 +204,8 @@ _LINEARS: dict[str, Callable[[Recipe, _Found], Quantized]] = {
 
 def kv_cache_scales(quant: QuantConfig, layer: Callable[[str], Tensor]) -> KvScales | None:
     """The scales of one layer's cache; ``layer`` gives a tensor by its name within the layer."""
-    recipe = quant.kv_recipe
-    if recipe is None:
+    algorithm = quant.kv_algorithm
+    if algorithm is None:
         return None
-    scales = [ToOriginal(layer(name)) for name in recipe.tensors]  # one for both, or one each
+    scales = [ToOriginal(layer(name)) for name in algorithm.tensors]  # one for both, or one each
     return KvScales(torch.int8 if quant.kv_cache_quant_algo == "INT8" else FLOAT8, scales[0], scales[-1])

@@ -1,198 +1,95 @@
-"""Shapes of whole tensors, plain and quantized, and how tensor parallelism cuts them. Knows no data."""
+"""Shape and dtype of every tensor of a whole model, plain or quantized, and how it is cut over ranks. Knows no data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-
-from trtlab.config.algorithms import COLUMN_CUT, LINEARS, NORM_BEFORE, STATIC_SCALE, Recipe
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.config.quant import GROUP_SIZES
 from trtlab.errors import ConfigError
-from trtlab.model.scales import FLOAT8
+from trtlab.model.blocks import LinearSite, layer_plan
+from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name
+from trtlab.model.quantized_specs import TensorSpec, check_groups, kv_scale_specs, quantized_specs
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape of a whole (unsplit) tensor and how tensor parallelism cuts it.
-
-    ``split`` is ``"qkv"`` (q, k and v rows each by heads), ``"rows"``, ``"columns"``, ``"embedding"`` (by choice),
-    ``"head"`` (rows of the padded vocabulary), ``"kv_heads"`` or None (every rank holds it whole). ``dim`` is where
-    those rows, columns or heads lie. ``dtype`` None follows the model's; ``per_byte`` rows share a byte.
-    """
-
-    shape: tuple[int, ...]
-    split: str | None = None
-    dim: int = 0
-    dtype: torch.dtype | None = None
-    per_byte: int = 1
-
-
-def layer_name(layer: int, part: str) -> str:
-    """``transformer.layers.3.attention.qkv.weight`` from 3 and ``attention.qkv.weight``."""
-    return f"transformer.layers.{layer}.{part}"
-
-
-def quantized_layer_specs(config: ModelConfig, layer: int, plain: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """A layer's tensors by name: those of ``plain`` with each quantized linear's own in the place of its weight."""
-    if not config.quantization.active:
-        return plain
-    specs = dict(plain)
-    for linear in LINEARS:
-        specs |= _linear_specs(config, layer_name(layer, linear), linear, plain[f"{linear}.weight"])
-    return specs | _kv_specs(config)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """One linear: its name, sizes and how its output and its input are cut over ranks."""
-
-    name: str
-    out: int
-    width: int
-    out_split: str | None
-    in_split: str | None
-
-
-def _linear_specs(config: ModelConfig, module: str, linear: str, plain: TensorSpec) -> dict[str, TensorSpec]:
-    """The tensors of one linear by their names within the layer; ``module`` is its full name."""
-    name = f"{linear}.weight"
-    recipe = config.quantization.recipe_of(module)
-    if recipe is None:
-        return {name: plain}
-    out, width = plain.shape
-    _check_groups(module, width, recipe, config.quantization.group_size)
-    cut_by_columns = plain.split == "columns"
-    shape = _Shape(
-        linear,
-        out,
-        width,
-        None if cut_by_columns else plain.split,
-        "columns" if cut_by_columns else None,
-    )
-    return _SPECS[recipe.family](config, shape, recipe)
-
-
-def _weight_only_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    return {
-        f"{shape.name}.weight": _integers(shape, recipe),
-        f"{shape.name}.per_channel_scale": TensorSpec((shape.out,), shape.out_split),
-    }
-
-
-def _smoothquant_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    by_row = recipe.per_channel or shape.name == "attention.qkv"
-    scale = (1, shape.out) if by_row else (1, 1)
-    specs = {
-        f"{shape.name}.weight": _integers(shape, recipe),
-        f"{shape.name}.per_channel_scale": TensorSpec(
-            scale, shape.out_split if by_row else None, dim=1, dtype=torch.float32
-        ),
-        STATIC_SCALE[shape.name]: TensorSpec((1,), dtype=torch.float32),
-    }
-    if not recipe.per_token:
-        specs[f"{shape.name}.act_scale"] = TensorSpec((1, 1), dtype=torch.float32)
-    if shape.name not in NORM_BEFORE:
-        specs[f"{shape.name}.smoother"] = TensorSpec((1, shape.width), shape.in_split, dim=1, dtype=torch.float32)
+def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor of a whole model by name, embedding first, head last; a tied model has no head of its own."""
+    from_vocabulary = (config.vocab_size, config.hidden_size)
+    specs = {EMBEDDING: TensorSpec(from_vocabulary, "embedding")}
+    if not config.uses_rotary:
+        specs[POSITIONS] = TensorSpec((config.max_position_embeddings, config.hidden_size))
+    for layer in range(config.num_hidden_layers):
+        specs |= {layer_name(layer, part): spec for part, spec in layer_specs(config, layer).items()}
+    specs[f"{FINAL_NORM}.weight"] = TensorSpec((config.hidden_size,))
+    if layer_plan(config).norm == "layer_norm":
+        specs[f"{FINAL_NORM}.bias"] = TensorSpec((config.hidden_size,))
+    if not config.tie_word_embeddings:
+        specs[HEAD] = TensorSpec(from_vocabulary, "head")
     return specs
 
 
-def _modelopt_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    return {
-        f"{shape.name}.weight": _integers(shape, recipe),
-        f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out,), shape.out_split, dtype=torch.float32),
-        f"{shape.name}.activation_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-        f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0),
+def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
+    """The tensors of one layer by their names within it; a quantized linear's own are in the place of its weight."""
+    specs = _plain_specs(config)
+    for site in layer_plan(config).linears:
+        algorithm = config.quantization.algorithm_of(layer_name(layer, site.part))
+        if algorithm is not None:
+            specs |= quantized_specs(config, layer, site, specs[f"{site.part}.weight"], algorithm)
+    return specs | kv_scale_specs(config)
+
+
+def _plain_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    plan = layer_plan(config)
+    weights: dict[str, TensorSpec] = {}
+    biases: dict[str, TensorSpec] = {}
+    for site in plan.linears:
+        norm = site.norm_before
+        if norm is not None and f"{norm}.weight" not in weights:
+            weights[f"{norm}.weight"] = TensorSpec((config.hidden_size,))
+            if plan.norm == "layer_norm":
+                biases[f"{norm}.bias"] = TensorSpec((config.hidden_size,))
+        out, width = linear_shape(config, site)
+        weights[f"{site.part}.weight"] = TensorSpec((out, width), site.split, dim=int(site.cuts_input))
+        if _has_bias(config, site):  # where the input is cut, every rank holds the whole bias
+            biases[f"{site.part}.bias"] = TensorSpec((out,), None if site.cuts_input else site.split)
+    if config.qk_layernorm:
+        weights["attention.q_layernorm.weight"] = TensorSpec((config.head_size,))
+        weights["attention.k_layernorm.weight"] = TensorSpec((config.head_size,))
+    return weights | biases
+
+
+def linear_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
+    """Outputs and inputs of a linear."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
+    shapes = {
+        "attention.qkv": ((heads + 2 * kv_heads) * size, hidden),
+        "attention.dense": (hidden, heads * size),
+        "mlp.fc": (inner, hidden),
+        "mlp.gate": (inner, hidden),
+        "mlp.proj": (hidden, inner),
     }
+    return shapes[site.part]
 
 
-def _fp8_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    split = shape.out_split or shape.in_split
-    dim = 0 if shape.out_split else 1
-    return {
-        f"{shape.name}.weight": TensorSpec((shape.out, shape.width), split, dim=dim, dtype=FLOAT8),
-        f"{shape.name}.weights_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-        f"{shape.name}.activation_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-    }
-
-
-def _awq_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    groups = shape.width // config.quantization.group_size
-    split, dim = (shape.out_split, 0) if shape.out_split else (shape.in_split, 1)
-    return {
-        f"{shape.name}.weight": _integers(shape, recipe),
-        f"{shape.name}.weights_scaling_factor": TensorSpec((shape.out, groups), split, dim=dim, dtype=torch.float32),
-        f"{shape.name}.prequant_scaling_factor": TensorSpec((shape.width,), shape.in_split, dim=0),
-    }
-
-
-def _awq_fp8_specs(config: ModelConfig, shape: _Shape, recipe: Recipe) -> dict[str, TensorSpec]:
-    return _awq_specs(config, shape, recipe) | {
-        f"{shape.name}.weights_scaling_factor_2": TensorSpec((1,), dtype=torch.float32),
-        f"{shape.name}.activation_scaling_factor": TensorSpec((1,), dtype=torch.float32),
-    }
-
-
-def _integers(shape: _Shape, recipe: Recipe) -> TensorSpec:
-    """int8 ``[out, in]``, or two rows to a byte along out."""
-    per_byte = 2 if recipe.packed else 1
-    split, dim = (shape.out_split, 0) if shape.out_split else (shape.in_split, 1)
-    rows = -(-shape.out // per_byte)
-    dtype = torch.uint8 if recipe.packed else torch.int8
-    return TensorSpec((rows, shape.width), split, dim=dim, dtype=dtype, per_byte=per_byte)
-
-
-_SPECS: dict[str, Callable[[ModelConfig, _Shape, Recipe], dict[str, TensorSpec]]] = {
-    "weight_only": _weight_only_specs,
-    "smoothquant": _smoothquant_specs,
-    "smoothquant_modelopt": _modelopt_specs,
-    "fp8": _fp8_specs,
-    "awq": _awq_specs,
-    "awq_fp8": _awq_fp8_specs,
-}
-
-
-def _kv_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """The scales of one layer's cache by their names within the layer."""
-    recipe = config.quantization.kv_recipe
-    if recipe is None:
-        return {}
-    per_head = len(recipe.tensors) == 2 and config.quantization.kv_cache_scales == "per_head"
-    shape, split = ((config.num_key_value_heads,), "kv_heads") if per_head else ((1,), None)
-    return {name: TensorSpec(shape, split, dtype=torch.float32) for name in recipe.tensors}
+def _has_bias(config: ModelConfig, site: LinearSite) -> bool:
+    if site.block == "mlp":
+        return config.mlp_bias
+    return config.dense_bias if site.cuts_input else config.attn_bias
 
 
 def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
     """ConfigError when packed rows or groups cannot be cut over ``mapping``, naming the sizes that would work."""
-    recipe = config.quantization.recipe
-    if recipe is None or mapping.tp_size == 1:
+    algorithm, tp = config.quantization.algorithm, mapping.tp_size
+    if algorithm is None or tp == 1:
         return
-    tp = mapping.tp_size
-    if recipe.packed and config.intermediate_size % (2 * tp):
+    if algorithm.packed and config.intermediate_size % (2 * tp):
         raise ConfigError(
             f"intermediate size {config.intermediate_size} over tp_size={tp} leaves an odd number of rows a rank",
             remedy="INT4 packs two rows a byte: use a smaller tp_size",
         )
-    if recipe.grouped:
-        widths = {
-            "attention.dense": config.num_attention_heads * config.head_size,
-            "mlp.proj": config.intermediate_size,
-        }
-        for linear in COLUMN_CUT:
-            layers = range(config.num_hidden_layers)
-            if any(config.quantization.recipe_of(layer_name(layer, linear)) for layer in layers):
-                group_size = config.quantization.group_size
-                _check_groups(f"{linear} on each of {tp} ranks", widths[linear] // tp, recipe, group_size)
-
-
-def _check_groups(what: str, width: int, recipe: Recipe, group_size: int) -> None:
-    if not recipe.grouped or width % group_size == 0:
+    if not algorithm.grouped:
         return
-    fits = [str(size) for size in GROUP_SIZES if width % size == 0]
-    raise ConfigError(
-        f"{what} has {width} inputs, which groups of {group_size} do not divide",
-        remedy=f"use group_size={' or '.join(fits)}" if fits else "exclude it with exclude_modules, or use W8A16",
-    )
+    for site in layer_plan(config).linears:
+        layers = range(config.num_hidden_layers)
+        if site.cuts_input and any(config.quantization.algorithm_of(layer_name(n, site.part)) for n in layers):
+            width = linear_shape(config, site)[1] // tp
+            check_groups(f"{site.part} on each of {tp} ranks", width, config.quantization.group_size)

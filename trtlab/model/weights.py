@@ -1,4 +1,4 @@
-"""The tensors of a decoder by TensorRT-LLM's names, and the typed parts that op sets meet. Knows no files."""
+"""The typed weights of a decoder as op sets meet them, and how they are made of a rank's tensors. Knows no files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from torch import Tensor
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.model.blocks import SITES, LinearSite, layer_plan
+from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name
 from trtlab.model.quantized_weights import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
-from trtlab.model.tensor_specs import TensorSpec, layer_name, quantized_layer_specs
-
-EMBEDDING = "transformer.vocab_embedding.weight"
-FINAL_NORM = "transformer.ln_f.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A token table ``[rows, columns]``; ``first_row`` is the id of its first row when it was cut by rows."""
+    """A table ``[rows, columns]`` of tokens or positions; ``first_row`` is the first row's id when cut by rows."""
 
     name: str
     weight: Tensor
@@ -35,6 +32,13 @@ class Norm:
     name: str
     weight: Tensor
     epsilon: float
+
+
+@dataclass(frozen=True)
+class LayerNorm(Norm):
+    """The gain, the epsilon and the bias ``[hidden]`` of a LayerNorm."""
+
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ Linear = Dense | Quantized
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. ``fc`` is Hugging Face's gate_proj and ``gate`` its up_proj: TensorRT-LLM's names."""
+    """One decoder layer; the linears bear the names of ``model.blocks``. An MLP that is not gated has no ``gate``."""
 
     input_layernorm: Norm
     qkv: Linear
@@ -70,7 +74,7 @@ class LayerWeights:
     dense: Linear
     post_layernorm: Norm
     fc: Linear
-    gate: Linear
+    gate: Linear | None
     proj: Linear
     kv_scales: KvScales | None = None
 
@@ -79,7 +83,8 @@ class LayerWeights:
 class ModelWeights:
     """What one rank holds. ``heads`` and ``kv_heads`` are the rank's own; the ends are None on inner stages.
 
-    ``gather_embedding`` and ``reduce_embedding`` say how a table cut by columns or by rows is put together.
+    ``positions`` is the table of a model that learned its positions. ``gather_embedding`` and ``reduce_embedding`` say
+    how a token table cut by columns or by rows is put together.
     """
 
     heads: int
@@ -90,46 +95,7 @@ class ModelWeights:
     lm_head: Dense | None
     gather_embedding: bool = False
     reduce_embedding: bool = False
-
-
-def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a whole model by name, embedding first, head last; a tied model has no head of its own."""
-    hidden = config.hidden_size
-    specs = {EMBEDDING: TensorSpec((config.vocab_size, hidden), "embedding")}
-    for layer in range(config.num_hidden_layers):
-        parts = quantized_layer_specs(config, layer, _layer_specs(config))
-        specs |= {layer_name(layer, part): spec for part, spec in parts.items()}
-    specs[FINAL_NORM] = TensorSpec((hidden,))
-    if not config.tie_word_embeddings:
-        specs[HEAD] = TensorSpec((config.vocab_size, hidden), "head")
-    return specs
-
-
-def _layer_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows = config.num_attention_heads * config.head_size
-    qkv_rows = q_rows + 2 * config.num_key_value_heads * config.head_size
-    specs = {
-        "input_layernorm.weight": TensorSpec((hidden,)),
-        "attention.qkv.weight": TensorSpec((qkv_rows, hidden), "qkv"),
-        "attention.dense.weight": TensorSpec((hidden, q_rows), "columns", dim=1),
-        "post_layernorm.weight": TensorSpec((hidden,)),
-        "mlp.fc.weight": TensorSpec((inner, hidden), "rows"),
-        "mlp.gate.weight": TensorSpec((inner, hidden), "rows"),
-        "mlp.proj.weight": TensorSpec((hidden, inner), "columns", dim=1),
-    }
-    if config.qk_layernorm:
-        specs["attention.q_layernorm.weight"] = TensorSpec((config.head_size,))
-        specs["attention.k_layernorm.weight"] = TensorSpec((config.head_size,))
-    if config.attn_bias:
-        specs["attention.qkv.bias"] = TensorSpec((qkv_rows,), "qkv")
-    if config.dense_bias:
-        specs["attention.dense.bias"] = TensorSpec((hidden,))
-    if config.mlp_bias:
-        specs["mlp.fc.bias"] = TensorSpec((inner,), "rows")
-        specs["mlp.gate.bias"] = TensorSpec((inner,), "rows")
-        specs["mlp.proj.bias"] = TensorSpec((hidden,))
-    return specs
+    positions: Embedding | None = None
 
 
 def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, Tensor]) -> ModelWeights:
@@ -143,16 +109,17 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.
     last = mapping.is_last_stage(rank)
     return ModelWeights(
         heads=config.num_attention_heads // mapping.tp_size,
-        kv_heads=max(1, config.num_key_value_heads // mapping.tp_size),
+        kv_heads=mapping.kv_heads(config),
         layers=tuple(
             layer_weights(config, tensors, layer - stage.start, layer, keep_bias=mapping.tp_rank(rank) == 0)
             for layer in stage
         ),
         embedding=embedding,
-        final_norm=Norm(FINAL_NORM, tensors[FINAL_NORM], config.norm_epsilon) if last else None,
+        final_norm=_norm(config, tensors, FINAL_NORM) if last else None,
         lm_head=_head(tensors) if last else None,
         gather_embedding=embedding is not None and embedding.weight.shape[1] < config.hidden_size,
         reduce_embedding=embedding is not None and embedding.first_row is not None,
+        positions=Embedding(POSITIONS, tensors[POSITIONS]) if embedding is not None and POSITIONS in tensors else None,
     )
 
 
@@ -163,14 +130,8 @@ def map_linears(weights: ModelWeights, function: Callable[[Linear], Any]) -> Mod
     """
 
     def mapped(layer: LayerWeights) -> LayerWeights:
-        return replace(
-            layer,
-            qkv=function(layer.qkv),
-            dense=function(layer.dense),
-            fc=function(layer.fc),
-            gate=function(layer.gate),
-            proj=function(layer.proj),
-        )
+        linears = {site.name: getattr(layer, site.name) for site in SITES.values()}
+        return replace(layer, **{name: function(linear) for name, linear in linears.items() if linear is not None})
 
     head = weights.lm_head
     return replace(
@@ -200,26 +161,35 @@ def layer_weights(
         return tensors[layer_name(layer, part)]
 
     def norm(part: str) -> Norm:
-        name = layer_name(layer, f"{part}.weight")
-        return Norm(name, tensors[name], config.norm_epsilon)
+        return _norm(config, tensors, layer_name(layer, part))
 
-    def linear(part: str, *, keep: bool = True) -> Linear:
-        name = layer_name(layer, f"{part}.weight")
-        bias = tensors.get(layer_name(layer, f"{part}.bias")) if keep else None
-        recipe = config.quantization.recipe_of(layer_name(number, part))
-        return (
-            Dense(name, tensors[name], bias) if recipe is None else quantized_linear(recipe, part, name, tensor, bias)
-        )
+    def linear(site: LinearSite) -> Linear:
+        name = layer_name(layer, f"{site.part}.weight")
+        bias = tensors.get(layer_name(layer, f"{site.part}.bias")) if keep_bias or not site.cuts_input else None
+        algorithm = config.quantization.algorithm_of(layer_name(number, site.part))
+        if algorithm is None:
+            return Dense(name, tensors[name], bias)
+        return quantized_linear(algorithm, site.part, name, tensor, bias)
 
+    plan = layer_plan(config)
+    linears = {site.name: linear(site) for site in plan.linears}
     return LayerWeights(
         input_layernorm=norm("input_layernorm"),
-        qkv=linear("attention.qkv"),
+        qkv=linears["qkv"],
         q_norm=norm("attention.q_layernorm") if config.qk_layernorm else None,
         k_norm=norm("attention.k_layernorm") if config.qk_layernorm else None,
-        dense=linear("attention.dense", keep=keep_bias),
+        dense=linears["dense"],
         post_layernorm=norm("post_layernorm"),
-        fc=linear("mlp.fc"),
-        gate=linear("mlp.gate"),
-        proj=linear("mlp.proj", keep=keep_bias),
+        fc=linears["fc"],
+        gate=linears.get("gate"),
+        proj=linears["proj"],
         kv_scales=kv_cache_scales(config.quantization, tensor),
     )
+
+
+def _norm(config: ModelConfig, tensors: abc.Mapping[str, Tensor], module: str) -> Norm:
+    """An RMSNorm, or a LayerNorm where there is a bias."""
+    name, bias = f"{module}.weight", tensors.get(f"{module}.bias")
+    if bias is None:
+        return Norm(name, tensors[name], config.norm_epsilon)
+    return LayerNorm(name, tensors[name], config.norm_epsilon, bias)

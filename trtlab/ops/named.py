@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic
 
 from trtlab.model.verbs import Ops, T
-from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
 
-class TappedOps(Generic[T]):
-    """``Ops[T]``; ``record(name, result)`` is called after each verb.
+class NamedOps(Ops[T]):
+    """The verbs of another op set; ``record(name, result)`` is called after each.
 
     A verb with a weight is named by it (``transformer.layers.0.mlp.fc``), any other by the last weight and itself
     (``transformer.layers.0.mlp.fc:activation``). A name that comes again gets a number: tied embeddings, for one.
@@ -23,65 +22,56 @@ class TappedOps(Generic[T]):
         self._seen: dict[str, int] = {}
 
     def embedding(self, tokens: T, weight: Embedding) -> T:
-        """See Ops."""
         return self._weighted(weight.name, self._inner.embedding(tokens, weight))
 
+    def position_embedding(self, tokens: T, weight: Embedding) -> T:
+        return self._weighted(weight.name, self._inner.position_embedding(tokens, weight))
+
     def rms_norm(self, x: T, weight: Norm) -> T:
-        """See Ops."""
         return self._weighted(weight.name, self._inner.rms_norm(x, weight))
 
+    def layer_norm(self, x: T, weight: LayerNorm) -> T:
+        return self._weighted(weight.name, self._inner.layer_norm(x, weight))
+
     def linear(self, x: T, weight: Linear) -> T:
-        """See Ops."""
         return self._weighted(weight.name, self._inner.linear(x, weight))
 
     def split_heads(self, qkv: T, heads: int, kv_heads: int) -> tuple[T, T, T]:
-        """See Ops."""
         q, k, v = self._inner.split_heads(qkv, heads, kv_heads)
         return self._named("q", q), self._named("k", k), self._named("v", v)
 
     def rotary(self, q: T, k: T) -> tuple[T, T]:
-        """See Ops."""
         q, k = self._inner.rotary(q, k)
         return self._named("rotary_q", q), self._named("rotary_k", k)
 
     def attention(self, layer: int, q: T, k: T, v: T) -> T:
-        """See Ops."""
         return self._named("attention", self._inner.attention(layer, q, k, v))
 
     def activation(self, kind: str, x: T) -> T:
-        """See Ops."""
         return self._named("activation", self._inner.activation(kind, x))
 
     def multiply(self, a: T, b: T) -> T:
-        """See Ops."""
         return self._named("multiply", self._inner.multiply(a, b))
 
     def add(self, a: T, b: T) -> T:
-        """See Ops."""
         return self._named("add", self._inner.add(a, b))
 
     def all_reduce(self, x: T) -> T:
-        """See Ops."""
         return self._changed("all_reduce", x, self._inner.all_reduce(x))
 
     def all_gather(self, x: T) -> T:
-        """See Ops."""
         return self._changed("all_gather", x, self._inner.all_gather(x))
 
     def receive(self, tokens: T, hidden_size: int) -> T:
-        """See Ops."""
         return self._inner.receive(tokens, hidden_size)
 
     def send(self, x: T) -> T:
-        """See Ops."""
         return self._inner.send(x)
 
     def last_tokens(self, x: T) -> T:
-        """See Ops."""
         return self._inner.last_tokens(x)
 
     def logits(self, x: T, vocab_size: int) -> T:
-        """See Ops."""
         return self._named("logits", self._inner.logits(x, vocab_size))
 
     def _weighted(self, weight_name: str, result: T) -> T:

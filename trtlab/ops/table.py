@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 
 from trtlab.card import Shown
-from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.model.quantized_weights import tensor_bytes
+from trtlab.model.verbs import Ops
+from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
 RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain
+LAYER_NORM_FLOPS = 7  # add to the mean, less the mean, square, add to the variance, root's inverse, gain, bias
 ROTARY_FLOPS = 3  # times cosine, times sine, add
 
 
@@ -115,8 +118,9 @@ class OpTable(Shown):
         return max(self.live_bytes, default=0)
 
 
-class TableOps:
-    """``Ops[Spec]`` over one packed step of one rank; ``rows`` fills as the decoder runs. See the module for FLOPs.
+class TableOps(Ops[Spec]):
+    """The verbs on shapes, over one packed step of a rank; ``rows`` fills as the decoder runs. The module says what is
+    a FLOP.
 
     An op that does nothing writes no row: a sum over one rank, a choice of last tokens where there are no others.
     ``dtype`` is that of the activations.
@@ -141,16 +145,20 @@ class TableOps:
         return Spec("tokens", (sum(span.length for span in self._spans),), torch.int64, "tokens")
 
     def embedding(self, tokens: Spec, weight: Embedding) -> Spec:
-        """See Ops."""
         shape = (*tokens.shape, weight.weight.shape[1])
         return self._write("embedding", (tokens,), shape, weight=weight)
 
+    def position_embedding(self, tokens: Spec, weight: Embedding) -> Spec:
+        shape = (*tokens.shape, weight.weight.shape[1])
+        return self._write("position_embedding", (tokens,), shape, weight=weight)
+
     def rms_norm(self, x: Spec, weight: Norm) -> Spec:
-        """See Ops."""
         return self._write("rms_norm", (x,), x.shape, weight=weight, flops=RMS_NORM_FLOPS * x.elements)
 
+    def layer_norm(self, x: Spec, weight: LayerNorm) -> Spec:
+        return self._write("layer_norm", (x,), x.shape, weight=weight, flops=LAYER_NORM_FLOPS * x.elements)
+
     def linear(self, x: Spec, weight: Linear) -> Spec:
-        """See Ops."""
         rows, columns = weight.shape
         shape = (*x.shape[:-1], rows)
         flops = 2 * x.elements * rows + (prod(shape) if weight.bias is not None else 0)
@@ -158,63 +166,54 @@ class TableOps:
         return self._write("linear", (x,), shape, weight=weight, flops=flops)
 
     def split_heads(self, qkv: Spec, heads: int, kv_heads: int) -> tuple[Spec, Spec, Spec]:
-        """See Ops. Three views of one tensor."""
+        # Three views of one tensor.
         size = qkv.shape[-1] // (heads + 2 * kv_heads)
         parts = [(*qkv.shape[:-1], n, size) for n in (heads, kv_heads, kv_heads)]  # [tokens, heads, head_size]
         q, k, v = self._write_many("split_heads", (qkv,), parts, view_of=qkv)
         return q, k, v
 
     def rotary(self, q: Spec, k: Spec) -> tuple[Spec, Spec]:
-        """See Ops."""
         flops = ROTARY_FLOPS * (q.elements + k.elements)
         q, k = self._write_many("rotary", (q, k), [q.shape, k.shape], flops=flops)
         return q, k
 
     def attention(self, layer: int, q: Spec, k: Spec, v: Spec) -> Spec:
-        """See Ops. The cache is no activation: it takes no bytes here."""
+        # The cache is no activation: it takes no bytes here.
         tokens, heads, size = q.shape
         products = 2  # queries by keys, then probabilities by values
         flops = products * 2 * heads * size * sum(span.keys_seen for span in self._spans)
         return self._write("attention", (q, k, v), (tokens, heads * size), flops=flops)
 
     def activation(self, kind: str, x: Spec) -> Spec:
-        """See Ops."""
         return self._write(kind, (x,), x.shape, flops=x.elements)
 
     def multiply(self, a: Spec, b: Spec) -> Spec:
-        """See Ops."""
         return self._write("multiply", (a, b), a.shape, flops=a.elements)
 
     def add(self, a: Spec, b: Spec) -> Spec:
-        """See Ops."""
         return self._write("add", (a, b), a.shape, flops=a.elements)
 
     def all_reduce(self, x: Spec) -> Spec:
-        """See Ops."""
         return x if self._tp_size == 1 else self._write("all_reduce", (x,), x.shape)
 
     def all_gather(self, x: Spec) -> Spec:
-        """See Ops."""
         shape = (*x.shape[:-1], x.shape[-1] * self._tp_size)
         return x if self._tp_size == 1 else self._write("all_gather", (x,), shape)
 
     def receive(self, tokens: Spec, hidden_size: int) -> Spec:
-        """See Ops."""
         return self._write("receive", (tokens,), (*tokens.shape, hidden_size))
 
     def send(self, x: Spec) -> Spec:
-        """See Ops."""
         return self._write("send", (x,), x.shape, view_of=x)
 
     def last_tokens(self, x: Spec) -> Spec:
-        """See Ops."""
         wanted = len(self._spans)
         if self._every_token or x.shape[0] == wanted:
             return x
         return self._write("last_tokens", (x,), (wanted, *x.shape[1:]))
 
     def logits(self, x: Spec, vocab_size: int) -> Spec:
-        """See Ops. In float32 already, it is a view."""
+        # In float32 already, it is a view.
         shape = (*x.shape[:-1], vocab_size)
         view_of = x if x.dtype == torch.float32 else None
         (out,) = self._write_many("logits", (x,), [shape], dtype=torch.float32, view_of=view_of)
@@ -256,4 +255,4 @@ class TableOps:
 def _weight_bytes(weight: Embedding | Norm | Linear | None) -> int:
     if weight is None:
         return 0
-    return weight.weight.nbytes if isinstance(weight, Embedding | Norm) else weight.nbytes
+    return tensor_bytes(weight)

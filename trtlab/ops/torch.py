@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
-from trtlab.model.weights import Dense, Embedding, Linear, Norm
+from trtlab.model.verbs import Ops
+from trtlab.model.weights import Dense, Embedding, LayerNorm, Linear, Norm
 from trtlab.ops.paged import PackedBatch, PagedCache
 from trtlab.ops.quantized_linear import linear
 from trtlab.parallel.comm import Comm
@@ -31,8 +32,8 @@ def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> Rota
     )
 
 
-class TorchOps:
-    """``Ops[Tensor]`` over one packed batch. ``rotary`` tables come from ``spread``."""
+class TorchOps(Ops[Tensor]):
+    """The verbs on tensors, over one packed batch. ``rotary`` tables come from ``spread``."""
 
     def __init__(self, batch: PackedBatch, cache: PagedCache, comm: Comm, *, every_token: bool = False) -> None:
         self._batch = batch
@@ -41,33 +42,35 @@ class TorchOps:
         self._every_token = every_token
 
     def embedding(self, tokens: Tensor, weight: Embedding) -> Tensor:
-        """See Ops."""
         if weight.first_row is None:
             return F.embedding(tokens, weight.weight)
         local = tokens - weight.first_row
         held = (local >= 0) & (local < weight.weight.shape[0])
         return F.embedding(local * held, weight.weight) * held[:, None].to(weight.weight.dtype)
 
+    def position_embedding(self, tokens: Tensor, weight: Embedding) -> Tensor:
+        return F.embedding(self._batch.positions, weight.weight)
+
     def rms_norm(self, x: Tensor, weight: Norm) -> Tensor:
-        """See Ops."""
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(weight.epsilon).rsqrt_()
         return (wide * scale).to(x.dtype).mul_(weight.weight)
 
+    def layer_norm(self, x: Tensor, weight: LayerNorm) -> Tensor:
+        gain, bias = weight.weight.float(), weight.bias.float()
+        return F.layer_norm(x.float(), x.shape[-1:], gain, bias, weight.epsilon).to(x.dtype)
+
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        """See Ops."""
         if type(weight) is Dense:  # the common case, without the dispatch
             return F.linear(x, weight.weight, weight.bias)
         return linear(weight, x)
 
     def split_heads(self, qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See Ops."""
         rows = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)  # [tokens, heads + 2 kv_heads, head_size]
         q, k, v = rows.split_with_sizes([heads, kv_heads, kv_heads], 1)
         return q, k, v
 
     def rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """See Ops."""
         heads = q.shape[1]
         same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
         if same and k.storage_offset() == q.storage_offset() + heads * q.stride(1):  # parts of one projection: one turn
@@ -79,45 +82,36 @@ class TorchOps:
         return torch.addcmul(x * self._batch.cos, x.roll(x.shape[-1] // 2, -1), self._batch.sin)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See Ops. Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``."""
+        # Scaled dot products by torch's own kernel, scale ``head_size ** -0.5``.
         self._cache.write(layer, self._batch.places, k, v)
         return self._batch.attend(self._cache, layer, q)
 
     def activation(self, kind: str, x: Tensor) -> Tensor:
-        """See Ops."""
         if kind not in ACTIVATIONS:
             raise ConfigError("unknown activation", got=repr(kind), expected=" | ".join(ACTIVATIONS))
         return ACTIVATIONS[kind](x)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """See Ops."""
         return a * b
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """See Ops."""
         return a + b
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See Ops."""
         return self._comm.all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """See Ops."""
         return self._comm.all_gather(x)
 
     def receive(self, tokens: Tensor, hidden_size: int) -> Tensor:
-        """See Ops."""
         return self._comm.receive()
 
     def send(self, x: Tensor) -> Tensor:
-        """See Ops."""
         self._comm.send(x)
         return x
 
     def last_tokens(self, x: Tensor) -> Tensor:
-        """See Ops."""
         return x if self._every_token or self._batch.last is None else x[self._batch.last]
 
     def logits(self, x: Tensor, vocab_size: int) -> Tensor:
-        """See Ops."""
         return x[..., :vocab_size].float()

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 
 from trtlab.config.base import Settings, settings
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError
-from trtlab.model.tensor_specs import TensorSpec, check_quantized, layer_name
-from trtlab.model.weights import EMBEDDING, FINAL_NORM, HEAD, tensor_specs
+from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name, split_layer_name
+from trtlab.model.quantized_specs import TensorSpec
+from trtlab.model.tensor_specs import check_quantized, tensor_specs
 from trtlab.storage.lazy import LazyTensor, cat
 
-LAYER_PREFIX = layer_name(0, "").removesuffix("0.")
+FIRST_STAGE = (EMBEDDING, POSITIONS)  # every other tensor outside the layers lies on the last
 
 
 @settings
@@ -75,16 +77,30 @@ def shard(
     parts: dict[str, LazyTensor] = {}
     for name, spec in specs.items():
         local = _local_name(name, stage)
-        if local is not None and not name.startswith((EMBEDDING, FINAL_NORM, HEAD)):
+        if split_layer_name(name) is not None and local is not None:
             parts[local] = _cut(config, mapping, rank, spec, tensors[name])
     if mapping.is_first_stage(rank):
         parts[EMBEDDING] = _cut_embedding(config, mapping, rank, tensors[EMBEDDING], layout)
+        parts |= {name: tensors[name] for name in specs if name == POSITIONS}
     if mapping.is_last_stage(rank):
-        parts[FINAL_NORM] = tensors[FINAL_NORM]
+        parts |= {name: tensors[name] for name in specs if name.startswith(FINAL_NORM)}
         if not layout.use_embedding_sharing:
             source = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
             parts[HEAD] = _row_part(source.pad_rows(padded_vocab(config, mapping)), mapping, rank)
     return parts
+
+
+def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
+    """The tensors of one rank's file by name: shape and dtype, with nothing behind them."""
+    whole = {
+        name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _no_data)
+        for name, spec in tensor_specs(config).items()
+    }
+    return shard(config, mapping, rank, whole, layout)
+
+
+def _no_data() -> Tensor:
+    raise AssertionError("a shape has no data")
 
 
 def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
@@ -94,10 +110,11 @@ def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
 
 def _local_name(name: str, stage: range) -> str | None:
     """The name within a stage, None for a layer of another stage; tensors outside the layers keep their name."""
-    if not name.startswith(LAYER_PREFIX):
+    place = split_layer_name(name)
+    if place is None:
         return name
-    number, part = name.removeprefix(LAYER_PREFIX).split(".", 1)
-    return layer_name(int(number) - stage.start, part) if int(number) in stage else None
+    number, part = place
+    return layer_name(number - stage.start, part) if number in stage else None
 
 
 def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
@@ -106,8 +123,8 @@ def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, who
     if spec.split == "qkv":
         return _cut_qkv(config, mapping, rank, spec, whole)
     if spec.split == "kv_heads":
-        own = max(1, config.num_key_value_heads // mapping.tp_size)
-        return whole.narrow(0, mapping.tp_rank(rank) * config.num_key_value_heads // mapping.tp_size, own)
+        first = mapping.tp_rank(rank) * config.num_key_value_heads // mapping.tp_size
+        return whole.narrow(0, first, mapping.kv_heads(config))
     width = whole.shape[spec.dim] // mapping.tp_size
     return whole.narrow(spec.dim, mapping.tp_rank(rank) * width, width)
 
@@ -122,7 +139,7 @@ def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec,
     size, kv_heads, place = config.head_size // spec.per_byte, config.num_key_value_heads, mapping.tp_rank(rank)
     q_rows = config.num_attention_heads * size
     own_q = q_rows // mapping.tp_size
-    own_kv_heads = max(1, kv_heads // mapping.tp_size)
+    own_kv_heads = mapping.kv_heads(config)
     first_kv_head = place * kv_heads // mapping.tp_size
     parts = [whole.narrow(spec.dim, place * own_q, own_q)]
     for start in (q_rows, q_rows + kv_heads * size):  # k, then v
@@ -160,12 +177,10 @@ def unshard(
 
 
 def _stage_of(config: ModelConfig, mapping: Mapping, name: str) -> int:
-    if name == EMBEDDING:
-        return 0
-    if not name.startswith(LAYER_PREFIX):
-        return mapping.pp_size - 1
-    layer = int(name.removeprefix(LAYER_PREFIX).split(".", 1)[0])
-    return layer * mapping.pp_size // config.num_hidden_layers
+    place = split_layer_name(name)
+    if place is None:
+        return 0 if name in FIRST_STAGE else mapping.pp_size - 1
+    return place[0] * mapping.pp_size // config.num_hidden_layers
 
 
 def _join(
@@ -197,7 +212,7 @@ def _crop(padded: LazyTensor, rows: int) -> LazyTensor:
 def _join_qkv(config: ModelConfig, mapping: Mapping, spec: TensorSpec, parts: list[LazyTensor]) -> LazyTensor:
     size, tp = config.head_size // spec.per_byte, mapping.tp_size
     own_q = config.num_attention_heads // tp * size
-    own_kv = max(1, config.num_key_value_heads // tp) * size
+    own_kv = mapping.kv_heads(config) * size
     copies = _copies(config, mapping)
     q = [part.narrow(spec.dim, 0, own_q) for part in parts]
     k = [part.narrow(spec.dim, own_q, own_kv) for part in parts[::copies]]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trtlab.model.blocks import layer_plan
 from trtlab.model.scales import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.fp8 import float8_scale
 from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, Layer, QuantizedLayer
-from trtlab.quantize.smoothquant import SITES
 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
@@ -86,8 +86,8 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
     """
     result = QuantizedLayer({})
     dtype = layer.config.torch_dtype
-    for site in SITES:
-        linears = [linear for linear in site if layer.quantizes(linear)]
+    for sites in layer_plan(layer.config).inputs.values():
+        linears = [site.part for site in sites if layer.quantizes(site.part)]
         if not linears:
             continue
         prequant = _shared_prequant(layer, linears, result).to(dtype).float()  # as it is stored

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtlab.config.algorithms import INPUT_OF
 from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.decoder import attention, mlp
+from trtlab.model.blocks import LayerPlan, layer_plan
+from trtlab.model.decoder import residual_stream
+from trtlab.model.names import layer_name, split_layer_name
 from trtlab.model.rope import rotary_table
 from trtlab.model.scales import all_finite, amax
-from trtlab.model.tensor_specs import layer_name
 from trtlab.model.weights import Dense, Linear, ModelWeights, layer_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
@@ -34,14 +34,13 @@ class ObservingOps(TorchOps):
         self._recorder = recorder
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        """See Ops."""
         assert isinstance(weight, Dense), "what is calibrated is not quantized yet"
         y = super().linear(x, weight)
         self._recorder.linear(weight, x, y)
         return y
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See Ops. K comes after rotary, as a cache would store it."""
+        # K comes after rotary, as a cache would store it.
         self._recorder.cached(k, v)
         return super().attention(layer, q, k, v)
 
@@ -59,8 +58,9 @@ class _Input:
 class Recorder:
     """Running statistics of one layer over all batches. Linears that share an input are recorded once."""
 
-    def __init__(self, *, gram: bool) -> None:
+    def __init__(self, plan: LayerPlan, *, gram: bool) -> None:
         self._gram = gram
+        self._first_readers = {sites[0].part: reads for reads, sites in plan.inputs.items()}
         self._inputs: dict[str, _Input] = {}
         self._outputs: dict[str, Tensor] = {}
         self._sampled: dict[str, list[Tensor]] = {}
@@ -71,21 +71,21 @@ class Recorder:
     def linear(self, weight: Dense, x: Tensor, y: Tensor) -> None:
         """Input ``[tokens, in]`` and output ``[tokens, out]`` of a linear."""
         assert self.batch is not None, "the batch is set before it runs"
-        linear = ".".join(weight.name.split(".")[-3:-1])
+        linear = _part(weight.name)
         self._outputs[linear] = _larger(self._outputs.get(linear), amax(y, 0))
         sampled = y[self.batch.sampled]
         self._sampled.setdefault(linear, []).append(sampled if weight.bias is None else sampled - weight.bias)
-        if linear not in INPUT_OF:
-            self._input(linear, x)
+        if linear in self._first_readers:
+            self._input(self._first_readers[linear], x)
 
-    def _input(self, linear: str, x: Tensor) -> None:
+    def _input(self, reads: str, x: Tensor) -> None:
         assert self.batch is not None, "the batch is set before it runs"
         shares = self.batch.shares
-        if linear not in self._inputs:
+        if reads not in self._inputs:
             width = x.shape[1]
             gram = torch.zeros(width, width) if self._gram else None
-            self._inputs[linear] = _Input(torch.zeros(width), torch.zeros(width), [], gram)
-        seen = self._inputs[linear]
+            self._inputs[reads] = _Input(torch.zeros(width), torch.zeros(width), [], gram)
+        seen = self._inputs[reads]
         magnitudes = x.abs()
         seen.amax = torch.maximum(seen.amax, magnitudes.amax(0))
         seen.mean += shares @ magnitudes
@@ -108,11 +108,18 @@ class Recorder:
             if seen.gram is not None:
                 _mirror(seen.gram)
         inputs = {
-            linear: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
-            for linear, seen in self._inputs.items()
+            reads: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
+            for reads, seen in self._inputs.items()
         }
         sampled = {linear: torch.cat(rows) for linear, rows in self._sampled.items()}
         return LayerStatistics(inputs, self._outputs, sampled, self._keys, self._values)
+
+
+def _part(name: str) -> str:
+    """``mlp.fc`` from the name of its weight."""
+    split = split_layer_name(name)
+    assert split is not None, f"{name} belongs to no layer"
+    return split[1].removesuffix(".weight")
 
 
 def _mirror(gram: Tensor) -> None:
@@ -129,7 +136,15 @@ def _larger(before: Tensor | None, now: Tensor) -> Tensor:
 class Calibration:
     """Carries the hidden states of all texts from block to block; one block's weights are in memory at a time."""
 
-    def __init__(self, config: ModelConfig, texts: Sequence[TextBatch], embedding: Tensor, *, gram: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        texts: Sequence[TextBatch],
+        embedding: Tensor,
+        positions: Tensor | None = None,
+        *,
+        gram: bool,
+    ) -> None:
         longest = max(length for batch in texts for length in batch.lengths)
         self._config = config
         self._texts = texts
@@ -139,6 +154,9 @@ class Calibration:
         self._tables = BlockTables.apart(slots, longest)
         self._cache = _one_layer_cache(config, slots, longest)
         self.hidden = [F.embedding(batch.ids, embedding).float() for batch in texts]  # [tokens, hidden] each
+        if positions is not None:
+            for x, batch in zip(self.hidden, texts, strict=True):
+                x += torch.cat([positions[:length] for length in batch.lengths])
 
     @torch.inference_mode()
     def block(self, layer: int, weights: dict[str, Tensor]) -> LayerStatistics:
@@ -151,14 +169,12 @@ class Calibration:
         heads = ModelWeights(
             self._config.num_attention_heads, self._config.num_key_value_heads, (parts,), None, None, None
         )
-        recorder = Recorder(gram=self._gram)
+        recorder = Recorder(layer_plan(self._config), gram=self._gram)
         for number, batch in enumerate(self._texts):
             recorder.batch = batch
             sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
             ops = ObservingOps(PackedBatch(sequences, self._rotary, self._tables, CPU), self._cache, recorder)
-            x = self.hidden[number]
-            x = ops.add(x, attention(ops, heads, parts, 0, x))
-            x = ops.add(x, mlp(ops, self._config, parts, x))
+            x = residual_stream(ops, self._config, heads, self.hidden[number])
             if not all_finite(x):
                 raise QuantizeError(
                     f"the activations of layer {layer} hold NaN or infinity on the calibration texts",

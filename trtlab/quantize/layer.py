@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trtlab.config.algorithms import INPUT_OF, LINEARS
 from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
+from trtlab.model.blocks import SITES, layer_plan
+from trtlab.model.names import layer_name
 from trtlab.model.scales import all_finite
-from trtlab.model.tensor_specs import layer_name
 
 GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together: it is symmetric, one triangle of blocks will do
 
@@ -32,7 +32,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration saw in one layer: inputs and outputs by linear, K and V as they are cached, by head.
+    """What calibration saw in one layer: inputs by ``LinearSite.reads``, outputs by linear, K and V as cached, by head.
 
     ``sampled`` are the outputs that belong to the rows of ``InputStatistics.sample``.
     """
@@ -45,7 +45,7 @@ class LayerStatistics:
 
     def input_of(self, linear: str) -> InputStatistics:
         """The statistics of the tensor that a linear reads."""
-        return self.inputs[INPUT_OF.get(linear, linear)]
+        return self.inputs[SITES[linear].reads]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Layer:
     @property
     def linears(self) -> tuple[str, ...]:
         """The linears that are quantized, without those excluded."""
-        return tuple(linear for linear in LINEARS if self.quantizes(linear))
+        return tuple(part for part in layer_plan(self.config).parts if self.quantizes(part))
 
     def quantizes(self, linear: str) -> bool:
         """Whether a linear is quantized at all."""
-        return self.config.quantization.recipe_of(layer_name(self.index, linear)) is not None
+        return self.config.quantization.algorithm_of(layer_name(self.index, linear)) is not None
 
     def weight(self, linear: str) -> Tensor:
         """The weight ``[out, in]``."""
@@ -76,7 +76,7 @@ class Layer:
 
     def split(self, linear: str, rows: Tensor) -> list[Tensor]:
         """Something with a row an output, cut where query, key and value rows were put together."""
-        if linear != "attention.qkv":
+        if SITES[linear].split != "qkv":
             return [rows]
         heads, kv_heads, size = (
             self.config.num_attention_heads,

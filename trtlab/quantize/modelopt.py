@@ -17,29 +17,29 @@ from trtlab.config.model import ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import MissingDependency, QuantizeError
 
-Recipe = dict[str, Any]
+ModeloptConfig = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Route:
-    """ModelOpt's name of a recipe, and what ours changes in it."""
+    """ModelOpt's name of a configuration, and what ours changes in it."""
 
     name: str
-    adapt: Callable[[Recipe, QuantConfig], None] = lambda recipe, quant: None
+    adapt: Callable[[ModeloptConfig, QuantConfig], None] = lambda config, quant: None
 
 
-def _with_group_size(recipe: Recipe, quant: QuantConfig) -> None:
-    for entry in recipe["quant_cfg"]:
+def _with_group_size(config: ModeloptConfig, quant: QuantConfig) -> None:
+    for entry in config["quant_cfg"]:
         stages = entry.get("cfg") or []
         for stage in stages if isinstance(stages, list) else [stages]:
             if "block_sizes" in stage:
                 stage["block_sizes"][-1] = quant.group_size
 
 
-def _with_alpha(recipe: Recipe, quant: QuantConfig) -> None:
+def _with_alpha(config: ModeloptConfig, quant: QuantConfig) -> None:
     if quant.smoothquant_val is None:
         raise QuantizeError("ModelOpt does not search alpha", remedy="set smoothquant_val (its default is 1.0)")
-    recipe["algorithm"] = {"method": "smoothquant", "alpha": quant.smoothquant_val}
+    config["algorithm"] = {"method": "smoothquant", "alpha": quant.smoothquant_val}
 
 
 ROUTES = {
@@ -51,7 +51,7 @@ ROUTES = {
 
 
 def check_modelopt(quant: QuantConfig) -> None:
-    """QuantizeError for a recipe that does not go this way, MissingDependency when ModelOpt is not installed."""
+    """QuantizeError for an algorithm that does not go this way, MissingDependency when ModelOpt is not installed."""
     if quant.quant_algo not in ROUTES or quant.kv_cache_quant_algo is not None or quant.exclude_modules:
         raise QuantizeError(
             "ModelOpt's route takes one weight algorithm, with no cache and no excluded modules",
@@ -73,8 +73,8 @@ def export_with_modelopt(
 
     mtq, export = _modelopt()
     route = ROUTES[str(quant.quant_algo)]
-    recipe = copy.deepcopy(getattr(mtq, route.name))
-    route.adapt(recipe, quant)
+    settings = copy.deepcopy(getattr(mtq, route.name))
+    route.adapt(settings, quant)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.eval()
 
@@ -84,7 +84,7 @@ def export_with_modelopt(
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        model = mtq.quantize(model, recipe, read)
+        model = mtq.quantize(model, settings, read)
         export(model, "llama", config.torch_dtype, export_dir=str(folder), inference_tensor_parallel=1)
     file = folder / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))

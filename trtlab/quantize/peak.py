@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from trtlab.card import size
-from trtlab.config.algorithms import INPUT_OF, LINEARS
 from trtlab.config.model import ModelConfig
-from trtlab.model.tensor_specs import layer_name
-from trtlab.model.weights import EMBEDDING, tensor_specs
+from trtlab.model.blocks import layer_plan
+from trtlab.model.names import EMBEDDING, layer_name
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.quantize.texts import TextBatch
 from trtlab.storage.lazy import LazyTensor
 
@@ -60,7 +60,7 @@ def predict(
     produced = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
     prefix = layer_name(0, "")
     source = sum(t.nbytes // t.dtype.itemsize * FLOAT for name, t in tensors.items() if name.startswith(prefix))
-    linears = {linear: tensors[layer_name(0, f"{linear}.weight")].shape for linear in LINEARS}
+    linears = {linear: tensors[layer_name(0, f"{linear}.weight")].shape for linear in layer_plan(config).parts}
     largest = max(rows * width for rows, width in linears.values()) * FLOAT
     result = sum(nbytes for name, nbytes in produced.items() if name.startswith(prefix))
     tokens = sum(len(batch.ids) for batch in texts)
@@ -80,9 +80,9 @@ def _activations(config: ModelConfig, texts: Sequence[TextBatch]) -> int:
 
 
 def _statistics(config: ModelConfig, linears: Mapping[str, tuple[int, ...]], texts: Sequence[TextBatch]) -> int:
-    widths = [shape[1] for linear, shape in linears.items() if linear not in INPUT_OF]
+    widths = [linears[sites[0].part][1] for sites in layer_plan(config).inputs.values()]
     sampled = sum(len(batch.sampled) for batch in texts)
-    recipe = config.quantization.recipe
-    gram = sum(width * width for width in widths) if texts and recipe is not None and recipe.grouped else 0
+    algorithm = config.quantization.algorithm
+    gram = sum(width * width for width in widths) if texts and algorithm is not None and algorithm.grouped else 0
     outputs = sum(shape[0] for shape in linears.values())
     return (gram + sampled * (sum(widths) + outputs)) * FLOAT

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from trtlab.card import Card, Shown, Table, bar, card, size
-from trtlab.config.algorithms import NORM_BEFORE
 from trtlab.config.quant import QuantConfig
+from trtlab.model.blocks import SITES
+from trtlab.model.names import layer_name
 from trtlab.model.quantized_weights import (
     Float8Linear,
     Int4Float8Linear,
@@ -20,7 +21,6 @@ from trtlab.model.quantized_weights import (
     quantized_linear,
 )
 from trtlab.model.scales import FLOAT8, FLOAT8_MAX, INT8, dequantize
-from trtlab.model.tensor_specs import layer_name
 from trtlab.ops.quantized_linear import linear as run_linear
 from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.layer import Layer, QuantizedLayer
@@ -125,14 +125,14 @@ def outlier_ratio(channels: Tensor) -> float:
 
 def typed_linear(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized:
     """One linear as the op sets meet it."""
-    recipe = layer.config.quantization.recipe
-    assert recipe is not None, "a quantized linear has a recipe"
+    algorithm = layer.config.quantization.algorithm
+    assert algorithm is not None, "a quantized linear has an algorithm"
 
     def tensor(name: str) -> Tensor:
         stored = result.tensors[name]
         return stored.float() if stored.dtype == layer.config.torch_dtype else stored
 
-    return quantized_linear(recipe, linear, layer_name(layer.index, linear), tensor, None)
+    return quantized_linear(algorithm, linear, layer_name(layer.index, linear), tensor, None)
 
 
 def _outputs(layer: Layer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _outputs(layer: Layer, result: QuantizedLayer, linear: str, weight: Quantize
         assert isinstance(weight, WeightOnly), "only weight-only recipes need no texts"
         return layer.weight(linear), dequantize(weight.integers, weight.scale.value)
     x = layer.statistics.input_of(linear).sample
-    folded = linear in NORM_BEFORE and isinstance(weight, Int8Linear) and weight.prequant is None
+    folded = SITES[linear].norm_before is not None and isinstance(weight, Int8Linear) and weight.prequant is None
     smoothed = x / result.smoothing[linear] if folded else x  # the norm in front divides already
     return layer.statistics.sampled[linear], run_linear(weight, smoothed)
 
@@ -173,10 +173,10 @@ def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
 
 def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:
     """The row of one layer's cache; none when it is not quantized."""
-    recipe = layer.config.quantization.kv_recipe
-    if recipe is None:
+    algorithm = layer.config.quantization.kv_algorithm
+    if algorithm is None:
         return []
-    scales = [result.tensors[name] for name in recipe.tensors]
+    scales = [result.tensors[name] for name in algorithm.tensors]
     k_scale, v_scale = scales[0], scales[-1]
     int8 = layer.config.quantization.kv_cache_quant_algo == "INT8"
     seen = layer.statistics if int8 else None

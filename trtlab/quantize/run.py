@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config.algorithms import LINEARS
+from trtlab.config.algorithms import check_supported
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.tensor_specs import TensorSpec, layer_name
-from trtlab.model.weights import EMBEDDING, tensor_specs
+from trtlab.model.blocks import layer_plan
+from trtlab.model.names import EMBEDDING, LAYER_PREFIX, POSITIONS, layer_name
+from trtlab.model.quantized_specs import TensorSpec
+from trtlab.model.tensor_specs import tensor_specs
 from trtlab.progress import progress
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, smoothquant_modelopt, weight_only
 from trtlab.quantize.calibrate import Calibration
@@ -26,7 +28,7 @@ from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.storage.lazy import LazyTensor, held
 
 Sink = Callable[[str, LazyTensor], None]
-ALGORITHMS: dict[str, Callable[[Layer], QuantizedLayer]] = {
+QUANTIZERS: dict[str, Callable[[Layer], QuantizedLayer]] = {
     "weight_only": weight_only.quantize_layer,
     "smoothquant": smoothquant.quantize_layer,
     "smoothquant_modelopt": smoothquant_modelopt.quantize_layer,
@@ -63,21 +65,22 @@ class Quantization:
                 del layer, result  # before the next block is read
                 bar.update(1)
         for name in wanted:
-            if not name.startswith("transformer.layers."):
+            if not name.startswith(LAYER_PREFIX):
                 sink(name, self.tensors[name])
         return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
 
     def layers(self) -> Iterator[Layer]:
         """Each block as an algorithm is given it, one in memory at a time: its weights, and what texts did there."""
         plain = self.config.replace(quantization=QuantConfig())
-        specs, recipe = tensor_specs(plain), self.config.quantization.recipe
+        specs, algorithm = tensor_specs(plain), self.config.quantization.algorithm
         for name, tensor in self.tensors.items():
-            if not name.startswith("transformer.layers."):  # a block's own are looked at when it is read
+            if not name.startswith(LAYER_PREFIX):  # a block's own are looked at when it is read
                 require_finite(name, tensor.read())
         calibration = None
         if self.texts:
-            gram = recipe is not None and recipe.grouped
-            calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), gram=gram)
+            gram = algorithm is not None and algorithm.grouped
+            positions = self.tensors[POSITIONS].read() if POSITIONS in self.tensors else None
+            calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), positions, gram=gram)
         for index in range(self.config.num_hidden_layers):
             yield self._read(index, specs, calibration)
 
@@ -114,7 +117,7 @@ class Quantization:
 def quantize_layer(layer: Layer) -> QuantizedLayer:
     """The tensors of one block and its cache by the recipe in the layer's own config."""
     quant = layer.config.quantization
-    result = QuantizedLayer({}) if quant.recipe is None else ALGORITHMS[quant.recipe.family](layer)
+    result = QuantizedLayer({}) if quant.algorithm is None else QUANTIZERS[quant.algorithm.family](layer)
     algorithm = quant.kv_cache_quant_algo
     if algorithm is not None:
         result.tensors.update(kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics))
@@ -142,6 +145,7 @@ def prepare(
         raise QuantizeError(
             "the recipe quantizes nothing", remedy="set quant_algo, kv_cache_quant_algo or both in QuantConfig"
         )
+    check_supported(quant.algorithm)
     quantized = config.replace(quantization=quant)
     tensor_specs(quantized)  # raises where groups do not divide
     _check_exclusions(config, quant)
@@ -172,8 +176,9 @@ def _check_exclusions(config: ModelConfig, quant: QuantConfig) -> None:
                 got=repr(pattern),
                 expected=f"a name like {layer_name(0, 'mlp.fc')!r}, or a pattern like '*.attention.dense'",
             )
-    names = [layer_name(index, linear) for index in range(config.num_hidden_layers) for linear in LINEARS]
-    if quant.quant_algo is not None and not any(map(quant.recipe_of, names)):
+    parts = layer_plan(config).parts
+    names = [layer_name(index, part) for index in range(config.num_hidden_layers) for part in parts]
+    if quant.quant_algo is not None and not any(map(quant.algorithm_of, names)):
         raise QuantizeError(
             f"{quant.quant_algo} has nothing to quantize: exclude_modules holds every linear",
             got=quant.exclude_modules,

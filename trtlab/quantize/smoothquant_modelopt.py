@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trtlab.model.blocks import layer_plan
 from trtlab.model.scales import INT8, ToOriginal, amax, positive, to_int
 from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.smoothquant import SITES, search_alpha
+from trtlab.quantize.smoothquant import search_alpha
 
 LIMITS = (1e-4, 1e4)
 
@@ -34,16 +35,16 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
     does, and the weights are smoothed by the average.
     """
     quant = layer.config.quantization
-    assert quant.recipe is not None, "SmoothQuant has a recipe"
+    assert quant.algorithm is not None, "SmoothQuant has an algorithm"
     result = QuantizedLayer({})
-    for site in SITES:
-        linears = [linear for linear in site if layer.quantizes(linear)]
+    for sites in layer_plan(layer.config).inputs.values():
+        linears = [site.part for site in sites if layer.quantizes(site.part)]
         if not linears:
             continue
         seen = layer.observed.input_of(linears[0])
         alpha = quant.smoothquant_val
         if alpha is None:
-            alpha = search_alpha(seen, layer, linears, quant.recipe)
+            alpha = search_alpha(seen, layer, linears, quant.algorithm)
         parts = [part for linear in linears for part in layer.parts(linear)]
         prequant = torch.stack([prequant_scale(seen.amax, amax(part, 0), alpha) for part in parts]).mean(0)
         stored = prequant.to(layer.config.torch_dtype)

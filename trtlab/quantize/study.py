@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.config.algorithms import KV_SCALES, LINEARS, KvScales, Recipe
+from trtlab.config.algorithms import KV_SCALES, Algorithm, KvScales
 from trtlab.config.quant import QuantConfig
+from trtlab.model.blocks import layer_plan
+from trtlab.model.names import layer_name
 from trtlab.model.scales import amax, by_group, positive
-from trtlab.model.tensor_specs import layer_name
 from trtlab.progress import progress
 from trtlab.quantize.layer import Layer, QuantizedLayer
 from trtlab.quantize.report import KvRow, Row, report_kv, report_linears, stored_numbers, typed_linear
@@ -78,9 +79,9 @@ class Study:
     @property
     def excluded(self) -> frozenset[str]:
         """The linears that the recipe excludes, by full name."""
-        if self.quant.recipe is None:
+        if self.quant.algorithm is None:
             return frozenset()
-        return frozenset(study.name for study in self.linears if self.quant.recipe_of(study.name) is None)
+        return frozenset(study.name for study in self.linears if self.quant.algorithm_of(study.name) is None)
 
 
 def study(quantization: Quantization) -> Study:
@@ -98,8 +99,8 @@ def study(quantization: Quantization) -> Study:
         progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,
     ):
         for layer in quantization.layers():
-            if quant.recipe is not None:
-                linears += _try_linears(layer, quant.recipe, settings)
+            if quant.algorithm is not None:
+                linears += _try_linears(layer, quant.algorithm, settings)
             for scales, rows in caches.items():
                 tried = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
                 rows += report_kv(tried, quantize_layer(tried))
@@ -112,7 +113,7 @@ def study(quantization: Quantization) -> Study:
 def _settings(quant: QuantConfig) -> dict[float | None, QuantConfig]:
     """A recipe for each alpha, in order, with the one that was used; nothing is excluded, no cache is quantized."""
     free = dataclasses.replace(quant, exclude_modules=(), kv_cache_quant_algo=None)
-    if quant.recipe is None or not quant.recipe.family.startswith("smoothquant"):
+    if quant.algorithm is None or not quant.algorithm.family.startswith("smoothquant"):
         return {quant.smoothquant_val: free}
     numbers = {*ALPHAS, *([] if quant.smoothquant_val is None else [quant.smoothquant_val])}
     alphas: list[float | None] = [None, *sorted(numbers)]
@@ -123,24 +124,26 @@ def _with(layer: Layer, quant: QuantConfig) -> Layer:
     return dataclasses.replace(layer, config=layer.config.replace(quantization=quant))
 
 
-def _try_linears(layer: Layer, recipe: Recipe, settings: Mapping[float | None, QuantConfig]) -> list[LinearStudy]:
-    trials: dict[str, dict[float | None, Trial]] = {linear: {} for linear in LINEARS}
+def _try_linears(layer: Layer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig]) -> list[LinearStudy]:
+    trials: dict[str, dict[float | None, Trial]] = {part: {} for part in layer_plan(layer.config).parts}
     for alpha, quant in settings.items():
         tried = _with(layer, quant)
         result = quantize_layer(tried)
         for linear, row in zip(tried.linears, report_linears(tried, result), strict=True):
             trials[linear][alpha] = Trial(row, _after(tried, result, linear))
     free = _with(layer, next(iter(settings.values())))
-    return [LinearStudy(layer.index, linear, _before(free, recipe, linear), trials[linear]) for linear in free.linears]
+    return [
+        LinearStudy(layer.index, linear, _before(free, algorithm, linear), trials[linear]) for linear in free.linears
+    ]
 
 
-def _before(layer: Layer, recipe: Recipe, linear: str) -> Spread:
+def _before(layer: Layer, algorithm: Algorithm, linear: str) -> Spread:
     """Original numbers over what an unsmoothed scale would have to reach."""
     weight = layer.weight(linear)
-    if recipe.grouped:
+    if algorithm.grouped:
         groups = by_group(weight, weight.shape[1] // layer.config.quantization.group_size)
         shares = groups / positive(amax(groups, -1, keepdim=True))
-    elif recipe.per_channel:
+    elif algorithm.per_channel:
         shares = weight / positive(amax(weight, 1, keepdim=True))
     else:
         shares = torch.cat([part / positive(amax(part)) for part in layer.parts(linear)])

@@ -27,10 +27,10 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
     Integers come from the float32 scale; the scale that multiplies them later is rounded to the model's dtype.
     """
     tensors: dict[str, Tensor] = {}
-    recipe = layer.config.quantization.recipe
-    assert recipe is not None, "weight-only has a recipe"
+    algorithm = layer.config.quantization.algorithm
+    assert algorithm is not None, "weight-only has an algorithm"
     for linear in layer.linears:
-        q, scale = weight_only(layer.weight(linear), recipe.weight_bits)
-        tensors[f"{linear}.weight"] = pack_int4(q) if recipe.packed else q
+        q, scale = weight_only(layer.weight(linear), algorithm.weight_bits)
+        tensors[f"{linear}.weight"] = pack_int4(q) if algorithm.packed else q
         tensors[f"{linear}.per_channel_scale"] = scale.stored(layer.config.torch_dtype)
     return QuantizedLayer(tensors)

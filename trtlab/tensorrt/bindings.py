@@ -123,7 +123,7 @@ def bindings(config: ModelConfig, build: BuildConfig, mapping: Mapping, rank: in
     assert build.dtype is not None, "resolve() fills dtype in"
     last_stage = mapping.is_last_stage(rank)
     hidden = (BATCH, TOKENS, config.hidden_size)
-    kv_heads = max(1, config.num_key_value_heads // mapping.tp_size)
+    kv_heads = mapping.kv_heads(config)
     layers = len(mapping.layers(rank, config.num_hidden_layers))
     masks, caches = _caches(config, build, kv_heads, layers)
     inner = Binding(HIDDEN_STATES, build.dtype, hidden)

@@ -15,7 +15,7 @@ from trtlab.errors import EngineError, RequestError
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
-from trtlab.ops.named import TappedOps
+from trtlab.ops.named import NamedOps
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
@@ -174,7 +174,7 @@ class Reference:
         """Every result for some new tokens, ``[tokens, ...]`` each, the logits last."""
         batch = PackedBatch([NewTokens(0, past, len(ids))], self._rotary, self._tables, self._device)
         results: dict[str, torch.Tensor] = {}
-        ops = TappedOps(TorchOps(batch, self._cache, Solo(), every_token=True), results.__setitem__)
+        ops = NamedOps(TorchOps(batch, self._cache, Solo(), every_token=True), results.__setitem__)
         decoder(ops, self._config, self._weights, torch.tensor(ids))
         return results
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trtlab.config.model import ModelConfig
-from trtlab.convert.families.tables import HUGGING_FACE_NAMES, META_NAMES
+from trtlab.convert.families.llama import META_NAMES, NAMES
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.storage.lazy import open_safetensors
 
@@ -22,7 +22,7 @@ def write_meta_ckpt(model_dir: Path, ckpt_dir: Path, shards: int = 1) -> Path:
     """
     config, _ = read_hugging_face(model_dir)
     found = open_safetensors(model_dir / "model.safetensors")
-    ours, theirs = HUGGING_FACE_NAMES.sources(config), META_NAMES.sources(config)
+    ours, theirs = NAMES.sources(config), META_NAMES.sources(config)
     names = {hf: meta for name in ours for hf, meta in zip(ours[name], theirs[name], strict=True)}
     whole = {meta: _to_meta_rows(meta, found[hf].read(), config) for hf, meta in names.items()}
     ckpt_dir.mkdir(parents=True, exist_ok=True)

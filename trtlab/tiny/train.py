@@ -30,7 +30,7 @@ _READERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """What a training run depends on; ``minutes`` only stops it early."""
 
     seed: int = 0
@@ -45,35 +45,35 @@ class Recipe:
     outlier_gain: float = OUTLIER_GAIN
 
 
-def train(recipe: Recipe, output: Path, device: str = "cuda") -> None:
-    """Train by ``recipe`` and write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+def train(training: Training, output: Path, device: str = "cuda") -> None:
+    """Train by ``training`` and write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
     import torch
 
     output.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(train_tokenizer(recipe.seed), output, MAX_POSITIONS)
-    with _batches(recipe, output / "tokenizer.json") as batches:
-        torch.manual_seed(recipe.seed)
-        model = new_model(recipe.outlier_gain).to(device)
-        optimizer = _optimizer(model, recipe)
+    save_tokenizer(train_tokenizer(training.seed), output, MAX_POSITIONS)
+    with _batches(training, output / "tokenizer.json") as batches:
+        torch.manual_seed(training.seed)
+        model = new_model(training.outlier_gain).to(device)
+        optimizer = _optimizer(model, training)
         start = time.perf_counter()
         seen, mark, marked = 0, start, 0
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
+                group["lr"] = learning_rate(training, step)
             loss = _loss(model, batch, device)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seen += batch.tokens.size
-            if step % 50 == 0 or step + 1 == recipe.steps:
+            if step % 50 == 0 or step + 1 == training.steps:
                 value, now = loss.item(), time.perf_counter()
                 rate = (seen - marked) / (now - mark)
                 mark, marked = now, seen
                 print(f"step {step:5d}  loss {value:.4f}  {batch.tokens.shape}  {rate / 1e6:.2f} Mtok/s", flush=True)
             if step % 400 == 399:
                 save(model, output)
-            if time.perf_counter() - start > recipe.minutes * 60:
+            if time.perf_counter() - start > training.minutes * 60:
                 print(f"out of time at step {step}")
                 break
     save(model, output)
@@ -113,12 +113,12 @@ def new_model(outlier_gain: float = OUTLIER_GAIN) -> Any:
     return model
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(training: Training, step: int) -> float:
     """Linear warm-up, then a half cosine down to a hundredth."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    if step < training.warmup:
+        return training.learning_rate * (step + 1) / training.warmup
+    done = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return training.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def save(model: Any, output: Path) -> None:
@@ -149,23 +149,23 @@ def _loss(model: Any, batch: Batch, device: str) -> Any:
     return (losses * weights).sum() / weights.sum()
 
 
-def _optimizer(model: Any, recipe: Recipe) -> Any:
+def _optimizer(model: Any, training: Training) -> Any:
     """AdamW that decays matrices but no gains, so that the outlier gains are free to stay."""
     import torch
 
     matrices = [tensor for tensor in model.parameters() if tensor.dim() == 2]
     gains = [tensor for tensor in model.parameters() if tensor.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 @contextmanager
-def _batches(recipe: Recipe, tokenizer_file: Path) -> Iterator[Iterator[Batch]]:
+def _batches(training: Training, tokenizer_file: Path) -> Iterator[Iterator[Batch]]:
     """All steps' batches in order, made by worker processes ahead of time."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    arguments = (str(tokenizer_file), recipe.seed, recipe.steps, recipe.tokens, recipe.lengths)
-    with multiprocessing.get_context("spawn").Pool(recipe.workers) as pool:
-        yield pool.imap(partial(_make_batch, arguments), range(recipe.steps))
+    arguments = (str(tokenizer_file), training.seed, training.steps, training.tokens, training.lengths)
+    with multiprocessing.get_context("spawn").Pool(training.workers) as pool:
+        yield pool.imap(partial(_make_batch, arguments), range(training.steps))
 
 
 def _make_batch(arguments: tuple[str, int, int, int, tuple[int, ...]], step: int) -> Batch:
@@ -184,18 +184,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=llama_dir())
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="tokens of one step")
-    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--steps", type=int, default=Training.steps)
+    parser.add_argument("--tokens", type=int, default=Training.tokens, help="tokens of one step")
+    parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
     parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS)
-    parser.add_argument("--workers", type=int, default=Recipe.workers)
-    parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="stop after so long, whatever the steps")
-    parser.add_argument("--outlier-gain", type=float, default=Recipe.outlier_gain, help="1 trains without outliers")
+    parser.add_argument("--workers", type=int, default=Training.workers)
+    parser.add_argument(
+        "--minutes", type=float, default=Training.minutes, help="stop after so long, whatever the steps"
+    )
+    parser.add_argument("--outlier-gain", type=float, default=Training.outlier_gain, help="1 trains without outliers")
     parser.add_argument("--evaluate", choices=("none", "quick", "full"), default="full")
     arguments = vars(parser.parse_args())
     output, device, how = arguments.pop("output"), arguments.pop("device"), arguments.pop("evaluate")
     arguments["lengths"] = tuple(arguments["lengths"])
-    train(Recipe(**arguments), output, device)
+    train(Training(**arguments), output, device)
     if how != "none":
         evaluate.report(output, (), device, full=how == "full")
 

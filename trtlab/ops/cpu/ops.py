@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
-from trtlab.model.weights import Embedding, ModelWeights, Norm, map_linears
+from trtlab.model.verbs import Ops
+from trtlab.model.weights import Embedding, LayerNorm, ModelWeights, Norm, map_linears
 from trtlab.ops.cpu.weights import Array, Gain, Looped, array_of
 from trtlab.ops.paged import BlockTables, Gathered, NewTokens, PagedCache
 from trtlab.ops.quantized_linear import linear
@@ -78,8 +80,8 @@ class CpuBatch:
             self.last = np.cumsum(lengths) - 1
 
 
-class CpuOps:
-    """``Ops[Array]`` in float32 over one batch. The rotary tables come from ``trtlab.ops.torch.spread``."""
+class CpuOps(Ops[Array]):
+    """The verbs on arrays, in float32, over one batch. The rotary tables come from ``trtlab.ops.torch.spread``."""
 
     def __init__(
         self, batch: CpuBatch, pool: CpuPool, rotary: tuple[Array, Array], comm: Comm, *, every_token: bool = False
@@ -92,34 +94,36 @@ class CpuOps:
         self._loops = loops_on_torchs_threads()
 
     def embedding(self, tokens: Array, weight: Embedding) -> Array:
-        """See Ops."""
         rows = torch.from_numpy(tokens if weight.first_row is None else tokens - weight.first_row)
         if weight.first_row is None:
             return weight.weight[rows].float().numpy()
         held = (rows >= 0) & (rows < len(weight.weight))
         return (weight.weight[rows * held].float() * held[:, None]).numpy()
 
+    def position_embedding(self, tokens: Array, weight: Embedding) -> Array:
+        return weight.weight[torch.from_numpy(self._batch.positions)].float().numpy()
+
     def rms_norm(self, x: Array, weight: Norm) -> Array:
-        """See Ops."""
         gain = weight.array if isinstance(weight, Gain) else weight.weight.float().numpy()
         rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
         out = np.empty_like(rows)
         self._loops.rms_norm(rows, gain, weight.epsilon, out)
         return out.reshape(x.shape)
 
+    def layer_norm(self, x: Array, weight: LayerNorm) -> Array:
+        gain, bias = weight.weight.float(), weight.bias.float()
+        return F.layer_norm(torch.from_numpy(x), x.shape[-1:], gain, bias, weight.epsilon).numpy()
+
     def linear(self, x: Array, weight: object) -> Array:
-        """See Ops."""
         if isinstance(weight, Looped) and len(x) <= weight.few:
             return weight(x)
         return linear(weight, torch.from_numpy(x)).numpy()
 
     def split_heads(self, qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
-        """See Ops."""
         rows = qkv.reshape(len(qkv), heads + 2 * kv_heads, -1)  # [tokens, heads + 2 kv_heads, head_size]
         return rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
 
     def rotary(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """See Ops."""
         return self._turn(q), self._turn(k)
 
     def _turn(self, x: Array) -> Array:
@@ -128,7 +132,7 @@ class CpuOps:
         return out
 
     def attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """See Ops. Single tokens read their blocks where they lie; longer pieces have torch's own attention."""
+        # Single tokens read their blocks where they lie; longer pieces have torch's own attention.
         batch, (keys, values) = self._batch, self._pool.layers[layer]
         for pool, new in zip((keys, values), self._stored(layer, k, v), strict=True):
             self._loops.store(pool, batch.tables, batch.slots, batch.positions, np.ascontiguousarray(new))
@@ -154,7 +158,6 @@ class CpuOps:
         return array_of(keys), array_of(values)
 
     def activation(self, kind: str, x: Array) -> Array:
-        """See Ops."""
         if kind == "silu":
             out = np.empty_like(x)
             self._loops.silu(x, out)
@@ -164,36 +167,28 @@ class CpuOps:
         return ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
 
     def multiply(self, a: Array, b: Array) -> Array:
-        """See Ops."""
         return a * b
 
     def add(self, a: Array, b: Array) -> Array:
-        """See Ops."""
         return a + b
 
     def all_reduce(self, x: Array) -> Array:
-        """See Ops."""
         return x if isinstance(self._comm, Solo) else self._comm.all_reduce(torch.from_numpy(x)).numpy()
 
     def all_gather(self, x: Array) -> Array:
-        """See Ops."""
         return x if isinstance(self._comm, Solo) else self._comm.all_gather(torch.from_numpy(x)).numpy()
 
     def receive(self, tokens: Array, hidden_size: int) -> Array:
-        """See Ops."""
         return self._comm.receive().numpy()
 
     def send(self, x: Array) -> Array:
-        """See Ops."""
         self._comm.send(torch.from_numpy(x))
         return x
 
     def last_tokens(self, x: Array) -> Array:
-        """See Ops."""
         return x if self._every_token or self._batch.last is None else x[self._batch.last]
 
     def logits(self, x: Array, vocab_size: int) -> Array:
-        """See Ops."""
         return x[..., :vocab_size]
 
 

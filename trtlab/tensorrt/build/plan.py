@@ -14,10 +14,9 @@ import torch
 
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
-from trtlab.config.model import ModelConfig, torch_dtype
+from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError
-from trtlab.hardware import gpus, memory_bytes
-from trtlab.tensorrt import dtypes
+from trtlab.hardware import gpus
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.build.watch import Heard, Watch, Writer, run_watched
 from trtlab.tensorrt.emit.emission import Emission, emit
@@ -27,10 +26,6 @@ from trtlab.tensorrt.log import log
 
 # The layers whose types decide where a plan can run; a cast or a norm in float32 is possible everywhere.
 COMPUTING = ("matrix_multiply", "attention_input", "quantize")
-
-
-# Peak memory of a build over the bytes of its weights, as measured at 1.1 billion parameters.
-PEAK = 2.6
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,6 @@ def build_plan(
     check_algorithm(config)
     check_targets(library(), resolved, quantized_types(config))
     check_heads(config, resolved)
-    check_memory(weights, resolved)
     return compile_plan(emit(config, resolved, mapping, rank, weights), stream, timing_cache=timing_cache)
 
 
@@ -140,21 +134,6 @@ def check_heads(config: ModelConfig, build: BuildConfig) -> None:
             f"TensorRT builds no {build.dtype} attention with heads of {config.head_size}",
             expected="a head_size that 8 divides",
             remedy='build with dtype="float32", or plan=False',
-        )
-
-
-def check_memory(weights: abc.Mapping[str, torch.Tensor], build: BuildConfig) -> None:
-    """Refuse a build that this machine's memory cannot hold, rather than have the process killed in the middle."""
-    itemsize = torch_dtype(build.dtype or "float32").itemsize
-    sizes = [itemsize if dtypes.from_torch(t.dtype) in dtypes.FLOATS else t.itemsize for t in weights.values()]
-    needed = int(PEAK * sum(t.numel() * size for t, size in zip(weights.values(), sizes, strict=True)))
-    has = memory_bytes()
-    if has and needed > has:
-        raise EngineError(
-            "the build does not fit this machine's memory",
-            got=f"{has / 2**30:.1f} GiB",
-            expected=f"about {needed / 2**30:.1f} GiB",
-            remedy="split the model over ranks with Mapping, build elsewhere, or use plan=False",
         )
 
 

@@ -14,7 +14,7 @@ from trtlab.config.model import ModelConfig
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
-from trtlab.ops.named import TappedOps
+from trtlab.ops.named import NamedOps
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import BATCH, TOKENS, WANTED, Binding, Bindings, bindings
 from trtlab.tensorrt.emit.ops import TensorRTOps
@@ -28,7 +28,7 @@ class Emission:
     """A network and what belongs to it. ``constants`` holds every weight alive: the network has pointers only.
 
     ``taps`` maps a step of the decoder, such as ``transformer.layers.0.mlp.fc`` or ``...mlp.fc:activation``, to the
-    network's tensor; the same names come out of ``TappedOps(TorchOps)``.
+    network's tensor; the same names come out of ``NamedOps(TorchOps)``.
     """
 
     library: Library
@@ -76,11 +76,12 @@ def emit(
     table = bindings(config, build, mapping, rank)
     inputs = {binding.name: add_input(trt, network, binding) for binding in table.inputs}
     parts = rank_weights(config, mapping, rank, weights)
-    rotary = rotary_table(config, build.seq_len)
+    angles = rotary_table(config, build.seq_len) if config.uses_rotary else None
+    rotary = None if angles is None else (angles.cos, angles.sin)
     scales = [layer.kv_scales for layer in parts.layers if layer.kv_scales is not None]
-    ops = op_set(trt, network, inputs, build.dtype, (rotary.cos, rotary.sin), mapping.tp_group(rank), scales)
+    ops = op_set(trt, network, inputs, build.dtype, rotary, mapping.tp_group(rank), scales)
     tensors: dict[str, Any] = {}
-    result = decoder(TappedOps(ops, tensors.__setitem__), config, parts, inputs[table.first.name])
+    result = decoder(NamedOps(ops, tensors.__setitem__), config, parts, inputs[table.first.name])
     result.name = table.result.name
     for tensor in (result, *ops.presents):
         network.mark_output(tensor)

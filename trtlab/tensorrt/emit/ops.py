@@ -11,7 +11,8 @@ import torch
 from trtlab.errors import ConfigError
 from trtlab.model.quantized_weights import KvScales
 from trtlab.model.scales import ToOriginal
-from trtlab.model.weights import Embedding, Linear, Norm
+from trtlab.model.verbs import Ops
+from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.emit.quantized import QuantizedLinears
 
@@ -19,8 +20,8 @@ from trtlab.tensorrt.emit.quantized import QuantizedLinears
 ACTIVATIONS = {"silu": "SIGMOID", "gelu": "GELU_ERF", "gelu_pytorch_tanh": "GELU_TANH", "relu": "RELU"}
 
 
-class TensorRTOps(QuantizedLinears):
-    """``Ops[ITensor]``. ``inputs`` are the network's, by the names of ``bindings``; ``group`` the TP ranks.
+class TensorRTOps(QuantizedLinears, Ops[Any]):
+    """The verbs as layers of a network. ``inputs`` are its own, by the names of ``bindings``; ``group`` the TP ranks.
 
     ``kv_scales``, one a layer, belong to a cache in INT8 or FP8.
     """
@@ -31,7 +32,7 @@ class TensorRTOps(QuantizedLinears):
         network: Any,
         inputs: Mapping[str, Any],
         dtype: str,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         group: Sequence[int],
         kv_scales: Sequence[KvScales] = (),
     ) -> None:
@@ -42,11 +43,10 @@ class TensorRTOps(QuantizedLinears):
         self._kv_scales = kv_scales
         self._joined_mask: Any = None
         # The tables stay in float32 and so does the rotation: a rounded cosine is an error at every position.
-        self._cos = self._constant("rotary.cos", rotary[0], tuple(rotary[0].shape))
-        self._sin = self._constant("rotary.sin", rotary[1], tuple(rotary[1].shape))
+        tables = zip(("cos", "sin"), rotary or (), strict=rotary is not None)
+        self._rotary = [self._constant(f"rotary.{name}", table, tuple(table.shape)) for name, table in tables]
 
     def embedding(self, tokens: Any, weight: Embedding) -> Any:
-        """See Ops."""
         self._enter(weight.name)
         table = self._weight(weight.name, weight.weight, tuple(weight.weight.shape))
         if weight.first_row is None:
@@ -62,28 +62,53 @@ class TensorRTOps(QuantizedLinears):
         zero = self._weight("zero", torch.zeros(1, 1, 1), (1, 1, 1))
         return self._add("select", self._network.add_select(inside, self._add("gather", rows), zero))
 
+    def position_embedding(self, tokens: Any, weight: Embedding) -> Any:
+        self._enter(weight.name)
+        table = self._weight(weight.name, weight.weight, tuple(weight.weight.shape))
+        return self._add("gather", self._network.add_gather(table, self._inputs[io.POSITION_IDS], 0))
+
     def rms_norm(self, x: Any, weight: Norm) -> Any:
-        """See Ops. TensorRT's own normalization subtracts the mean, so this one is written out."""
+        # TensorRT's own normalization subtracts the mean, so this one is written out.
         self._enter(weight.name)
         rank = len(x.shape)
         wide = self._cast("wide", x, self._trt.float32)
         square = self._elementwise("square", "PROD", wide, wide)
-        mean = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
-        shifted = self._elementwise(
-            "add_epsilon", "SUM", self._add("mean", mean), self._scalar("epsilon", weight.epsilon, rank, torch.float32)
-        )
-        root = self._add("sqrt", self._network.add_unary(shifted, self._trt.UnaryOperation.SQRT))
+        root = self._root(self._mean("mean", square), weight.epsilon)
         narrow = self._cast("narrow", self._elementwise("divide", "DIV", wide, root), self._dtype)
         gain = self._weight(weight.name, weight.weight, (1,) * (rank - 1) + tuple(weight.weight.shape))
         return self._elementwise("gain", "PROD", narrow, gain)
 
+    def layer_norm(self, x: Any, weight: LayerNorm) -> Any:
+        # TensorRT's own normalization is not among the layers that are read back; it is written out, in float32.
+        self._enter(weight.name)
+        rank = len(x.shape)
+        wide = self._cast("wide", x, self._trt.float32)
+        centred = self._elementwise("centre", "SUB", wide, self._mean("mean", wide))
+        variance = self._mean("variance", self._elementwise("square", "PROD", centred, centred))
+        scaled = self._elementwise("divide", "DIV", centred, self._root(variance, weight.epsilon))
+        shape = (1,) * (rank - 1) + tuple(weight.weight.shape)
+        gain = self._constant(f"{self._scope}.gain", weight.weight.float(), shape)
+        bias = self._constant(f"{self._scope}.bias", weight.bias.float(), shape)
+        result = self._elementwise("add_bias", "SUM", self._elementwise("gain", "PROD", scaled, gain), bias)
+        return self._cast("narrow", result, self._dtype)
+
+    def _mean(self, suffix: str, x: Any) -> Any:
+        """Over the last axis, which stays with size 1."""
+        last = 1 << (len(x.shape) - 1)
+        return self._add(suffix, self._network.add_reduce(x, self._trt.ReduceOperation.AVG, last, True))
+
+    def _root(self, x: Any, epsilon: float) -> Any:
+        shifted = self._elementwise(
+            "add_epsilon", "SUM", x, self._scalar("epsilon", epsilon, len(x.shape), torch.float32)
+        )
+        return self._add("sqrt", self._network.add_unary(shifted, self._trt.UnaryOperation.SQRT))
+
     def linear(self, x: Any, weight: Linear) -> Any:
-        """See Ops."""
         self._enter(weight.name)
         return self._product(weight, x)
 
     def split_heads(self, qkv: Any, heads: int, kv_heads: int) -> tuple[Any, Any, Any]:
-        """See Ops. Head tensors are ``[batch, heads, tokens, head_size]``."""
+        # Head tensors are ``[batch, heads, tokens, head_size]``.
         total = heads + 2 * kv_heads
         layer = self._network.add_shuffle(qkv)
         layer.reshape_dims = self._trt.Dims((0, 0, total, qkv.shape[-1] // total))
@@ -96,11 +121,11 @@ class TensorRTOps(QuantizedLinears):
         )
 
     def rotary(self, q: Any, k: Any) -> tuple[Any, Any]:
-        """See Ops. Queries stay in float32, because the softmax scale is multiplied in next."""
+        # Queries stay in float32, because the softmax scale is multiplied in next.
         return self._rotate("rotary_q", q), self._cast("narrow_k", self._rotate("rotary_k", k), self._dtype)
 
     def attention(self, layer: int, q: Any, k: Any, v: Any) -> Any:
-        """See Ops. The mask is explicit: key lengths give wrong tokens on a cache of fixed capacity."""
+        # The mask is explicit: key lengths give wrong tokens on a cache of fixed capacity.
         head_size, heads = q.shape[-1], q.shape[1]
         # The attention layer has no scale. Rounded to BF16 it would flip near ties, so it meets Q in float32.
         wide = self._cast("wide_q", q, self._trt.float32)
@@ -118,7 +143,7 @@ class TensorRTOps(QuantizedLinears):
         return self._add("merge_heads", merge)
 
     def activation(self, kind: str, x: Any) -> Any:
-        """See Ops. silu is computed in float32 and rounded once."""
+        # silu is computed in float32 and rounded once.
         if kind not in ACTIVATIONS:
             raise ConfigError("unknown activation", got=repr(kind), expected=" | ".join(ACTIVATIONS))
         wide = self._cast("wide", x, self._trt.float32) if kind == "silu" else x
@@ -129,46 +154,42 @@ class TensorRTOps(QuantizedLinears):
         return self._cast("narrow", y, self._dtype)
 
     def multiply(self, a: Any, b: Any) -> Any:
-        """See Ops."""
         return self._elementwise("multiply", "PROD", a, b)
 
     def add(self, a: Any, b: Any) -> Any:
-        """See Ops."""
         return self._elementwise("add", "SUM", a, b)
 
     def all_reduce(self, x: Any) -> Any:
-        """See Ops."""
         return self._collective("all_reduce", x, "ALL_REDUCE", "SUM")
 
     def all_gather(self, x: Any) -> Any:
-        """See Ops. TensorRT joins along the first axis, so the last one goes there and back."""
+        # TensorRT joins along the first axis, so the last one goes there and back.
         if len(self._group) == 1:
             return x
         front = self._transpose("columns_first", x, (2, 0, 1))
         return self._transpose("columns_last", self._collective("all_gather", front, "ALL_GATHER", "NONE"), (1, 2, 0))
 
     def receive(self, tokens: Any, hidden_size: int) -> Any:
-        """See Ops. They are the network's first input, in the place of token ids."""
+        # They are the network's first input, in the place of token ids.
         return tokens
 
     def send(self, x: Any) -> Any:
-        """See Ops. They are the network's first output, in the place of logits."""
+        # They are the network's first output, in the place of logits.
         return x
 
     def last_tokens(self, x: Any) -> Any:
-        """See Ops. Which rows is an input, ``last_token_ids [batch, wanted]``."""
+        # Which rows is an input, ``last_token_ids [batch, wanted]``.
         layer = self._network.add_gather(x, self._inputs[io.LAST_TOKENS], 1)
         layer.num_elementwise_dims = 1
         return self._add("last_tokens", layer)  # [batch, wanted, hidden]
 
     def logits(self, x: Any, vocab_size: int) -> Any:
-        """See Ops."""
         kept = x if x.shape[-1] == vocab_size else self._slice("vocabulary", x, 2, 0, vocab_size)
         return self._cast("logits", kept, self._trt.float32)
 
     def _rotate(self, suffix: str, x: Any) -> Any:
         wide = self._cast(f"{suffix}_wide", x, self._trt.float32)
-        layer = self._network.add_rotary_embedding(wide, self._cos, self._sin, False, x.shape[-1])
+        layer = self._network.add_rotary_embedding(wide, *self._rotary, False, x.shape[-1])
         layer.set_input(3, self._inputs[io.POSITION_IDS])
         return self._add(suffix, layer)
 

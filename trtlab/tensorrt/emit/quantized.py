@@ -26,9 +26,9 @@ SMALLEST = 1e-6  # the largest magnitude of a token counts as no less, so that i
 
 def check_algorithm(config: ModelConfig) -> None:
     """EngineError for a quantization that no TensorRT network holds, before anything is emitted."""
-    recipe = config.quantization.recipe
-    if recipe is not None and recipe.family in REFUSED:
-        raise EngineError(f"{recipe.name} does not become a plan: {REFUSED[recipe.family]}", remedy=IN_TORCH)
+    algorithm = config.quantization.algorithm
+    if algorithm is not None and algorithm.family in REFUSED:
+        raise EngineError(f"{algorithm.name} does not become a plan: {REFUSED[algorithm.family]}", remedy=IN_TORCH)
 
 
 def quantized_types(config: ModelConfig) -> set[str]:

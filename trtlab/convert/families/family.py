@@ -1,0 +1,72 @@
+"""What a family is: which settings its config has, what is fixed in it, and what its tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trtlab.config.model import ModelConfig
+from trtlab.model.blocks import QKV
+from trtlab.model.names import split_layer_name
+from trtlab.model.tensor_specs import tensor_specs
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """What a source calls the tensors, by TensorRT-LLM's names of the modules that hold them.
+
+    ``outside`` are the modules outside the layers, ``layer`` is the prefix of a layer with its number left open, and
+    ``parts`` are a layer's modules: several where TensorRT-LLM has one that is put together from them by rows.
+    """
+
+    outside: Mapping[str, str]
+    layer: str
+    parts: Mapping[str, tuple[str, ...]]
+
+    def sources(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
+        """For each tensor of the model by TensorRT-LLM's name, the source's names in the order of its rows."""
+        return {name: self._source(name) for name in tensor_specs(config)}
+
+    def _source(self, name: str) -> tuple[str, ...]:
+        place, (module, _, kind) = split_layer_name(name), name.rpartition(".")
+        if place is None:
+            return (f"{self.outside[module]}.{kind}",)
+        number, part = place
+        parts = self.parts[part.removesuffix(f".{kind}")]
+        return tuple(f"{self.layer.format(number)}.{theirs}.{kind}" for theirs in parts)
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the source must hold, by the source's name."""
+        return {
+            theirs: shape
+            for ours, names in self.sources(config).items()
+            for theirs, shape in zip(names, source_shapes(config, ours), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture by Hugging Face's name.
+
+    ``defaults`` says what a missing key of config.json means. ``attn_bias`` None leaves it to the config's
+    ``attention_bias``, on the output projection too; ``mlp_bias`` tells whether the config may ask for one.
+    ``settings`` are the fields of ModelConfig that are fixed for the family, such as its norm.
+    """
+
+    names: NameTable
+    defaults: Mapping[str, Any]
+    attn_bias: bool | None = None
+    qk_layernorm: bool = False
+    mlp_bias: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def source_shapes(config: ModelConfig, name: str) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors that make up ``name``: three for a fused projection, else one."""
+    shape, place = tensor_specs(config)[name].shape, split_layer_name(name)
+    if place is None or place[1].rpartition(".")[0] != QKV.part:
+        return (shape,)
+    q_rows = config.num_attention_heads * config.head_size
+    kv_rows = config.num_key_value_heads * config.head_size
+    return tuple((rows, *shape[1:]) for rows in (q_rows, kv_rows, kv_rows))

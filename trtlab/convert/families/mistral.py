@@ -1,0 +1,8 @@
+"""Mistral: LLaMA's tensors, no bias, and a sliding window that its config may leave out."""
+
+from __future__ import annotations
+
+from trtlab.convert.families.family import Family
+from trtlab.convert.families.llama import DEFAULTS, NAMES
+
+MISTRAL = Family(NAMES, {**DEFAULTS, "sliding_window": 4096}, attn_bias=False)

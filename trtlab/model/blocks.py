@@ -1,0 +1,99 @@
+"""The shape of one decoder layer, as data: its norms, its linears, what each reads and how it is cut over ranks.
+
+Everything that walks over the linears of a layer (tensors, cuts, calibration, smoothing, reports, pictures) follows
+from these tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtlab.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear of a layer, by TensorRT-LLM's names.
+
+    ``split`` is how tensor parallelism cuts it: ``"qkv"`` (the output, by heads), ``"rows"`` (the output) or
+    ``"columns"`` (the input). ``reads`` names the activation at its input: linears that read the same one are
+    calibrated and smoothed together. ``norm_before`` is the norm that writes this activation, into whose gain a
+    smoothing factor can be folded; None where another linear's output is read.
+    """
+
+    part: str
+    split: str
+    reads: str
+    norm_before: str | None = None
+
+    @property
+    def block(self) -> str:
+        """``attention`` or ``mlp``."""
+        return self.part.split(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The name within the block, which is that of the field in ``LayerWeights``."""
+        return self.part.split(".")[1]
+
+    @property
+    def cuts_input(self) -> bool:
+        """Whether each rank holds some columns, so that the ranks' outputs are summed."""
+        return self.split == "columns"
+
+    @property
+    def input_scale(self) -> str:
+        """The tensor with the static scale of its input (TensorRT-LLM's SmoothQuant), original to quantized."""
+        return f"{self.norm_before}.scale_to_int" if self.norm_before else f"{self.block}.quantization_scaling_factor"
+
+
+QKV = LinearSite("attention.qkv", "qkv", reads="attention.input", norm_before="input_layernorm")
+DENSE = LinearSite("attention.dense", "columns", reads="attention.context")
+FC = LinearSite("mlp.fc", "rows", reads="mlp.input", norm_before="post_layernorm")
+GATE = LinearSite("mlp.gate", "rows", reads="mlp.input", norm_before="post_layernorm")
+PROJ = LinearSite("mlp.proj", "columns", reads="mlp.inner")
+
+ATTENTION = (QKV, DENSE)
+MLP = (FC, PROJ)
+GATED_MLP = (FC, GATE, PROJ)  # ``fc`` is Hugging Face's gate_proj and ``gate`` its up_proj
+
+SITES = {site.part: site for site in (*ATTENTION, *GATED_MLP)}  # every linear that any family has
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer of one model consists of.
+
+    ``norm`` is ``"rms_norm"`` or ``"layer_norm"`` (which has a bias), ``attention`` and ``mlp`` list the linears of
+    the two blocks. Each block adds to the residual stream what it makes of the normed stream, attention first.
+    """
+
+    norm: str
+    attention: tuple[LinearSite, ...]
+    mlp: tuple[LinearSite, ...]
+
+    @property
+    def linears(self) -> tuple[LinearSite, ...]:
+        """All linears, in the order in which they run."""
+        return self.attention + self.mlp
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Their names within the layer."""
+        return tuple(site.part for site in self.linears)
+
+    @property
+    def inputs(self) -> dict[str, tuple[LinearSite, ...]]:
+        """The linears by the activation that they read."""
+        names = dict.fromkeys(site.reads for site in self.linears)
+        return {name: tuple(site for site in self.linears if site.reads == name) for name in names}
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms in front of the blocks, within the layer."""
+        return tuple(dict.fromkeys(site.norm_before for site in self.linears if site.norm_before is not None))
+
+
+def layer_plan(config: ModelConfig) -> LayerPlan:
+    """The layers of a model; all are alike."""
+    return LayerPlan(config.norm, ATTENTION, GATED_MLP if config.gated_mlp else MLP)

@@ -1,0 +1,195 @@
+"""The tensors that a quantized linear and a quantized cache are stored in, by algorithm. Knows no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trtlab.config.algorithms import Algorithm
+from trtlab.config.model import ModelConfig
+from trtlab.config.quant import GROUP_SIZES
+from trtlab.errors import ConfigError
+from trtlab.model.blocks import LinearSite
+from trtlab.model.names import layer_name
+from trtlab.model.scales import FLOAT8
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of a whole (unsplit) tensor and how tensor parallelism cuts it.
+
+    ``split`` is ``"qkv"`` (q, k and v rows each by heads), ``"rows"``, ``"columns"``, ``"embedding"`` (by choice),
+    ``"head"`` (rows of the padded vocabulary), ``"kv_heads"`` or None (every rank holds it whole). ``dim`` is where
+    those rows, columns or heads lie. ``dtype`` None follows the model's; ``per_byte`` rows share a byte.
+    """
+
+    shape: tuple[int, ...]
+    split: str | None = None
+    dim: int = 0
+    dtype: torch.dtype | None = None
+    per_byte: int = 1
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One linear to be stored: where it stands, its sizes, and how its output and its input are cut over ranks."""
+
+    site: LinearSite
+    layer: int
+    out: int
+    width: int
+    config: ModelConfig
+    algorithm: Algorithm
+
+    @property
+    def part(self) -> str:
+        return self.site.part
+
+    @property
+    def out_split(self) -> str | None:
+        return None if self.site.cuts_input else self.site.split
+
+    @property
+    def in_split(self) -> str | None:
+        return self.site.split if self.site.cuts_input else None
+
+    def by_row(self, shape: tuple[int, ...], dim: int = 0, dtype: torch.dtype | None = None) -> TensorSpec:
+        """A tensor with something for each output at ``dim``."""
+        return TensorSpec(shape, self.out_split, dim, dtype)
+
+    def by_column(self, shape: tuple[int, ...], dim: int = 0, dtype: torch.dtype | None = None) -> TensorSpec:
+        """A tensor with something for each input at ``dim``."""
+        return TensorSpec(shape, self.in_split, dim, dtype)
+
+    def matrix(self, shape: tuple[int, int], dtype: torch.dtype | None = None, per_byte: int = 1) -> TensorSpec:
+        """A tensor ``[out, in]``, cut as the weight is."""
+        return TensorSpec(shape, self.site.split, int(self.site.cuts_input), dtype, per_byte)
+
+    def integers(self) -> TensorSpec:
+        """int8 ``[out, in]``, or two rows to a byte along out."""
+        if not self.algorithm.packed:
+            return self.matrix((self.out, self.width), torch.int8)
+        return self.matrix((-(-self.out // 2), self.width), torch.uint8, per_byte=2)
+
+
+Specs = dict[str, TensorSpec]
+ONE = TensorSpec((1,), dtype=torch.float32)
+
+
+def quantized_specs(
+    config: ModelConfig, layer: int, site: LinearSite, plain: TensorSpec, algorithm: Algorithm
+) -> Specs:
+    """The tensors of one linear by their names within the layer, in the place of the ``plain`` weight."""
+    out, width = plain.shape
+    if algorithm.grouped:
+        check_groups(layer_name(layer, site.part), width, config.quantization.group_size)
+    return _SPECS[algorithm.family](_Linear(site, layer, out, width, config, algorithm), plain)
+
+
+def _weight_only(linear: _Linear, plain: TensorSpec) -> Specs:
+    return {
+        f"{linear.part}.weight": linear.integers(),
+        f"{linear.part}.per_channel_scale": linear.by_row((linear.out,)),
+    }
+
+
+def _smoothquant(linear: _Linear, plain: TensorSpec) -> Specs:
+    by_row = linear.algorithm.per_channel or linear.part == "attention.qkv"  # q, k and v have a scale each
+    scale = linear.by_row((1, linear.out), 1, torch.float32) if by_row else TensorSpec((1, 1), None, 1, torch.float32)
+    specs = {
+        f"{linear.part}.weight": linear.integers(),
+        f"{linear.part}.per_channel_scale": scale,
+        linear.site.input_scale: ONE,
+    }
+    if not linear.algorithm.per_token:
+        specs[f"{linear.part}.act_scale"] = TensorSpec((1, 1), dtype=torch.float32)
+    if linear.site.norm_before is None:
+        specs[f"{linear.part}.smoother"] = linear.by_column((1, linear.width), 1, torch.float32)
+    return specs
+
+
+def _smoothquant_modelopt(linear: _Linear, plain: TensorSpec) -> Specs:
+    return {
+        f"{linear.part}.weight": linear.integers(),
+        f"{linear.part}.weights_scaling_factor": linear.by_row((linear.out,), dtype=torch.float32),
+        f"{linear.part}.activation_scaling_factor": ONE,
+        f"{linear.part}.prequant_scaling_factor": linear.by_column((linear.width,)),
+    }
+
+
+def _fp8(linear: _Linear, plain: TensorSpec) -> Specs:
+    return {
+        f"{linear.part}.weight": linear.matrix((linear.out, linear.width), FLOAT8),
+        f"{linear.part}.weights_scaling_factor": ONE,
+        f"{linear.part}.activation_scaling_factor": ONE,
+    }
+
+
+def _fp8_by_row(linear: _Linear, plain: TensorSpec) -> Specs:
+    """TensorRT-LLM quantizes the MLPs alone, and neither the first nor the last layer's."""
+    if linear.site.block != "mlp" or linear.layer in (0, linear.config.num_hidden_layers - 1):
+        return {f"{linear.part}.weight": plain}
+    return {
+        f"{linear.part}.weight": linear.matrix((linear.out, linear.width), FLOAT8),
+        f"{linear.part}.per_channel_scale": linear.by_row((linear.out,), dtype=torch.float32),
+    }
+
+
+def _awq(linear: _Linear, plain: TensorSpec) -> Specs:
+    groups = linear.width // linear.config.quantization.group_size
+    return {
+        f"{linear.part}.weight": linear.integers(),
+        f"{linear.part}.weights_scaling_factor": linear.matrix((linear.out, groups), torch.float32),
+        f"{linear.part}.prequant_scaling_factor": linear.by_column((linear.width,)),
+    }
+
+
+def _awq_fp8(linear: _Linear, plain: TensorSpec) -> Specs:
+    return _awq(linear, plain) | {
+        f"{linear.part}.weights_scaling_factor_2": ONE,
+        f"{linear.part}.activation_scaling_factor": ONE,
+    }
+
+
+def _gptq(linear: _Linear, plain: TensorSpec) -> Specs:
+    groups = linear.width // linear.config.quantization.group_size
+    return {
+        f"{linear.part}.weight": linear.integers(),
+        f"{linear.part}.weights_scaling_factor": linear.matrix((linear.out, groups)),
+        f"{linear.part}.zero": linear.matrix((linear.out, groups)),
+    }
+
+
+_SPECS: dict[str, Callable[[_Linear, TensorSpec], Specs]] = {
+    "weight_only": _weight_only,
+    "smoothquant": _smoothquant,
+    "smoothquant_modelopt": _smoothquant_modelopt,
+    "fp8": _fp8,
+    "fp8_by_row": _fp8_by_row,
+    "awq": _awq,
+    "awq_fp8": _awq_fp8,
+    "gptq": _gptq,
+}
+
+
+def kv_scale_specs(config: ModelConfig) -> Specs:
+    """The scales of one layer's cache by their names within the layer."""
+    algorithm = config.quantization.kv_algorithm
+    if algorithm is None:
+        return {}
+    per_head = len(algorithm.tensors) == 2 and config.quantization.kv_cache_scales == "per_head"
+    shape, split = ((config.num_key_value_heads,), "kv_heads") if per_head else ((1,), None)
+    return {name: TensorSpec(shape, split, dtype=torch.float32) for name in algorithm.tensors}
+
+
+def check_groups(what: str, width: int, group_size: int) -> None:
+    """ConfigError when groups do not divide the inputs of a linear, naming the sizes that do."""
+    if width % group_size == 0:
+        return
+    fits = [str(size) for size in GROUP_SIZES if width % size == 0]
+    raise ConfigError(
+        f"{what} has {width} inputs, which groups of {group_size} do not divide",
+        remedy=f"use group_size={' or '.join(fits)}" if fits else "exclude it with exclude_modules, or use W8A16",
+    )
