@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trtlab.errors import ConfigError
 from trtlab.model.rope import RotaryTable
 from trtlab.model.verbs import Ops
-from trtlab.model.weights import Dense, Embedding, Norm
+from trtlab.model.weights import Dense, Embedding, LayerNorm, Norm
 from trtlab.ops.cpu.ops import CpuBatch, CpuOps, CpuPool
 from trtlab.ops.cpu.weights import has_loops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
@@ -73,6 +73,37 @@ def rms_norm_of_heads(ops, x, n, dtype):
     return [ops.rms_norm(q, Norm("q_norm.weight", values(n.size, dtype=dtype), 1e-6))]
 
 
+def layer_norm_weight(n, dtype):
+    return LayerNorm("norm.weight", values(n.hidden, dtype=dtype), 1e-5, values(n.hidden, seed=1, dtype=dtype))
+
+
+def position_embedding(ops, x, n, dtype):
+    return [ops.position_embedding(x["tokens"], Embedding("positions.weight", values(CAPACITY, n.hidden, dtype=dtype)))]
+
+
+def add_norm(ops, x, n, dtype):
+    total, normed = ops.add_norm(x["hidden"], x["hidden"], Norm("norm.weight", values(n.hidden, dtype=dtype), 1e-5))
+    first, _ = ops.add_norm(total, None, Norm("norm.weight", values(n.hidden, dtype=dtype), 1e-5))
+    assert first is total
+    return [total, normed]
+
+
+def self_attention(rotary, normed):
+    def case(ops, x, n, dtype):
+        norms = [Norm(f"{name}_norm.weight", values(n.size, dtype=dtype), 1e-6) for name in "qk"]
+        heads = (n.heads, n.kv_heads)
+        return [ops.self_attention(0, x["qkv"], heads, tuple(norms) if normed else None, rotary=rotary)]
+
+    return case
+
+
+def gated(ops, x, n, dtype):
+    fc, gate = (
+        Dense(f"{name}.weight", values(5, n.hidden, seed=i, dtype=dtype)) for i, name in enumerate(("fc", "gate"))
+    )
+    return [ops.gated("silu", x["hidden"], fc, gate)]
+
+
 def linear(ops, x, n, dtype):
     return [ops.linear(x["hidden"], Dense("dense.weight", values(5, n.hidden, dtype=dtype)))]
 
@@ -117,6 +148,13 @@ CASES = {
     "embedding, cut by rows": lambda ops, x, n, dtype: embedding(ops, x, n, dtype, first_row=4),
     "rms_norm": rms_norm,
     "rms_norm of heads": rms_norm_of_heads,
+    "layer_norm": lambda ops, x, n, dtype: [ops.layer_norm(x["hidden"], layer_norm_weight(n, dtype))],
+    "norm, by its weight": lambda ops, x, n, dtype: [ops.norm(x["hidden"], layer_norm_weight(n, dtype))],
+    "add_norm": add_norm,
+    "position_embedding": position_embedding,
+    "self_attention": self_attention(rotary=False, normed=False),
+    "self_attention, rotary and normed": self_attention(rotary=True, normed=True),
+    "gated": gated,
     "linear": linear,
     "linear with bias": linear_with_bias,
     "split_heads": split_heads,

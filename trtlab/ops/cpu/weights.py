@@ -206,7 +206,7 @@ def _widened(part: Any, *, loops: bool = False) -> Any:
         return tuple(_widened(one, loops=loops) for one in part)
     if not dataclasses.is_dataclass(part) or isinstance(part, Looped | LaidOutDense):
         return part
-    if loops and isinstance(part, Norm):
+    if loops and type(part) is Norm:
         gain = part.weight.float().contiguous()
         return Gain(part.name, gain, part.epsilon, gain.numpy())
     if loops and isinstance(part, Embedding):
