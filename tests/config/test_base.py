@@ -28,7 +28,7 @@ from trtlab import (
     SessionConfig,
 )
 from trtlab.card import card, text
-from trtlab.config.algorithms import KV_RECIPES, KV_SCALES, RECIPES
+from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, KV_SCALES
 from trtlab.config.base import Settings, field_docs, first_sentence, written
 from trtlab.config.model import DTYPES
 from trtlab.model.rope import SCALINGS
@@ -322,9 +322,9 @@ def test_the_choices_are_those_of_the_tables():
             made(kind, **{name: "nothing"})
         return tuple(str(caught.value.expected).removesuffix(" or None").split(" | "))
 
-    assert choices(QuantConfig, "quant_algo") == tuple(RECIPES)
+    assert choices(QuantConfig, "quant_algo") == tuple(ALGORITHMS)
     assert choices(QuantConfig, "kv_cache_scales") == KV_SCALES
-    assert {(a, s) for a in choices(QuantConfig, "kv_cache_quant_algo") for s in KV_SCALES} == set(KV_RECIPES)
+    assert {(a, s) for a in choices(QuantConfig, "kv_cache_quant_algo") for s in KV_SCALES} == set(KV_CACHE_ALGORITHMS)
     assert choices(RotaryScaling, "kind") == tuple(SCALINGS)
     assert choices(BuildConfig, "dtype") == choices(ModelConfig, "dtype") == tuple(DTYPES)
 
