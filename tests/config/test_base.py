@@ -114,6 +114,8 @@ def test_most_fields_are_of_a_type_in_the_table():
     assert others == {
         "BuildConfig.dtype",
         "ModelConfig.dtype",
+        "ModelConfig.norm",
+        "ModelConfig.position_embedding_type",
         "ModelConfig.rotary_scaling",
         "ModelConfig.quantization",
         "QuantConfig.quant_algo",
