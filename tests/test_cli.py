@@ -1,10 +1,14 @@
 """Each command is one object call: the whole path by commands gives what the objects give."""
 
+import dataclasses
+
 import pytest
 
 import trtlab
 from trtlab import tiny
-from trtlab.cli import main
+from trtlab.cli import BUILD_FLAGS, EMBEDDING_FLAGS, main
+from trtlab.config.base import first_sentence
+from trtlab.parallel.shard import EmbeddingLayout
 
 QUESTION = "Question: Which pet does Bruno have?\nAnswer:"
 
@@ -45,6 +49,20 @@ def test_a_mistake_is_one_line_and_status_2(command, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.startswith("trtlab: ") and error.count("\n") == 1
+
+
+def test_flags_say_what_the_fields_say(capsys):
+    for command, kind, names in (
+        ("build", trtlab.BuildConfig, BUILD_FLAGS),
+        ("convert", trtlab.Mapping, ("tp_size", "pp_size")),
+        ("convert", EmbeddingLayout, EMBEDDING_FLAGS),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        page = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines behind hyphens
+        for field in (field for field in dataclasses.fields(kind) if field.name in names):
+            default = "" if isinstance(field.default, bool) else f" (default: {field.default})"
+            assert f"--{field.name}" in page and first_sentence(kind, field.name) + default in page
 
 
 def test_machine_prints_its_card(capsys):

@@ -39,7 +39,7 @@ class QuantConfig(Settings):
     kv_cache_quant_algo: KvCacheAlgo | None = None
     """Algorithm of the KV cache; None stores it in the model's type. Either halves the bytes of a 16-bit cache."""
     smoothquant_val: Share | None = 0.5
-    """SmoothQuant's alpha: 0 leaves all the difficulty to the activations, 1 moves it to the weights; None searches.
+    """The alpha of SmoothQuant: 0 leaves the difficulty to the activations, 1 moves it to the weights; None searches.
 
     The search takes one for each input. TensorRT-LLM: ``--smoothquant``.
     """
