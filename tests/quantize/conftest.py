@@ -1,7 +1,9 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from trtlab import Checkpoint, ModelConfig
+from trtlab import Checkpoint, ModelConfig, QuantConfig, QuantizedCheckpoint
 
 from ..models import loud_checkpoint, random_texts, small_config
 
@@ -42,3 +44,16 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def texts() -> list[list[int]]:
     return random_texts((24, 5, 40, 17, 33, 12))
+
+
+@pytest.fixture(scope="session")
+def quantized_by(checkpoint, texts) -> Callable[[QuantConfig], QuantizedCheckpoint]:
+    """``quantized_by(quant)`` is the small checkpoint by a recipe, made once: tests look at it and change nothing."""
+    made: dict[QuantConfig, QuantizedCheckpoint] = {}
+
+    def make(quant: QuantConfig) -> QuantizedCheckpoint:
+        if quant not in made:
+            made[quant] = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
+        return made[quant]
+
+    return make

@@ -17,7 +17,7 @@ def recipe(algorithm, cache, **more) -> QuantConfig:
     return QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, group_size=64, **more)
 
 
-def quantized(checkpoint, texts, quant, **where) -> QuantizedCheckpoint:
+def quantize(checkpoint, texts, quant, **where) -> QuantizedCheckpoint:
     return checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None, **where)
 
 
@@ -31,8 +31,8 @@ def assert_same(left: Checkpoint, right: Checkpoint) -> None:
 
 @pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
 @pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(tp_size=4), Mapping(tp_size=2, pp_size=2)])
-def test_every_algorithm_survives_disk_over_ranks(checkpoint, texts, tmp_path, algorithm, cache, mapping):
-    made = quantized(checkpoint, texts, recipe(algorithm, cache, kv_cache_scales="per_head"))
+def test_every_algorithm_survives_disk_over_ranks(quantized_by, tmp_path, algorithm, cache, mapping):
+    made = quantized_by(recipe(algorithm, cache, kv_cache_scales="per_head"))
     made.save(tmp_path / "ckpt", mapping=mapping)
     loaded = Checkpoint.load(tmp_path / "ckpt")
     assert isinstance(loaded, QuantizedCheckpoint)
@@ -41,8 +41,8 @@ def test_every_algorithm_survives_disk_over_ranks(checkpoint, texts, tmp_path, a
 
 
 @pytest.mark.parametrize("scales", KV_SCALES)
-def test_cache_scales_survive_disk(checkpoint, texts, tmp_path, scales):
-    made = quantized(checkpoint, texts, QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales))
+def test_cache_scales_survive_disk(quantized_by, tmp_path, scales):
+    made = quantized_by(QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales))
     made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
     loaded = Checkpoint.load(tmp_path / "ckpt")
     assert loaded.config.quantization == made.config.quantization
@@ -52,8 +52,8 @@ def test_cache_scales_survive_disk(checkpoint, texts, tmp_path, scales):
 @pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W4A16_AWQ", "W4A8_AWQ"])
 def test_writing_block_by_block_gives_the_same_bytes(checkpoint, texts, tmp_path, algorithm, capsys):
     quant = recipe(algorithm, "INT8")
-    in_memory = quantized(checkpoint, texts, quant)
-    on_disk = quantized(checkpoint, texts, quant, output_dir=tmp_path / "ckpt")
+    in_memory = quantize(checkpoint, texts, quant)
+    on_disk = quantize(checkpoint, texts, quant, output_dir=tmp_path / "ckpt")
     assert_same(in_memory, on_disk)
     assert on_disk.report == in_memory.report
     shown = capsys.readouterr().out
@@ -63,14 +63,14 @@ def test_writing_block_by_block_gives_the_same_bytes(checkpoint, texts, tmp_path
 
 def test_a_tied_model_is_written_with_one_table(texts, tmp_path):
     tied = random_checkpoint(CONFIG.replace(tie_word_embeddings=True))
-    made = quantized(tied, texts, recipe("FP8", None), output_dir=tmp_path / "ckpt")
+    made = quantize(tied, texts, recipe("FP8", None), output_dir=tmp_path / "ckpt")
     assert "lm_head.weight" not in made.tensors
-    assert_same(made, quantized(tied, texts, recipe("FP8", None)))
+    assert_same(made, quantize(tied, texts, recipe("FP8", None)))
 
 
 def test_the_names_are_those_of_tensorrt_llm(checkpoint, texts, tmp_path):
     quant = recipe("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "INT8", kv_cache_scales="merged")
-    quantized(checkpoint, texts, quant).save(tmp_path / "ckpt")
+    quantize(checkpoint, texts, quant).save(tmp_path / "ckpt")
     stored = Checkpoint.load(tmp_path / "ckpt").tensors
     layer = {n.removeprefix("transformer.layers.1."): t for n, t in stored.items() if ".layers.1." in n}
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in layer.items() if "weight" not in name}
@@ -100,7 +100,7 @@ def test_the_names_are_those_of_tensorrt_llm(checkpoint, texts, tmp_path):
 
 
 def test_per_token_scales_leave_dummies_of_1_and_per_tensor_ones_a_single_number(checkpoint, texts):
-    made = quantized(checkpoint, texts, recipe("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", None)).tensors
+    made = quantize(checkpoint, texts, recipe("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", None)).tensors
     prefix = "transformer.layers.0."
     assert made[f"{prefix}post_layernorm.scale_to_int"].read().tolist() == [1.0]
     assert made[f"{prefix}mlp.fc.per_channel_scale"].shape == (1, 1)
@@ -110,7 +110,7 @@ def test_per_token_scales_leave_dummies_of_1_and_per_tensor_ones_a_single_number
 
 def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
     quant = recipe("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", None, exclude_modules=("*.mlp.gate", "*.0.attention.*"))
-    made = quantized(checkpoint, texts, quant)
+    made = quantize(checkpoint, texts, quant)
     gate, fc = "transformer.layers.0.mlp.gate.weight", "transformer.layers.0.mlp.fc.weight"
     assert made.tensors[gate].dtype == torch.float32
     assert made.tensors[fc].dtype == torch.int8
@@ -125,7 +125,7 @@ def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
 
 
 def test_groups_that_do_not_divide_over_ranks_name_what_would(checkpoint, texts, tmp_path):
-    made = quantized(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
+    made = quantize(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
     with pytest.raises(ConfigError, match="64 inputs, which groups of 128 do not divide; use group_size=64"):
         made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
 
@@ -137,7 +137,7 @@ def test_groups_that_do_not_divide_are_refused_before_anything_runs(texts):
 
 
 def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tmp_path, monkeypatch):
-    made = quantized(checkpoint, texts, recipe("W8A16", None), output_dir=tmp_path / "ckpt")
+    made = quantize(checkpoint, texts, recipe("W8A16", None), output_dir=tmp_path / "ckpt")
     put, count = TensorFile.put, []
 
     def fail(self, name, value):
@@ -148,7 +148,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tm
 
     monkeypatch.setattr(TensorFile, "put", fail)
     with pytest.raises(KeyboardInterrupt):
-        quantized(checkpoint, texts, recipe("W4A16", None), output_dir=tmp_path / "ckpt")
+        quantize(checkpoint, texts, recipe("W4A16", None), output_dir=tmp_path / "ckpt")
     assert [entry.name for entry in tmp_path.iterdir()] == ["ckpt"]
     assert_same(made, Checkpoint.load(tmp_path / "ckpt"))
 

@@ -19,18 +19,17 @@ def logits(checkpoint, prompts, mapping=None):
 
 
 @pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
-def test_every_algorithm_stays_near_the_original(checkpoint, texts, algorithm, cache):
+def test_every_algorithm_stays_near_the_original(checkpoint, quantized_by, texts, algorithm, cache):
     quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, group_size=64)
-    made = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
-    (got,), (expected,) = (logits(one, texts[:1]) for one in (made, checkpoint))
+    (got,), (expected,) = (logits(one, texts[:1]) for one in (quantized_by(quant), checkpoint))
     error = (got - expected).norm() / expected.norm()
     assert 1e-5 < error < WITHIN.get(algorithm, 0.08)
 
 
 @pytest.mark.parametrize("algorithm", ["W8A16", "W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN"])
-def test_ranks_give_what_one_rank_gives(checkpoint, texts, algorithm):
+def test_ranks_give_what_one_rank_gives(quantized_by, texts, algorithm):
     quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo="INT8", group_size=64, kv_cache_scales="per_head")
-    made = checkpoint.quantize(quant, calibration=texts)
+    made = quantized_by(quant)
     prompts = [texts[0], texts[2], *([token, 7 * token] for token in range(14))]
     whole = logits(made, prompts)
     for mapping in (Mapping(tp_size=2), Mapping(tp_size=2, pp_size=2)):
@@ -42,9 +41,9 @@ def test_ranks_give_what_one_rank_gives(checkpoint, texts, algorithm):
         assert (apart < 5e-5).sum() > len(prompts) / 2
 
 
-def test_an_engine_folder_keeps_a_quantized_model(checkpoint, texts, tmp_path):
+def test_an_engine_folder_keeps_a_quantized_model(quantized_by, texts, tmp_path):
     quant = QuantConfig(quant_algo="FP8", kv_cache_quant_algo="INT8")
-    with checkpoint.quantize(quant, calibration=texts).build(BuildConfig(), plan=False) as engine:
+    with quantized_by(quant).build(BuildConfig(), plan=False) as engine:
         engine.save(tmp_path / "engine")
         with engine.session(backend="torch") as session:
             expected = session.logits(texts[1])
@@ -52,8 +51,8 @@ def test_an_engine_folder_keeps_a_quantized_model(checkpoint, texts, tmp_path):
             assert torch.equal(session.logits(texts[1]), expected)
 
 
-def test_generation_reads_the_quantized_cache_as_the_prompt_did(checkpoint, texts):
-    made = checkpoint.quantize(QuantConfig(kv_cache_quant_algo="INT8"), calibration=texts)
+def test_generation_reads_the_quantized_cache_as_the_prompt_did(quantized_by, texts):
+    made = quantized_by(QuantConfig(kv_cache_quant_algo="INT8"))
     with made.build(BuildConfig(), plan=False).session(backend="torch") as session:
         answer = session.generate(texts[1])
         ids = list(answer.prompt_token_ids + answer.token_ids)

@@ -48,35 +48,12 @@ def one_by_one(random_model):
         return [session.generate(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 8])
-@pytest.mark.parametrize("budget", [8, 9, 200])
-def test_a_batch_of_mixed_lengths_gives_what_each_prompt_gives_alone(
-    slots, budget, random_model, open_session, one_by_one
-):
-    session = open_session(random_model(), max_batch_size=slots, max_num_tokens=budget, **BOUNDS)
-    requests = [session.submit(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
-    assert all(event.tokens <= budget and len(event.work) <= slots for event in session.run())
-    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
-    assert (session.running, session.waiting) == (0, 0)
-
-
 def test_more_prompts_than_slots_come_back_in_their_order(random_model, open_session):
     session = open_session(random_model(), max_batch_size=2, **BOUNDS)
     params = SamplingParams(max_new_tokens=6)
     together = session.generate(PROMPTS * 2, params)
     assert tokens(together) == tokens([session.generate(p, params) for p in PROMPTS]) * 2
     assert [answer.prompt_token_ids for answer in together] == [tuple(p) for p in PROMPTS] * 2
-
-
-def test_requests_that_join_midway_change_nothing(random_model, open_session, one_by_one):
-    session = open_session(random_model(), max_batch_size=4, **BOUNDS)
-    requests = []
-    for i, prompt in enumerate(PROMPTS):
-        requests.append(session.submit(prompt, SamplingParams(max_new_tokens=10 + i)))
-        session.step()
-        session.step()
-    session.run()
-    assert tokens([request.result() for request in requests]) == tokens(one_by_one)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 47])
