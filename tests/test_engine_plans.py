@@ -1,5 +1,6 @@
 """An engine with TensorRT plans: built wherever TensorRT is, saved whole, refused when it does not fit."""
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -172,3 +173,35 @@ def test_the_environment_chooses_a_backend_and_an_argument_wins(engine, monkeypa
     monkeypatch.setenv("TRTLAB_BACKEND", "abacus")
     with pytest.raises(trtlab.ConfigError, match="unknown backend; got 'abacus'"):
         engine.session()
+
+
+def test_a_plan_is_hashed_once_a_load_and_read_once_more_to_run(engine, folder, monkeypatch):
+    hashed, read = [], []
+    file_digest, read_bytes = hashlib.file_digest, Path.read_bytes
+
+    def counted_digest(stream, kind):
+        hashed.append(Path(stream.name).name)
+        return file_digest(stream, kind)
+
+    def counted_read(path):
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted_digest)
+    monkeypatch.setattr(hashlib, "sha256", lambda *_: pytest.fail("a plan is hashed again"))
+    monkeypatch.setattr(Path, "read_bytes", counted_read)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    loaded = plans.Plans.load(folder, engine.plans.records)
+    assert (hashed, read) == (["rank0.engine"], [])
+    for own in (loaded, engine.plans):  # the one of a build was hashed as it was written
+        assert own.run_on(torch.device("cuda"))
+        assert len(own.read(0)) == own.records[0].plan_bytes
+    assert (hashed, read) == (["rank0.engine"], ["rank0.engine"] * 2)
+
+
+@pytest.mark.parametrize("fault", [truncate, alter, lambda folder: (folder / "rank0.engine").unlink()])
+def test_a_plan_that_changed_after_the_load_does_not_run(engine, folder, fault):
+    loaded = plans.Plans.load(folder, engine.plans.records)
+    fault(folder)
+    with pytest.raises(trtlab.EngineError, match=r"rank0\.engine has changed since the engine was opened"):
+        loaded.read(0)

@@ -62,7 +62,7 @@ def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfi
             "a TensorRT plan runs on an NVIDIA GPU, and none is here",
             remedy='use backend="interpreter" for the same network, or "torch"',
         )
-    plan = engine.plans.files[0].read_bytes()
+    plan = engine.plans.read(0)
     record = engine.plans.records[0]
     return plan_backend(engine.config, engine.build_config, engine.mapping, plan, record, device, config)
 

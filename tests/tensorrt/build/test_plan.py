@@ -17,15 +17,15 @@ import torch
 
 import trtlab.tensorrt.build.plan as plan_module
 from trtlab.config.mapping import Mapping
-from trtlab.errors import ConfigError, EngineError
+from trtlab.errors import ConfigError, EngineError, MissingDependency
 from trtlab.parallel.shard import shard, shared_where_possible
 from trtlab.storage.lazy import held
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
+from trtlab.tensorrt.build.plan_check import check_plan
 from trtlab.tensorrt.build.watch import Heard, Watch
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.library import Library, library
 from trtlab.tensorrt.log import log
-from trtlab.tensorrt.run.plan_runner import check_plan
 
 pytestmark = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 
@@ -213,23 +213,43 @@ RECORD = PlanRecord(
 )
 
 
+@pytest.fixture
+def record():
+    return dataclasses.replace(RECORD, version=library().version, flavour=library().flavour)
+
+
 @pytest.mark.parametrize(
-    ("plan", "changes", "gpu", "message"),
+    ("changes", "gpu", "message"),
     [
-        (b"pla", {}, (8, 9), "the plan is damaged.*got 3 bytes; expected 4 bytes"),
-        (b"plam", {}, (8, 9), "the plan is damaged"),
-        (b"plan", {"version": "1.5.0"}, (8, 9), r"another TensorRT; got tensorrt_rtx 1\.5\.0; expected"),
-        (b"plan", {"flavour": "tensorrt"}, (8, 9), "another TensorRT"),
-        (b"plan", {"targets": ("8.9",)}, (12, 0), r'capability 8\.9; got a GPU of 12\.0; build with .*"12\.0"'),
-        (b"plan", {}, (9, 0), r"does not support compute capability 9\.0"),
-        (b"plan", {}, (7, 5), "7.5 takes plans in float16 only"),
+        ({"version": "1.5.0"}, None, r"another TensorRT; got tensorrt_rtx 1\.5\.0; expected"),
+        ({"flavour": "tensorrt"}, (8, 9), "another TensorRT"),
+        ({"targets": ("8.9",)}, (12, 0), r'capability 8\.9; got a GPU of 12\.0; build with .*"12\.0"'),
+        ({}, (9, 0), r"does not support compute capability 9\.0"),
+        ({}, (7, 5), "7.5 takes plans in float16 only"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_before_it_is_opened(plan, changes, gpu, message):
-    record = dataclasses.replace(RECORD, version=library().version, flavour=library().flavour)
+def test_a_plan_that_does_not_fit_is_refused_before_it_is_opened(record, changes, gpu, message):
     with pytest.raises(EngineError, match=message):
-        check_plan(plan, dataclasses.replace(record, **changes), gpu)
+        check_plan(dataclasses.replace(record, **changes), gpu=gpu)
 
 
-def test_a_plan_that_fits_passes():
-    check_plan(b"plan", dataclasses.replace(RECORD, version=library().version, flavour=library().flavour), (8, 9))
+@pytest.mark.parametrize(("plan", "words"), [(b"pla", "got 3 bytes.*expected 4 bytes"), (b"plam", "got 4 bytes")])
+def test_a_damaged_plan_is_refused(record, tmp_path, plan, words):
+    (tmp_path / "rank0.engine").write_bytes(plan)
+    with pytest.raises(EngineError, match=f"rank0.engine is damaged: its digest is not the build's; {words}"):
+        check_plan(record, path=tmp_path / "rank0.engine")
+
+
+def test_without_tensorrt_a_plan_may_lie_there_and_cannot_run(record, monkeypatch):
+    def nothing():
+        raise MissingDependency("running a plan needs TensorRT")
+
+    monkeypatch.setattr("trtlab.tensorrt.build.plan_check.library", nothing)
+    check_plan(record)
+    with pytest.raises(MissingDependency):
+        check_plan(record, gpu=(8, 9))
+
+
+def test_a_plan_that_fits_passes(record, tmp_path):
+    (tmp_path / "rank0.engine").write_bytes(b"plan")
+    check_plan(record, path=tmp_path / "rank0.engine", gpu=(8, 9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import weakref
 from collections import abc
@@ -21,10 +20,15 @@ from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError, TrtlabError
 from trtlab.storage.lazy import LazyTensor
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan
+from trtlab.tensorrt.build.plan_check import COPY_OR_BUILD, check_plan
 from trtlab.tensorrt.library import Verdict, library
-from trtlab.tensorrt.run.plan_runner import check_plan
 
-BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(folder, plan=False) to run the weights"
+FileState = tuple[int, int, int]
+
+
+def _state(path: Path) -> FileState:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def plan_file(rank: int) -> str:
@@ -42,10 +46,14 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Plans:
-    """Records and files, in rank order. ``scratch`` is the temporary folder of plans that were not saved yet."""
+    """Records and files, in rank order. ``scratch`` is the temporary folder of plans that were not saved yet.
+
+    ``states`` are size and time of the files when they were checked: one that is as it was need not be hashed again.
+    """
 
     records: tuple[PlanRecord, ...]
     files: tuple[Path, ...]
+    states: tuple[FileState, ...]
     scratch: Scratch | None = None
 
     @classmethod
@@ -66,16 +74,22 @@ class Plans:
         except BaseException:
             scratch.close()
             raise
-        return cls(tuple(records), tuple(files), scratch)
+        return cls(tuple(records), tuple(files), tuple(map(_state, files)), scratch)
 
     @classmethod
     def load(cls, folder: Path, records: Sequence[PlanRecord]) -> Plans:
         """Open the plans of an engine folder; EngineError when one is missing, damaged or of another TensorRT."""
-        plans = cls(tuple(records), tuple(folder / plan_file(rank) for rank in range(len(records))))
-        for record, path in zip(plans.records, plans.files, strict=True):
-            _check_file(record, path)
-        _check_library(plans.records[0])
-        return plans
+        files = tuple(folder / plan_file(rank) for rank in range(len(records)))
+        for record, path in zip(records, files, strict=True):
+            check_plan(record, path=path)
+        return cls(tuple(records), files, tuple(map(_state, files)))
+
+    def read(self, rank: int) -> bytes:
+        """One rank's plan; EngineError when its file is not the one that was checked."""
+        path = self.files[rank]
+        if not path.is_file() or _state(path) != self.states[rank]:
+            raise EngineError(f"{path.name} has changed since the engine was opened", remedy=COPY_OR_BUILD)
+        return path.read_bytes()
 
     def save(self, folder: Path) -> None:
         """Copy the plans into a folder."""
@@ -91,7 +105,7 @@ class Plans:
         if len(self.records) > 1:
             return Verdict(False, "plans of several ranks do not run in one process yet")
         try:
-            check_plan(self.files[0].read_bytes(), self.records[0], torch.cuda.get_device_capability(device))
+            check_plan(self.records[0], gpu=torch.cuda.get_device_capability(device))
         except TrtlabError as refusal:
             return Verdict(False, str(refusal))
         return Verdict(True, f"{self.records[0].flavour} {self.records[0].version} runs the plan on this GPU")
@@ -105,32 +119,3 @@ class Plans:
         """Delete plans that were never saved."""
         if self.scratch is not None:
             self.scratch.close()
-
-
-def _check_file(record: PlanRecord, path: Path) -> None:
-    if not path.is_file():
-        raise EngineError(f"{path.name} is missing", remedy="copy the engine folder again, or build again")
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != record.digest:
-        raise EngineError(
-            f"{path.name} is damaged: its digest is not the build's",
-            got=f"{path.stat().st_size} bytes, SHA-256 {digest[:12]}",
-            expected=f"{record.plan_bytes} bytes, SHA-256 {record.digest[:12]}",
-            remedy="copy the engine folder again, or build again",
-        )
-
-
-def _check_library(record: PlanRecord) -> None:
-    """A plan opens in the very TensorRT that built it; where there is none, only its weights can run anyway."""
-    try:
-        found = library()
-    except TrtlabError:
-        return
-    if (record.flavour, record.version) != (found.flavour, found.version):
-        raise EngineError(
-            "the plan was built by another TensorRT",
-            got=f"{record.flavour} {record.version}",
-            expected=f"{found.flavour} {found.version}",
-            remedy=BUILD_AGAIN,
-        )

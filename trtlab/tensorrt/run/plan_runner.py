@@ -6,7 +6,6 @@ interpreter and tested on a CPU.
 
 from __future__ import annotations
 
-import hashlib
 from collections import abc
 
 import torch
@@ -21,6 +20,7 @@ from trtlab.runtime.backend import Backend
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import Bindings, bindings, profiles
 from trtlab.tensorrt.build.plan import PlanRecord
+from trtlab.tensorrt.build.plan_check import check_plan
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
 from trtlab.tensorrt.run.plan_rank import slot_backend
@@ -162,9 +162,10 @@ def plan_backend(
 ) -> Backend:
     """A backend for a plan on a GPU.
 
-    Raises EngineError, before the plan is opened, when it is damaged, of another TensorRT, or not for this GPU.
+    ``plan`` is whole: ``Plans.read`` gives it. Raises EngineError, before the plan is opened, when it is of another
+    TensorRT or not for this GPU.
     """
-    check_plan(plan, record, torch.cuda.get_device_capability(device))
+    check_plan(record, gpu=torch.cuda.get_device_capability(device))
     if len(mapping.ranks) > 1:
         raise EngineError(
             "plans of several ranks do not run in one process yet",
@@ -175,31 +176,3 @@ def plan_backend(
     table = bindings(config, resolved, mapping, 0)
     runner = PlanRunner(plan, table, resolved, device, streaming_budget_bytes)
     return slot_backend("tensorrt", [runner], [table], resolved, mapping, session)
-
-
-def check_plan(plan: bytes, record: PlanRecord, gpu: tuple[int, int]) -> None:
-    """Whether a plan is whole, and made by and for what is here; EngineError with the cause and the way out if not."""
-    found = library()
-    if hashlib.sha256(plan).hexdigest() != record.digest:
-        raise EngineError(
-            "the plan is damaged: its digest differs from the build's",
-            got=f"{len(plan)} bytes",
-            expected=f"{record.plan_bytes} bytes",
-            remedy="copy the engine folder again, or build again",
-        )
-    if (found.flavour, found.version) != (record.flavour, record.version):
-        raise EngineError(
-            "the plan was built by another TensorRT",
-            got=f"{record.flavour} {record.version}",
-            expected=f"{found.flavour} {found.version}",
-            remedy="build again with the TensorRT that is installed",
-        )
-    name = f"{gpu[0]}.{gpu[1]}"
-    if record.targets and name not in record.targets:
-        raise EngineError(
-            f"the plan was built for compute capability {', '.join(record.targets)}",
-            got=f"a GPU of {name}",
-            remedy=f'build with compute_capabilities=("{name}",)',
-        )
-    if not (verdict := found.runs_on(gpu, record.dtypes)):
-        raise EngineError(verdict.reason, remedy='use backend="torch"')

@@ -1,0 +1,67 @@
+"""Whether a plan can run: whole, of the TensorRT that is here, for the GPU at hand. The one place that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from trtlab.errors import EngineError, TrtlabError
+from trtlab.tensorrt.build.plan import PlanRecord
+from trtlab.tensorrt.library import Capability, library
+
+COPY_OR_BUILD = "copy the engine folder again, or build again"
+BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(folder, plan=False) to run the weights"
+
+
+def check_plan(record: PlanRecord, *, path: Path | None = None, gpu: Capability | None = None) -> None:
+    """Check what is asked for; the reading of the whole file for its SHA-256 is what takes time.
+
+    Args:
+        record: What the build says of the plan.
+        path: Its file, to be read and compared with the record; None when that was done before.
+        gpu: The compute capability that is to run it; None when only its weights may come to run, for which a missing
+            TensorRT is no fault.
+
+    Raises:
+        EngineError: With the cause and the way out. MissingDependency for a GPU without TensorRT.
+    """
+    if path is not None:
+        _check_file(record, path)
+    try:
+        here = library()
+    except TrtlabError:  # none, or one too old
+        if gpu is None:
+            return
+        raise
+    if (record.flavour, record.version) != (here.flavour, here.version):
+        raise EngineError(
+            "the plan was built by another TensorRT",
+            got=f"{record.flavour} {record.version}",
+            expected=f"{here.flavour} {here.version}",
+            remedy=BUILD_AGAIN,
+        )
+    if gpu is None:
+        return
+    name = f"{gpu[0]}.{gpu[1]}"
+    if record.targets and name not in record.targets:
+        raise EngineError(
+            f"the plan was built for compute capability {', '.join(record.targets)}",
+            got=f"a GPU of {name}",
+            remedy=f'build with compute_capabilities=("{name}",)',
+        )
+    if not (verdict := here.runs_on(gpu, record.dtypes)):
+        raise EngineError(verdict.reason, remedy='use backend="torch"')
+
+
+def _check_file(record: PlanRecord, path: Path) -> None:
+    if not path.is_file():
+        raise EngineError(f"{path.name} is missing", remedy=COPY_OR_BUILD)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != record.digest:
+        raise EngineError(
+            f"{path.name} is damaged: its digest is not the build's",
+            got=f"{path.stat().st_size} bytes, SHA-256 {digest[:12]}",
+            expected=f"{record.plan_bytes} bytes, SHA-256 {record.digest[:12]}",
+            remedy=COPY_OR_BUILD,
+        )
