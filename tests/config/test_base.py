@@ -250,6 +250,7 @@ def test_a_refusal_says_what_was_got_what_was_expected_and_what_the_field_is(kin
 
 def test_words_that_are_no_fields_are_refused_with_the_nearest():
     assert refusal(BuildConfig, max_bach_size=4) == "BuildConfig.max_bach_size is unknown; did you mean max_batch_size?"
+    assert "BuildConfig.self is unknown" in refusal(BuildConfig, self=1)
     unknown = refusal(Mapping, zebra=1)
     assert unknown == "Mapping.zebra is unknown; expected world_size | tp_size | pp_size"
     for kind, needed in NEEDED.items():

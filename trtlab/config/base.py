@@ -59,7 +59,7 @@ def settings(kind: type[T]) -> type[T]:
     validate = checked.__init__
 
     @functools.wraps(validate)
-    def __init__(self: T, *values: Any, **named: Any) -> None:
+    def __init__(self: T, /, *values: Any, **named: Any) -> None:
         try:
             validate(self, *map(normalize, values), **{name: normalize(value) for name, value in named.items()})
         except ValidationError as error:
