@@ -40,40 +40,40 @@ def read_hugging_face(model_dir: Path, dtype: str = "auto") -> tuple[ModelConfig
         raise CheckpointError(f"{model_dir} is not a folder", remedy="give a folder with config.json and safetensors")
     stored = read_config(model_dir)
     config = stored.to_model_config("float32")  # what the config forbids is said before the weights are opened
-    found = {name: t for name, t in _find_tensors(model_dir).items() if not BUFFERS.search(name)}
-    check_floating(model_dir.name, found.items())
-    config = config.replace(dtype=_choose_dtype(stored, dtype, found))
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        if _head_differs(found):
+    tensors = {name: t for name, t in _find_tensors(model_dir).items() if not BUFFERS.search(name)}
+    check_floating(model_dir.name, tensors.items())
+    config = config.replace(dtype=_choose_dtype(stored, dtype, tensors))
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        if _head_differs(tensors):
             config = config.replace(tie_word_embeddings=False)
         else:
-            del found["lm_head.weight"]
-    return config, _rename(model_dir.name, config, found)
+            del tensors["lm_head.weight"]
+    return config, _rename(model_dir.name, config, tensors)
 
 
-def _head_differs(found: Mapping[str, LazyTensor]) -> bool:
+def _head_differs(tensors: Mapping[str, LazyTensor]) -> bool:
     """Whether a folder that calls itself tied holds two different tables; transformers 5 then uses both, as we do."""
-    table, head = found.get("model.embed_tokens.weight"), found["lm_head.weight"]
+    table, head = tensors.get("model.embed_tokens.weight"), tensors["lm_head.weight"]
     return table is not None and (table.shape != head.shape or not torch.equal(table.read(), head.read()))
 
 
-def _choose_dtype(stored: HuggingFaceConfig, dtype: str, found: Mapping[str, LazyTensor]) -> DtypeName:
+def _choose_dtype(stored: HuggingFaceConfig, dtype: str, tensors: Mapping[str, LazyTensor]) -> DtypeName:
     """``auto`` is the config's word, or what the tensors are when it says nothing."""
     if dtype != "auto":
         return dtype_name(dtype)
     named = stored.stored_dtype
     if named in DTYPES:
         return dtype_name(named)
-    first = next(iter(found.values())).dtype if found else torch.float32
+    first = next(iter(tensors.values())).dtype if tensors else torch.float32
     return next((name for name, kind in DTYPES.items() if kind == first), "float32")
 
 
-def _rename(where: str, config: ModelConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    check_layers(where, config.num_hidden_layers, len(found))
+def _rename(where: str, config: ModelConfig, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    check_layers(where, config.num_hidden_layers, len(tensors))
     table = FAMILIES[config.architecture].names
-    check_tensors(where, found, table.shapes(config))
+    check_tensors(where, tensors, table.shapes(config))
     kind = config.torch_dtype
-    return {ours: cat([found[theirs].to(kind) for theirs in names]) for ours, names in table.sources(config).items()}
+    return {ours: cat([tensors[theirs].to(kind) for theirs in names]) for ours, names in table.sources(config).items()}
 
 
 def _find_tensors(model_dir: Path) -> dict[str, LazyTensor]:

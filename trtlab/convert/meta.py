@@ -50,10 +50,10 @@ def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[st
         raise CheckpointError(f"{ckpt_dir} holds no consolidated.*.pth", remedy="give Meta's own folder")
     shards = [{n: t for n, t in open_pickle(file).items() if n not in BUFFERS} for file in files]
     names = dict.fromkeys(name for shard in shards for name in shard)
-    found = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
-    check_floating(ckpt_dir.name, found.items())
-    config = _read_config(params, found, dtype)
-    return config, _rename(ckpt_dir.name, config, found)
+    tensors = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
+    check_floating(ckpt_dir.name, tensors.items())
+    config = _read_config(params, tensors, dtype)
+    return config, _rename(ckpt_dir.name, config, tensors)
 
 
 def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTensor:
@@ -66,28 +66,28 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
     return cat(whole, dim=1 if cut_columns else 0)
 
 
-def _read_config(params: Params, found: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
+def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
-    if any(name not in found for name in needed):
+    if any(name not in tensors for name in needed):
         raise CheckpointError("these are not the weights of a LLaMA", expected=", ".join(needed))
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
-    stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == found[needed[0]].dtype), "float32")
+    stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == tensors[needed[0]].dtype), "float32")
     return ModelConfig(
         architecture="LlamaForCausalLM",
         dtype=stored if dtype == "auto" else dtype_name(dtype),
-        vocab_size=found[needed[0]].shape[0],
+        vocab_size=tensors[needed[0]].shape[0],
         hidden_size=params.dim,
         num_hidden_layers=params.n_layers,
         num_attention_heads=params.n_heads,
         num_key_value_heads=params.n_kv_heads or params.n_heads,
         head_size=params.dim // params.n_heads,
-        intermediate_size=found[needed[1]].shape[0],
+        intermediate_size=tensors[needed[1]].shape[0],
         max_position_embeddings=params.max_seq_len or _context(scaled, base),
         norm_epsilon=params.norm_eps or 1e-5,
         rotary_base=base,
         rotary_scaling=_scaling(params) if scaled else None,
-        tie_word_embeddings="output.weight" not in found,
+        tie_word_embeddings="output.weight" not in tensors,
     )
 
 
@@ -101,14 +101,14 @@ def _scaling(params: Params) -> RotaryScaling:
     return RotaryScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
-def _rename(where: str, config: ModelConfig, found: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    check_layers(where, config.num_hidden_layers, len(found))
+def _rename(where: str, config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    check_layers(where, config.num_hidden_layers, len(tensors))
     sources = META_NAMES.sources(config)
-    check_tensors(where, found, META_NAMES.shapes(config))
+    check_tensors(where, tensors, META_NAMES.shapes(config))
     kind = config.torch_dtype
 
     def turned(name: str) -> LazyTensor:
-        tensor = found[name].to(kind)
+        tensor = tensors[name].to(kind)
         rotated = name.endswith((".wq.weight", ".wk.weight"))
         return tensor.map(lambda w: to_half_split(w, config.head_size)) if rotated else tensor
 

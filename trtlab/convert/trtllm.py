@@ -50,21 +50,21 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
     check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks.values())))
     config = _with_dense_bias(config, ranks)
-    for r, found in ranks.items():
+    for r, contents in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
-        _check_scales(where, config, found)
-        check_tensors(where, found, rank_shapes(config, mapping, r, layout))
+        _check_scales(where, config, contents)
+        check_tensors(where, contents, rank_shapes(config, mapping, r, layout))
         dtypes = rank_dtypes(config, mapping, r, layout)
-        ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in found.items()}
+        ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in contents.items()}
         check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
 
 
-def _check_scales(where: str, config: ModelConfig, found: abc.Mapping[str, LazyTensor]) -> None:
+def _check_scales(where: str, config: ModelConfig, tensors: abc.Mapping[str, LazyTensor]) -> None:
     """Say which step was left out when the config names an algorithm and no tensor holds a scale."""
     algorithm = config.quantization.quant_algo
-    if algorithm is not None and not any("scal" in name for name in found):
+    if algorithm is not None and not any("scal" in name for name in tensors):
         raise CheckpointError(
             f"{where} holds plain weights, though config.json says {algorithm}: the step that quantizes was left out",
             remedy=f"set quant_algo to null, load, and call checkpoint.quantize(QuantConfig(quant_algo={algorithm!r}))",
@@ -80,7 +80,7 @@ def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 
 def _with_dense_bias(config: ModelConfig, ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]]) -> ModelConfig:
     """TensorRT-LLM's ``attn_bias`` does not tell whether the output projection has one: the tensors do."""
-    has = any(layer_name(0, "attention.dense.bias") in found for found in ranks.values())
+    has = any(layer_name(0, "attention.dense.bias") in tensors for tensors in ranks.values())
     return config if has == config.dense_bias else config.replace(dense_bias=has)
 
 
