@@ -79,20 +79,20 @@ class Mapping(Settings):
             raise ConfigError(
                 f"{heads} query heads, {kv_heads} key/value heads and intermediate size {config.intermediate_size} "
                 f"cannot be split over tp_size={self.tp_size}",
-                remedy=f"use {_one_of([n for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n)])}",
+                remedy=f"use {_alternatives([n for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n)])}",
             )
         layers = config.num_hidden_layers
         if layers % self.pp_size:
             stages = [n for n in range(1, min(layers, MOST_RANKS) + 1) if layers % n == 0]
             raise ConfigError(
                 f"{config.num_hidden_layers} layers cannot be split over pp_size={self.pp_size}",
-                remedy=f"use {_one_of(stages)}",
+                remedy=f"use {_alternatives(stages)}",
             )
 
 
 MOST_RANKS = 1024  # sizes above it are not proposed
 
 
-def _one_of(values: list[int]) -> str:
+def _alternatives(values: list[int]) -> str:
     words = [str(v) for v in values]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
