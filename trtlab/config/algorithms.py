@@ -83,8 +83,10 @@ _MERGED = ("attention.kv_cache_scaling_factor",)
 _SPLIT = ("attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor")
 KV_CACHE_ALGORITHMS: dict[tuple[str, str], KvCacheAlgorithm] = {  # by kv_cache_quant_algo and kv_cache_scales
     ("INT8", "merged"): KvCacheAlgorithm(_MERGED, "the largest magnitude of Q, K and V together, before rotary"),
-    ("INT8", "split"): KvCacheAlgorithm(_SPLIT, "the largest magnitudes of K and V as they are cached, after rotary"),
-    ("INT8", "per_head"): KvCacheAlgorithm(_SPLIT, "the largest magnitudes of K and V as they are cached, by head"),
+    ("INT8", "split"): KvCacheAlgorithm(
+        _SPLIT, "the largest magnitudes of K and of V as they are cached, after rotary"
+    ),
+    ("INT8", "per_head"): KvCacheAlgorithm(_SPLIT, "the largest magnitudes of K and of V as they are cached, by head"),
     ("FP8", "merged"): KvCacheAlgorithm(_MERGED),
     ("FP8", "split"): KvCacheAlgorithm(_MERGED),
     ("FP8", "per_head"): KvCacheAlgorithm(_MERGED),
