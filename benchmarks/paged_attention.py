@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trtlab.ops.cuda.paged_attention import paged_attention
-from trtlab.ops.cuda.split_kv import Plan, plan_of, split_count
+from trtlab.ops.cuda.split_kv import LaunchShape, launch_shape, split_count
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 BEYOND_CACHE = 512 * 10**6  # bytes
@@ -47,7 +47,7 @@ class Setting:
         """Bytes of K and V that one call must read."""
         return 2 * self.contiguous[0][0].nbytes  # K and V
 
-    def paged(self, layer: int, plan: Plan | None = None) -> Tensor:
+    def paged(self, layer: int, plan: LaunchShape | None = None) -> Tensor:
         """Our kernel on one layer, ``[batch, heads * head_size]``."""
         keys, values = self.pools[layer]
         return paged_attention(
@@ -119,7 +119,7 @@ def copy_rate(nbytes: int = 2**32) -> float:
 def sweep(it: Setting) -> None:
     """Print the times of other plans for this setting, the fastest first."""
     keys, found = it.pools[0][0], []
-    chosen = plan_of(it.q, keys, it.batch, it.tokens, 1)
+    chosen = launch_shape(it.q, keys, it.batch, it.tokens, 1)
     for rows, tile, warps, stages, resident in product((4, 16), (32, 64, 128), (4, 8), (3, 4), (1, 2, 3, 4)):
         if 2 * tile * HEAD_SIZE * keys.element_size() * (stages - 1) * resident > 200_000:
             continue

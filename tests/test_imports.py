@@ -80,7 +80,8 @@ def imports(path: Path) -> list[tuple[str, bool, int]]:
                 assert child.level == 0, f"{path}:{child.lineno} imports relatively"
                 for alias in child.names:  # ``from trtlab.tensorrt import dtypes`` is of that module
                     whole = f"{child.module}.{alias.name}"
-                    is_module = (ROOT / whole.replace(".", "/")).with_suffix(".py").exists()
+                    place = ROOT / whole.replace(".", "/")
+                    is_module = place.with_suffix(".py").exists() or place.is_dir()
                     listed.append((whole if is_module else str(child.module), top, child.lineno))
             walk(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 

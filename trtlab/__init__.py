@@ -1,8 +1,8 @@
 """TensorRT-LLM's workflow as four notebook objects: Checkpoint, QuantizedCheckpoint, Engine, Session."""
 
+from trtlab import cards as _cards  # noqa: F401 - registers how each object shows itself
 from trtlab.bench import benchmark
 from trtlab.card import card
-from trtlab.cards import objects as _cards  # noqa: F401 - registers how each object shows itself
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping

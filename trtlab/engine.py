@@ -35,7 +35,7 @@ from trtlab.storage.files import PathLike, replacing, write_safetensors
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 from trtlab.tensorrt.build.plans import Plans
-from trtlab.tensorrt.compare import Comparison, compare
+from trtlab.tensorrt.compare import NetworkComparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.read.interpreter import LayerTable, Network
@@ -141,7 +141,7 @@ class Engine(Shown):
         prompt: str | Sequence[int],
         steps: int = 4,
         op_set: type[TensorRTOps] = TensorRTOps,
-    ) -> Comparison:
+    ) -> NetworkComparison:
         """Torch in float32 on the checkpoint, and this engine's network, side by side: where do they part?
 
         ``prompt`` is text or token ids; ``steps`` tokens are decoded after it. ``op_set`` may be a subclass that emits

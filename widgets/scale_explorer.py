@@ -17,7 +17,7 @@ from trtlab.config.base import written
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
 from trtlab.evaluate.quantization import recipe_title
-from trtlab.quantize.report import Row
+from trtlab.quantize.report import LinearReport
 from trtlab.quantize.study import Study, study
 
 from .live import Dashboard, LiveFigure, fitted
@@ -130,7 +130,7 @@ class ScaleExplorer(Dashboard):
     def _title(self) -> str:
         return recipe_title(self.recipe)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[LinearReport]:
         """The rows under this alpha, the most noise first."""
         rows = [linear.trials[self._alpha].row for linear in self.study.linears]
         return sorted(rows, key=lambda row: row.snr_db)

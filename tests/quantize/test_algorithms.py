@@ -8,7 +8,7 @@ from trtlab.config.algorithms import ALGORITHMS
 from trtlab.model.blocks import SITES
 from trtlab.model.scales import dequantize, pack_int4, unpack_int4
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, weight_only
-from trtlab.quantize.layer import InputStatistics, Layer, LayerStatistics
+from trtlab.quantize.layer import CalibratedLayer, InputStatistics, LayerStatistics
 
 from .conftest import CONFIG, random_checkpoint
 
@@ -118,7 +118,7 @@ def test_the_gram_search_finds_the_alpha_of_the_plain_loop():
     assert awq.search_alpha(weight, seen, 64) == min(losses, key=losses.get)
 
 
-def observed_layer(quant: QuantConfig) -> Layer:
+def observed_layer(quant: QuantConfig) -> CalibratedLayer:
     """Layer 0 of the random model with statistics of random inputs, two channels of them loud."""
     dice = torch.Generator().manual_seed(3)
     config = CONFIG.replace(quantization=quant)
@@ -134,7 +134,7 @@ def observed_layer(quant: QuantConfig) -> Layer:
         outputs[linear] = sampled[linear].abs().amax(0)
     inputs["mlp.gate"] = inputs["mlp.fc"]
     sampled["mlp.gate"] = inputs["mlp.fc"].sample @ weights["mlp.gate.weight"].T
-    return Layer(config, 0, weights, LayerStatistics(inputs, outputs, sampled, torch.ones(2), torch.ones(2)))
+    return CalibratedLayer(config, 0, weights, LayerStatistics(inputs, outputs, sampled, torch.ones(2), torch.ones(2)))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])

@@ -21,7 +21,7 @@ from trtlab.convert.meta import Params
 from trtlab.convert.trtllm_config import TrtllmConfig, config_to_json
 from trtlab.engine_file import read_engine_file
 from trtlab.parallel.shard import EmbeddingLayout
-from trtlab.quantize.report import KvRow, Row
+from trtlab.quantize.report import CacheReport, LinearReport
 from trtlab.quantize.report_file import read_report
 from trtlab.runtime.tokenizer import listed_end_ids
 from trtlab.storage.json_files import Listed, OpenObject, StoredObject, read_model
@@ -60,8 +60,8 @@ ENGINE = {
     "build_config": asdict(BuildConfig(max_seq_len=48, max_input_len=32)),
     "trtlab": {"source": "a test", "fingerprints": ["0" * 64], "plans": [asdict(PLAN)]},
 }
-ROW = Row("transformer.layers.0.mlp.fc", 0.1, 0.2, 0.3, math.inf, 1.0, 0.0, None, 2.0, 0.5, 100, 50)
-REPORT = {"linears": [asdict(ROW)], "caches": [asdict(KvRow(0, 0.1, 0.2, None, 7.5))]}
+ROW = LinearReport("transformer.layers.0.mlp.fc", 0.1, 0.2, 0.3, math.inf, 1.0, 0.0, None, 2.0, 0.5, 100, 50)
+REPORT = {"linears": [asdict(ROW)], "caches": [asdict(CacheReport(0, 0.1, 0.2, None, 7.5))]}
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trtlab.card import Card, Table, count, share_bars, size
+from trtlab.card import Card, Table, card, count, share_bars, size
 from trtlab.memory.estimate import Estimate
-from trtlab.ops.table import OpTable, Row
+from trtlab.ops.table import OpRow, OpTable
 from trtlab.published import BANDWIDTH, V100Run, V100Table
 
 FIRST_OF_LAYER = "input_layernorm.weight"
 
 
+@card.register
 def estimate_card(estimate: Estimate) -> Card:
     """Memory of the largest rank by kind, KV a token, what fits beside the weights, and how fast memory lets it run."""
     build, rank = estimate.build_config, estimate.largest
@@ -99,6 +100,7 @@ def flops(number: float) -> str:
     return f"{number:g} FLOP"
 
 
+@card.register
 def op_table_card(table: OpTable) -> Card:
     """The ops of one step, with the first layer in full and the others counted."""
     before, layers, after = _by_layer(table.rows)
@@ -117,7 +119,7 @@ def op_table_card(table: OpTable) -> Card:
     return Card("OpTable · one step, op by op", facts, (Table(heads, tuple(cells)),))
 
 
-def _by_layer(rows: Sequence[Row]) -> tuple[Sequence[Row], list[Sequence[Row]], Sequence[Row]]:
+def _by_layer(rows: Sequence[OpRow]) -> tuple[Sequence[OpRow], list[Sequence[OpRow]], Sequence[OpRow]]:
     """Rows before the layers, the rows of each layer, rows after."""
     starts = [i for i, row in enumerate(rows) if row.weight and row.weight.endswith(FIRST_OF_LAYER)]
     if not starts:
@@ -129,7 +131,7 @@ def _by_layer(rows: Sequence[Row]) -> tuple[Sequence[Row], list[Sequence[Row]], 
     return rows[: starts[0]], layers, rows[starts[-1] + length :]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: OpRow) -> tuple[str, ...]:
     return (
         row.op,
         row.weight or "",
@@ -140,6 +142,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+@card.register
 def v100_card(table: V100Table) -> Card:
     """Published speed or OOM in each cell, with the peak that one line of arithmetic predicts."""
     facts = (

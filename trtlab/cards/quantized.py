@@ -1,20 +1,23 @@
-"""How a quantized checkpoint shows itself: what was quantized, what it saves, and where it hurts most."""
+"""The cards of a quantized checkpoint and of its report: what was quantized, what it saves, where it hurts most."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
 
-from trtlab.card import Card, Table, bar, size
+from trtlab.card import Card, Table, bar, card, size
 from trtlab.checkpoint import QuantizedCheckpoint
 from trtlab.config.quant import QuantConfig
 from trtlab.model.quantized_specs import TensorSpec
+from trtlab.model.scales import INT8
 from trtlab.model.tensor_specs import tensor_specs
+from trtlab.quantize.kv_cache import effective_bits
 from trtlab.quantize.report import QuantizationReport
 
-LISTED = 5  # linears with the lowest signal-to-noise ratio
+MOST_NOISE = 5  # linears with the lowest signal-to-noise ratio
 
 
+@card.register
 def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
     """Algorithms, bytes before and after, the linears with the most noise."""
     config, quant, report = checkpoint.config, checkpoint.config.quantization, checkpoint.report
@@ -70,6 +73,71 @@ def _cache(quant: QuantConfig) -> str:
 def _worst(report: QuantizationReport) -> Table:
     rows = tuple(
         (row.name.removeprefix("transformer."), f"{row.snr_db:.1f}", bar(row.snr_db / 60), size(row.bytes_saved))
-        for row in report.worst(LISTED)
+        for row in report.worst(MOST_NOISE)
     )
     return Table(("most noise", " SNR dB", "", " saved"), rows)
+
+
+@card.register
+def report_card(report: QuantizationReport) -> Card:
+    quant = report.config
+    cache = f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"
+    facts = [("weights", quant.quant_algo or "as they were"), ("KV cache", cache)]
+    tables = []
+    if report.linears:
+        facts.append(("bytes saved", size(report.bytes_saved)))
+        tables.append(_worst_table(report))
+    if report.caches:
+        tables.append(_kv_table(report))
+    return Card("Quantization report", tuple(facts), tuple(tables), "report.worst(5), checkpoint.build()")
+
+
+def _worst_table(report: QuantizationReport) -> Table:
+    rows = tuple(
+        (
+            row.name.removeprefix("transformer."),
+            f"{row.snr_db:.1f}",
+            bar(row.snr_db / 60),
+            f"{row.cosine:.5f}",
+            f"{row.saturation:.2%}",
+            _ratio(row.outliers_before),
+            _ratio(row.outliers_after),
+            "" if row.alpha is None else f"{row.alpha:.2f}",
+        )
+        for row in report.worst(8)
+    )
+    heads = ("linear", " SNR dB", "", " cosine", " at range end", " outliers", " after smoothing", " alpha")
+    return Table(heads, rows, "the linears with the lowest signal-to-noise ratio")
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}x"
+
+
+def _kv_table(report: QuantizationReport) -> Table:
+    rows = tuple(
+        (
+            str(row.layer),
+            f"{row.k_scale:.5f}",
+            f"{row.v_scale:.5f}",
+            "" if row.k_bits is None else f"{row.k_bits:.2f}",
+            "" if row.v_bits is None else f"{row.v_bits:.2f}",
+        )
+        for row in report.caches
+    )
+    heads = (" layer", " K scale", " V scale", " K bits used", " V bits used")
+    return Table(heads, rows, _kv_caption(report))
+
+
+def _kv_caption(report: QuantizationReport) -> str:
+    """What the columns of bits mean under the report's scales; of the merged one, why it is the worst."""
+    used = [row.v_bits for row in report.caches if row.v_bits is not None]
+    if not used:
+        return "KV cache"
+    full = effective_bits(1.0, 1.0 / INT8.high)
+    if report.config.kv_cache_scales != "merged":
+        return f"KV cache: of {full:.2f} bits that INT8 has"
+    return (
+        "KV cache: one scale reaches as far as the largest of Q, K and V before rotary, and Q is never cached: "
+        f"V uses {min(used):.2f} to {max(used):.2f} of {full:.2f} bits; kv_cache_scales='split' gives it all of them"
+    )

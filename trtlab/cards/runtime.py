@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from trtlab.card import Card, Table, bar, size
+from trtlab.card import Card, Table, bar, card, size
 from trtlab.runtime.events import Block, EventLog, StepEvent
 from trtlab.runtime.kv_cache import KvCache
 from trtlab.runtime.pool import PoolSize
-from trtlab.session.request import Request
 
 SIGNS = {"used": "█", "shared": "▓", "cached": "░", "free": "·"}
 LINE = 64  # blocks in a line of the map
@@ -17,6 +16,7 @@ DRAWN = 512  # of a larger pool the map shows the beginning
 LISTED = 12  # steps and requests
 
 
+@card.register
 def pool_card(pool: PoolSize) -> Card:
     """The size of the pool, every bound that was considered, and the one that won."""
     memory = "K and V lie in blocks" if pool.paged else "K and V lie in one slot a request; blocks only count"
@@ -40,6 +40,7 @@ def _bounds(pool: PoolSize) -> Table:
     return Table(("bound", " blocks", " tokens", " bytes", ""), tuple(rows))
 
 
+@card.register
 def kv_cache_card(cache: KvCache) -> Card:
     """The blocks at this moment: how many, whose, shared, cached, how full."""
     pool = cache.pool
@@ -100,6 +101,7 @@ def _map(blocks: Sequence[Block], total: int) -> Table:
     return Table((" from", "blocks"), rows, f"{legend}{shown}")
 
 
+@card.register
 def event_log_card(log: EventLog) -> Card:
     """The last steps in which requests came or went: tokens computed, who, what the pool looked like."""
     eventful = [event for event in log if _what(event)]
@@ -147,6 +149,7 @@ ENDS = {
 }
 
 
+@card.register
 def step_event_card(event: StepEvent) -> Card:
     """One step: every request's share."""
     rows = tuple(
@@ -166,18 +169,4 @@ def step_event_card(event: StepEvent) -> Card:
             ("waiting", ", ".join(map(str, event.waiting)) or "nobody"),
         ),
         (Table(("work", " cached before", " computed", "gave"), rows),),
-    )
-
-
-def request_card(request: Request) -> Card:
-    """A request: where it stands."""
-    facts = [
-        ("tokens", f"{len(request.prompt_token_ids)} in, {len(request.token_ids)} out so far"),
-        ("from the cache", f"{request.reused_tokens} tokens" if request.reused_tokens else ""),
-        ("interrupted", f"{request.preemptions} times" if request.preemptions else ""),
-    ]
-    return Card(
-        f"Request {request.number} · {request.status}",
-        tuple((label, value) for label, value in facts if value),
-        next="" if request.done else "request.result(), for piece in request.stream(), or await request",
     )

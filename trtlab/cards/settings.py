@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from trtlab.card import Card, Table
+from trtlab.card import Card, Table, card
 from trtlab.config.base import Settings, default_of, first_sentence, written
 
 
+@card.register
 def settings_card(chosen: Settings) -> Card:
     """Every field with its value, the default where the value is another, and what it is."""
     kind = type(chosen)

@@ -1,6 +1,6 @@
 """How good a model is: perplexity, answers to questions, and what quantization costs of both."""
 
 from trtlab.evaluate.perplexity import accuracy, divergence, perplexity
-from trtlab.evaluate.quantization import Comparison, compare_recipes
+from trtlab.evaluate.quantization import RecipeComparison, compare_recipes
 
-__all__ = ["Comparison", "accuracy", "compare_recipes", "divergence", "perplexity"]
+__all__ = ["RecipeComparison", "accuracy", "compare_recipes", "divergence", "perplexity"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trtlab.card import Card, Shown, Table, card, size
+from trtlab.card import Shown
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.config.quant import QuantConfig
 from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence_of, encoded, opened, perplexity_of
@@ -31,7 +31,7 @@ class Measured:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown):
+class RecipeComparison(Shown):
     """Recipes side by side, in the order given."""
 
     rows: tuple[Measured, ...]
@@ -44,7 +44,7 @@ def compare_recipes(
     calibration: Texts,
     texts: Texts,
     questions: Sequence[Asked],
-) -> Comparison:
+) -> RecipeComparison:
     """Quantize by every recipe and measure each against the original, all in torch."""
     with opened(checkpoint) as original:
         ids = encoded(original, texts)
@@ -55,7 +55,7 @@ def compare_recipes(
             made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
         with opened(made) as session:
             rows.append(_measured(recipe_title(quant), quant, made, session, ids, expected, questions))
-    return Comparison(tuple(rows))
+    return RecipeComparison(tuple(rows))
 
 
 def _measured(
@@ -96,21 +96,3 @@ def recipe_title(quant: QuantConfig) -> str:
     elif quant.kv_cache_quant_algo is not None:
         cache = f"{quant.kv_cache_quant_algo} KV"
     return " · ".join(part for part in (weights, cache) if part)
-
-
-@card.register
-def _comparison_card(comparison: Comparison) -> Card:
-    rows = tuple(
-        (
-            row.title,
-            size(row.nbytes),
-            size(row.kv_bytes_per_token),
-            f"{row.perplexity:.4f}",
-            f"{row.divergence:.6f}",
-            f"{row.accuracy:.1%}",
-            "" if row.worst_snr_db is None else f"{row.worst_snr_db:.1f}",
-        )
-        for row in comparison.rows
-    )
-    heads = ("recipe", " weights", " KV a token", " perplexity", " KL, nats", " answers", " worst SNR dB")
-    return Card("What quantization costs", (), (Table(heads, rows),), "checkpoint.quantize(QuantConfig(...))")

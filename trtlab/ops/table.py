@@ -57,7 +57,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Row:
+class OpRow:
     """One op: what it read, what it made, and what that costs. ``weight_bytes`` counts the bias too."""
 
     op: str
@@ -82,7 +82,7 @@ class Row:
 class OpTable(Shown):
     """The rows of one step of one rank, in the order in which they run."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[OpRow, ...]
 
     @property
     def flops(self) -> int:
@@ -133,7 +133,7 @@ class TableOps(Ops[Spec]):
         self._dtype = dtype
         self._tp_size = tp_size
         self._every_token = every_token
-        self.rows: list[Row] = []
+        self.rows: list[OpRow] = []
 
     @property
     def table(self) -> OpTable:
@@ -247,7 +247,7 @@ class TableOps(Ops[Spec]):
         for place, shape in enumerate(shapes):
             name = f"{op}_{len(self.rows)}" + (f".{place}" if len(shapes) > 1 else "")
             outputs.append(Spec(name, shape, dtype or self._dtype, view_of.storage if view_of else name))
-        row = Row(op, weight.name if weight else None, inputs, tuple(outputs), _weight_bytes(weight), flops)
+        row = OpRow(op, weight.name if weight else None, inputs, tuple(outputs), _weight_bytes(weight), flops)
         self.rows.append(row)
         return outputs
 

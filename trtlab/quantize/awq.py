@@ -10,7 +10,7 @@ from torch import Tensor
 from trtlab.model.blocks import layer_plan
 from trtlab.model.scales import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.fp8 import float8_scale
-from trtlab.quantize.layer import GRAM_BLOCK, InputStatistics, Layer, QuantizedLayer
+from trtlab.quantize.layer import GRAM_BLOCK, CalibratedLayer, InputStatistics, QuantizedLayer
 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
@@ -78,7 +78,7 @@ def _loss(error: Tensor, gram: Tensor) -> float:
     return loss
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear packed along out, with ``weights_scaling_factor`` by group and ``prequant_scaling_factor``.
 
     Query, key and value, and fc and gate, are searched apart; their prequant scales are averaged because they read
@@ -101,7 +101,7 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
     return result
 
 
-def quantize_layer_fp8(layer: Layer) -> QuantizedLayer:
+def quantize_layer_fp8(layer: CalibratedLayer) -> QuantizedLayer:
     """W4A8: the same, and what the INT4 weights stand for becomes FP8, as the input does."""
     result = quantize_layer(layer)
     for linear in layer.linears:
@@ -113,7 +113,7 @@ def quantize_layer_fp8(layer: Layer) -> QuantizedLayer:
     return result
 
 
-def _shared_prequant(layer: Layer, linears: Sequence[str], result: QuantizedLayer) -> Tensor:
+def _shared_prequant(layer: CalibratedLayer, linears: Sequence[str], result: QuantizedLayer) -> Tensor:
     group_size = layer.config.quantization.group_size
     prequants, alphas = [], []
     for linear in linears:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from trtlab.model.scales import FLOAT8_MAX, ToOriginal, amax, positive, to_float8
-from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 
 
 def float8_scale(largest: Tensor) -> ToOriginal:
@@ -22,7 +22,7 @@ def float8_weight(weight: Tensor) -> tuple[Tensor, ToOriginal]:
     return to_float8(weight.float(), scale), scale
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear as ``weight``, ``weights_scaling_factor`` and ``activation_scaling_factor``."""
     tensors: dict[str, Tensor] = {}
     for linear in layer.linears:

@@ -49,7 +49,7 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class Layer:
+class CalibratedLayer:
     """One decoder layer in float32, by the names within a layer (``attention.qkv.weight``)."""
 
     config: ModelConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtlab.card import Card, Shown, Table, bar, card, size
+from trtlab.card import Shown
 from trtlab.config.quant import QuantConfig
 from trtlab.model.blocks import SITES
 from trtlab.model.names import layer_name
@@ -20,14 +20,14 @@ from trtlab.model.quantized_weights import (
     WeightOnly,
     quantized_linear,
 )
-from trtlab.model.scales import FLOAT8, FLOAT8_MAX, INT8, dequantize
+from trtlab.model.scales import FLOAT8, FLOAT8_MAX, dequantize
 from trtlab.ops.quantized_linear import linear as run_linear
 from trtlab.quantize.kv_cache import effective_bits
-from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 
 
 @dataclass(frozen=True)
-class Row:
+class LinearReport:
     """One linear. ``snr_db`` and ``cosine`` compare its output on sampled calibration rows with the original's.
 
     Without texts they compare the weights. ``saturation`` is the share of weights at the ends of the integer range;
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class KvRow:
+class CacheReport:
     """One layer's cache: scales (largest over heads) and the bits of eight that K and V use (fewest over heads)."""
 
     layer: int
@@ -69,10 +69,10 @@ class QuantizationReport(Shown):
     """A row for each quantized linear and for each layer's cache, in the model's order."""
 
     config: QuantConfig
-    linears: tuple[Row, ...]
-    caches: tuple[KvRow, ...]
+    linears: tuple[LinearReport, ...]
+    caches: tuple[CacheReport, ...]
 
-    def worst(self, count: int = 5) -> tuple[Row, ...]:
+    def worst(self, count: int = 5) -> tuple[LinearReport, ...]:
         """The linears with the lowest signal-to-noise ratio, worst first: candidates for ``exclude_modules``."""
         return tuple(sorted(self.linears, key=lambda row: row.snr_db)[:count])
 
@@ -82,12 +82,12 @@ class QuantizationReport(Shown):
         return sum(row.bytes_saved for row in self.linears)
 
 
-def report_linears(layer: Layer, result: QuantizedLayer) -> list[Row]:
+def report_linears(layer: CalibratedLayer, result: QuantizedLayer) -> list[LinearReport]:
     """The rows of one layer."""
     return [_row(layer, result, linear) for linear in layer.linears]
 
 
-def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
+def _row(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> LinearReport:
     weight = typed_linear(layer, result, linear)
     expected, got = _outputs(layer, result, linear, weight)
     signal, noise, power, both = _products(expected, got)
@@ -95,7 +95,7 @@ def _row(layer: Layer, result: QuantizedLayer, linear: str) -> Row:
     s = result.smoothing.get(linear)
     seen = None if layer.statistics is None else layer.statistics.input_of(linear).amax
     scale = _scale(weight)
-    return Row(
+    return LinearReport(
         name=layer_name(layer.index, linear),
         scale_min=float(scale.min()),
         scale_median=float(scale.median()),
@@ -123,7 +123,7 @@ def outlier_ratio(channels: Tensor) -> float:
     return float(channels.max()) / median if median else math.inf
 
 
-def typed_linear(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized:
+def typed_linear(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> Quantized:
     """One linear as the op sets meet it."""
     algorithm = layer.config.quantization.algorithm
     assert algorithm is not None, "a quantized linear has an algorithm"
@@ -135,7 +135,7 @@ def typed_linear(layer: Layer, result: QuantizedLayer, linear: str) -> Quantized
     return quantized_linear(algorithm, linear, layer_name(layer.index, linear), tensor, None)
 
 
-def _outputs(layer: Layer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
+def _outputs(layer: CalibratedLayer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
     """What the linear gives without its bias, and what the quantized one gives."""
     if layer.statistics is None:
         assert isinstance(weight, WeightOnly), "only weight-only recipes need no texts"
@@ -171,7 +171,7 @@ def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
     return q, 7 if isinstance(groups, WeightOnly) and groups.weight.dtype == torch.uint8 else 127
 
 
-def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:
+def report_kv(layer: CalibratedLayer, result: QuantizedLayer) -> list[CacheReport]:
     """The row of one layer's cache; none when it is not quantized."""
     algorithm = layer.config.quantization.kv_algorithm
     if algorithm is None:
@@ -181,7 +181,7 @@ def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:
     int8 = layer.config.quantization.kv_cache_quant_algo == "INT8"
     seen = layer.statistics if int8 else None
     return [
-        KvRow(
+        CacheReport(
             layer.index,
             float(k_scale.max()),
             float(v_scale.max()),
@@ -194,68 +194,3 @@ def report_kv(layer: Layer, result: QuantizedLayer) -> list[KvRow]:
 def _fewest_bits(largest: Tensor, scale: Tensor) -> float:
     pairs = zip(largest.tolist(), scale.expand_as(largest).tolist(), strict=True)
     return min(effective_bits(head, step) for head, step in pairs)
-
-
-@card.register
-def _report_card(report: QuantizationReport) -> Card:
-    quant = report.config
-    cache = f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"
-    facts = [("weights", quant.quant_algo or "as they were"), ("KV cache", cache)]
-    tables = []
-    if report.linears:
-        facts.append(("bytes saved", size(report.bytes_saved)))
-        tables.append(_worst_table(report))
-    if report.caches:
-        tables.append(_kv_table(report))
-    return Card("Quantization report", tuple(facts), tuple(tables), "report.worst(5), checkpoint.build()")
-
-
-def _worst_table(report: QuantizationReport) -> Table:
-    rows = tuple(
-        (
-            row.name.removeprefix("transformer."),
-            f"{row.snr_db:.1f}",
-            bar(row.snr_db / 60),
-            f"{row.cosine:.5f}",
-            f"{row.saturation:.2%}",
-            _ratio(row.outliers_before),
-            _ratio(row.outliers_after),
-            "" if row.alpha is None else f"{row.alpha:.2f}",
-        )
-        for row in report.worst(8)
-    )
-    heads = ("linear", " SNR dB", "", " cosine", " at range end", " outliers", " after smoothing", " alpha")
-    return Table(heads, rows, "the linears with the lowest signal-to-noise ratio")
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}x"
-
-
-def _kv_table(report: QuantizationReport) -> Table:
-    rows = tuple(
-        (
-            str(row.layer),
-            f"{row.k_scale:.5f}",
-            f"{row.v_scale:.5f}",
-            "" if row.k_bits is None else f"{row.k_bits:.2f}",
-            "" if row.v_bits is None else f"{row.v_bits:.2f}",
-        )
-        for row in report.caches
-    )
-    heads = (" layer", " K scale", " V scale", " K bits used", " V bits used")
-    return Table(heads, rows, _kv_caption(report))
-
-
-def _kv_caption(report: QuantizationReport) -> str:
-    """What the columns of bits mean under the report's scales; of the merged one, why it is the worst."""
-    used = [row.v_bits for row in report.caches if row.v_bits is not None]
-    if not used:
-        return "KV cache"
-    full = effective_bits(1.0, 1.0 / INT8.high)
-    if report.config.kv_cache_scales != "merged":
-        return f"KV cache: of {full:.2f} bits that INT8 has"
-    return (
-        "KV cache: one scale reaches as far as the largest of Q, K and V before rotary, and Q is never cached: "
-        f"V uses {min(used):.2f} to {max(used):.2f} of {full:.2f} bits; kv_cache_scales='split' gives it all of them"
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from trtlab.config.quant import QuantConfig
-from trtlab.quantize.report import KvRow, QuantizationReport, Row
+from trtlab.quantize.report import CacheReport, LinearReport, QuantizationReport
 from trtlab.storage.json_files import ByFields, Listed, StoredObject, read_model
 
 REPORT = "report.json"
@@ -18,8 +18,8 @@ REMEDY = "delete the file: the weights are whole without it"
 class StoredReport(StoredObject):
     """report.json. Ratios without noise are infinite."""
 
-    linears: Listed[Annotated[Row, ByFields(allow_inf_nan=True)]]
-    caches: Listed[Annotated[KvRow, ByFields(allow_inf_nan=True)]]
+    linears: Listed[Annotated[LinearReport, ByFields(allow_inf_nan=True)]]
+    caches: Listed[Annotated[CacheReport, ByFields(allow_inf_nan=True)]]
 
 
 def write_report(folder: Path, report: QuantizationReport) -> None:

@@ -20,15 +20,15 @@ from trtlab.model.tensor_specs import tensor_specs
 from trtlab.progress import progress
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, smoothquant_modelopt, weight_only
 from trtlab.quantize.calibrate import Calibration
-from trtlab.quantize.layer import Layer, QuantizedLayer, require_finite
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer, require_finite
 from trtlab.quantize.peak import Peak, predict
-from trtlab.quantize.report import QuantizationReport, Row, report_kv, report_linears
+from trtlab.quantize.report import LinearReport, QuantizationReport, report_kv, report_linears
 from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
 from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.storage.lazy import LazyTensor, held
 
 Sink = Callable[[str, LazyTensor], None]
-QUANTIZERS: dict[str, Callable[[Layer], QuantizedLayer]] = {
+QUANTIZERS: dict[str, Callable[[CalibratedLayer], QuantizedLayer]] = {
     "weight_only": weight_only.quantize_layer,
     "smoothquant": smoothquant.quantize_layer,
     "smoothquant_modelopt": smoothquant_modelopt.quantize_layer,
@@ -54,7 +54,7 @@ class Quantization:
     def run(self, sink: Sink) -> QuantizationReport:
         """Hand every tensor of the quantized model to ``sink``, block by block; gives the report."""
         wanted = tensor_specs(self.config)
-        rows: list[Row] = []
+        rows: list[LinearReport] = []
         kv_rows = []
         with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="block") as bar:
             for layer in self.layers():
@@ -69,7 +69,7 @@ class Quantization:
                 sink(name, self.tensors[name])
         return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
 
-    def layers(self) -> Iterator[Layer]:
+    def layers(self) -> Iterator[CalibratedLayer]:
         """Each block as an algorithm is given it, one in memory at a time: its weights, and what texts did there."""
         plain = self.config.replace(quantization=QuantConfig())
         specs, algorithm = tensor_specs(plain), self.config.quantization.algorithm
@@ -90,7 +90,7 @@ class Quantization:
         algorithms = [quant.quant_algo, quant.kv_cache_quant_algo and f"{quant.kv_cache_quant_algo} KV cache"]
         return " + ".join(name for name in algorithms if name)
 
-    def _read(self, index: int, specs: Mapping[str, TensorSpec], calibration: Calibration | None) -> Layer:
+    def _read(self, index: int, specs: Mapping[str, TensorSpec], calibration: Calibration | None) -> CalibratedLayer:
         prefix = layer_name(index, "")
         weights = {}
         for name in specs:
@@ -98,7 +98,7 @@ class Quantization:
                 weights[name.removeprefix(prefix)] = self.tensors[name].read().float()
                 require_finite(name, weights[name.removeprefix(prefix)])
         seen = None if calibration is None else calibration.block(index, weights)
-        return Layer(self.config, index, weights, seen)
+        return CalibratedLayer(self.config, index, weights, seen)
 
     def _hand_over(self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink) -> None:
         prefix = layer_name(index, "")
@@ -114,7 +114,7 @@ class Quantization:
             sink(name, held(tensor))
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """The tensors of one block and its cache by the recipe in the layer's own config."""
     quant = layer.config.quantization
     result = QuantizedLayer({}) if quant.algorithm is None else QUANTIZERS[quant.algorithm.family](layer)

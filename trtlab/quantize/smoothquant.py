@@ -11,7 +11,7 @@ from torch import Tensor
 from trtlab.config.algorithms import Algorithm
 from trtlab.model.blocks import SITES, layer_plan
 from trtlab.model.scales import INT8, INT8_SYMMETRIC, ToQuantized, amax, int_matmul, positive, quantize_rows, to_int
-from trtlab.quantize.layer import InputStatistics, Layer, QuantizedLayer
+from trtlab.quantize.layer import CalibratedLayer, InputStatistics, QuantizedLayer
 
 ALPHAS = tuple(step / 20 for step in range(21))
 SMALLEST = 1e-5  # TensorRT-LLM's floor of a smoothing factor
@@ -41,13 +41,15 @@ def int8_weight(parts: Sequence[Tensor], *, per_channel: bool) -> tuple[Tensor, 
     return to_int(torch.cat(list(parts)), ToQuantized(scale.value[:, None]), INT8_SYMMETRIC), scale
 
 
-def search_alpha(seen: InputStatistics, layer: Layer, linears: Sequence[str], algorithm: Algorithm) -> float:
+def search_alpha(seen: InputStatistics, layer: CalibratedLayer, linears: Sequence[str], algorithm: Algorithm) -> float:
     """The alpha of ALPHAS with the smallest squared error of the linears' outputs on sampled rows."""
     losses = {alpha: _loss(seen, layer, linears, algorithm, alpha) for alpha in ALPHAS}
     return min(losses, key=losses.__getitem__)
 
 
-def _loss(seen: InputStatistics, layer: Layer, linears: Sequence[str], algorithm: Algorithm, alpha: float) -> float:
+def _loss(
+    seen: InputStatistics, layer: CalibratedLayer, linears: Sequence[str], algorithm: Algorithm, alpha: float
+) -> float:
     s = smoothing(seen.amax, column_max(layer, linears), alpha)
     x = seen.sample / s
     if algorithm.per_token:
@@ -63,7 +65,7 @@ def _loss(seen: InputStatistics, layer: Layer, linears: Sequence[str], algorithm
     return loss
 
 
-def column_max(layer: Layer, linears: Sequence[str]) -> Tensor:
+def column_max(layer: CalibratedLayer, linears: Sequence[str]) -> Tensor:
     """``max over outputs of |W|`` of all linears that share an input ``[in]``."""
     return torch.stack([amax(layer.weight(linear), 0) for linear in linears]).amax(0)
 
@@ -77,14 +79,14 @@ class _Site:
     s: Tensor
 
 
-def _smooth_site(layer: Layer, linears: tuple[str, ...], algorithm: Algorithm) -> _Site:
+def _smooth_site(layer: CalibratedLayer, linears: tuple[str, ...], algorithm: Algorithm) -> _Site:
     seen = layer.observed.input_of(linears[0])
     wanted = layer.config.quantization.smoothquant_val
     alpha = wanted if wanted is not None else search_alpha(seen, layer, linears, algorithm)
     return _Site(linears, alpha, smoothing(seen.amax, column_max(layer, linears), alpha))
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """TensorRT-LLM's native form: smoothing goes into the norm in front, or beside the weight as ``smoother``.
 
     A linear that is excluded but shares a smoothed norm is multiplied by the same factors and stays in its dtype.
@@ -100,7 +102,7 @@ def quantize_layer(layer: Layer) -> QuantizedLayer:
     return result
 
 
-def _quantize_site(layer: Layer, site: _Site, algorithm: Algorithm, result: QuantizedLayer) -> None:
+def _quantize_site(layer: CalibratedLayer, site: _Site, algorithm: Algorithm, result: QuantizedLayer) -> None:
     first = SITES[site.linears[0]]
     s, dtype = site.s, layer.config.torch_dtype
     if first.norm_before is not None:
@@ -129,7 +131,9 @@ def fold(gain: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.where(torch.isfinite(real) & (real > 0), real, s), stored
 
 
-def _int8_linear(layer: Layer, linear: str, s: Tensor, x_scale: ToQuantized, algorithm: Algorithm) -> dict[str, Tensor]:
+def _int8_linear(
+    layer: CalibratedLayer, linear: str, s: Tensor, x_scale: ToQuantized, algorithm: Algorithm
+) -> dict[str, Tensor]:
     """Weight and output scales; static ones in two factors as TensorRT-LLM has them: to the output's INT8, and back."""
     q, w_scale = int8_weight([part * s for part in layer.parts(linear)], per_channel=algorithm.per_channel)
     to_float = w_scale.inverse.value  # [out]

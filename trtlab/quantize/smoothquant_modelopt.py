@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trtlab.model.blocks import layer_plan
 from trtlab.model.scales import INT8, ToOriginal, amax, positive, to_int
-from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 from trtlab.quantize.smoothquant import search_alpha
 
 LIMITS = (1e-4, 1e4)
@@ -28,7 +28,7 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, ToOriginal]:
     return to_int(weight, ToOriginal(scale.value[:, None]), INT8), scale
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear with ``prequant_``, ``activation_`` and ``weights_scaling_factor``.
 
     Query, key and value, and fc and gate, share an input: their prequant scales are averaged, as ModelOpt's export

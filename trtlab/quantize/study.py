@@ -18,8 +18,8 @@ from trtlab.model.blocks import layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import amax, by_group, positive
 from trtlab.progress import progress
-from trtlab.quantize.layer import Layer, QuantizedLayer
-from trtlab.quantize.report import KvRow, Row, report_kv, report_linears, stored_numbers, typed_linear
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
+from trtlab.quantize.report import CacheReport, LinearReport, report_kv, report_linears, stored_numbers, typed_linear
 from trtlab.quantize.run import Quantization, quantize_layer
 from trtlab.quantize.smoothquant import ALPHAS
 
@@ -44,7 +44,7 @@ class Spread:
 class Trial:
     """One linear under one setting: its row of the report, and how its numbers are spread."""
 
-    row: Row
+    row: LinearReport
     after: Spread
 
 
@@ -69,7 +69,7 @@ class Study:
 
     quant: QuantConfig
     linears: tuple[LinearStudy, ...]
-    caches: Mapping[str, tuple[KvRow, ...]]
+    caches: Mapping[str, tuple[CacheReport, ...]]
 
     @property
     def alphas(self) -> tuple[float | None, ...]:
@@ -93,7 +93,9 @@ def study(quantization: Quantization) -> Study:
     quant = quantization.config.quantization
     settings = _settings(quant)
     linears: list[LinearStudy] = []
-    caches: dict[KvScales, list[KvRow]] = {scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"}
+    caches: dict[KvScales, list[CacheReport]] = {
+        scales: [] for scales in KV_SCALES if quant.kv_cache_quant_algo == "INT8"
+    }
     with (
         torch.inference_mode(),
         progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,
@@ -120,11 +122,13 @@ def _settings(quant: QuantConfig) -> dict[float | None, QuantConfig]:
     return {alpha: dataclasses.replace(free, smoothquant_val=alpha) for alpha in alphas}
 
 
-def _with(layer: Layer, quant: QuantConfig) -> Layer:
+def _with(layer: CalibratedLayer, quant: QuantConfig) -> CalibratedLayer:
     return dataclasses.replace(layer, config=layer.config.replace(quantization=quant))
 
 
-def _try_linears(layer: Layer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig]) -> list[LinearStudy]:
+def _try_linears(
+    layer: CalibratedLayer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig]
+) -> list[LinearStudy]:
     trials: dict[str, dict[float | None, Trial]] = {part: {} for part in layer_plan(layer.config).parts}
     for alpha, quant in settings.items():
         tried = _with(layer, quant)
@@ -137,7 +141,7 @@ def _try_linears(layer: Layer, algorithm: Algorithm, settings: Mapping[float | N
     ]
 
 
-def _before(layer: Layer, algorithm: Algorithm, linear: str) -> Spread:
+def _before(layer: CalibratedLayer, algorithm: Algorithm, linear: str) -> Spread:
     """Original numbers over what an unsmoothed scale would have to reach."""
     weight = layer.weight(linear)
     if algorithm.grouped:
@@ -150,13 +154,15 @@ def _before(layer: Layer, algorithm: Algorithm, linear: str) -> Spread:
     return Spread(_histogram(shares), *_inputs(layer, linear, None))
 
 
-def _after(layer: Layer, result: QuantizedLayer, linear: str) -> Spread:
+def _after(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> Spread:
     """Stored numbers over the format's end, and the input as it is before it is rounded."""
     numbers, end = stored_numbers(typed_linear(layer, result, linear))
     return Spread(_histogram(numbers.float() / end), *_inputs(layer, linear, result.smoothing.get(linear)))
 
 
-def _inputs(layer: Layer, linear: str, s: Tensor | None) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+def _inputs(
+    layer: CalibratedLayer, linear: str, s: Tensor | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Histogram and channel curve of the input divided by ``s`` ``[in]``."""
     if layer.statistics is None:
         return None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
-from trtlab.quantize.layer import Layer, QuantizedLayer
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 
 RANGES: dict[int, IntRange] = {8: INT8, 4: INT4}
 
@@ -21,7 +21,7 @@ def weight_only(weight: Tensor, bits: int) -> tuple[Tensor, ToOriginal]:
     return q, ToOriginal(scale)
 
 
-def quantize_layer(layer: Layer) -> QuantizedLayer:
+def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear as ``weight`` and ``per_channel_scale`` in the model's dtype.
 
     Integers come from the float32 scale; the scale that multiplies them later is rounded to the model's dtype.

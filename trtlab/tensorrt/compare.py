@@ -41,7 +41,7 @@ class Difference:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown):
+class NetworkComparison(Shown):
     """All differences in the order in which they were computed; ``same_token`` says for each step if top-1 agrees."""
 
     differences: tuple[Difference, ...]
@@ -114,7 +114,7 @@ def compare(
     *,
     steps: int = 4,
     tolerance: float | None = None,
-) -> Comparison:
+) -> NetworkComparison:
     """Run a prompt and ``steps`` more tokens through torch in float32 and through an emitted network.
 
     ``weights`` are the whole model's, as the checkpoint has them; the network has its own, in its own dtype. Both
@@ -145,7 +145,7 @@ def compare(
         same_token.append(bool(logits.argmax() == ours.argmax()))
         past, ids = past + len(ids), [int(logits.argmax())]
     used = TOLERANCES[emission.build.dtype or "float32"] if tolerance is None else tolerance
-    return Comparison(tuple(differences), tuple(same_token), used)
+    return NetworkComparison(tuple(differences), tuple(same_token), used)
 
 
 class Reference:

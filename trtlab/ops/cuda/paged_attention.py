@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtlab.ops.cuda.split_kv import Plan, plan_of, power_of_two, width_of
+from trtlab.ops.cuda.split_kv import LaunchShape, launch_shape, power_of_two, width_of
 
 COMPUTE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -30,7 +30,7 @@ def paged_attention(
     most: int,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: LaunchShape | None = None,
 ) -> Tensor:
     """Causal attention of packed new tokens, whose K and V are already in the pool: ``[tokens, heads * head_size]``.
 
@@ -47,7 +47,7 @@ def paged_attention(
     sequences, group = tables.shape[0], heads // kv_heads
     assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape, (keys.shape, values.shape)
     assert q.stride(2) == 1 and tables.stride(1) == 1 and keys.shape[3] == head_size, (q.stride(), tables.stride())
-    plan = plan or plan_of(q, keys, sequences, longest, most)
+    plan = plan or launch_shape(q, keys, sequences, longest, most)
     splits = plan.splits
     out = torch.empty(tokens, heads * head_size, dtype=q.dtype, device=q.device)
     # of each split: what it mixed, then the greatest scores and the sums, [splits, tokens, heads] each

@@ -17,7 +17,7 @@ WORKSPACE = 2**26  # bytes that splits may take before they are merged
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchShape:
     """How one call is cut: query ``rows`` (tokens times heads of a group) and positions of a ``tile``, ``splits``.
 
     ``warps`` and ``stages`` are Triton's: warps of a program, and one more than the tiles of K and V under way.
@@ -32,15 +32,15 @@ class Plan:
     overlap: bool = False
 
 
-def plan_of(q: Tensor, keys: Tensor, sequences: int, longest: int, most: int) -> Plan:
+def launch_shape(q: Tensor, keys: Tensor, sequences: int, longest: int, most: int) -> LaunchShape:
     """Shapes and splits from what the host knows: types, head counts, sequences, ``longest`` and ``most``."""
     kv_heads, group, width = keys.shape[0], q.shape[1] // keys.shape[0], width_of(q.shape[2])
     exact = torch.float32 in (q.dtype, keys.dtype)
-    return _plan(q.device, kv_heads, group, width, keys.element_size(), exact, sequences, longest, most)
+    return _launch_shape(q.device, kv_heads, group, width, keys.element_size(), exact, sequences, longest, most)
 
 
 @lru_cache(maxsize=1024)  # every layer of a step asks the same
-def _plan(
+def _launch_shape(
     device: torch.device,
     kv_heads: int,
     group: int,
@@ -50,7 +50,7 @@ def _plan(
     sequences: int,
     longest: int,
     most: int,
-) -> Plan:
+) -> LaunchShape:
     """``exact``: float32, which tensor cores would round, so that its products must be smaller."""
     chip = torch.cuda.get_device_properties(device)
     rows = max(power_of_two(group), min(32 if exact or width > 128 else 128, power_of_two(most * group)))
@@ -63,7 +63,7 @@ def _plan(
     room = WORKSPACE // (programs * rows * width * torch.float32.itemsize)
     merge = programs * rows // 1024  # about a tile's time for so many rows
     splits = split_count(programs, -(-longest // tile), slots, merge, room)
-    return Plan(rows, tile, splits, 8 if rows > (8 if exact else 64) else 4, stages=3, overlap=chip.major >= 9)
+    return LaunchShape(rows, tile, splits, 8 if rows > (8 if exact else 64) else 4, stages=3, overlap=chip.major >= 9)
 
 
 def split_count(programs: int, tiles: int, slots: int, merge: int = 0, room: int = MOST_SPLITS) -> int:

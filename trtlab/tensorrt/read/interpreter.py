@@ -18,7 +18,7 @@ from trtlab.errors import EngineError
 from trtlab.parallel.comm import Comm
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.read import kernels
-from trtlab.tensorrt.read.readback import Layer, Tensor, read_layer, read_tensor
+from trtlab.tensorrt.read.readback import NetworkLayer, NetworkTensor, read_layer, read_tensor
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class LayerTable(Shown):
 class Network(Shown):
     """The layers of a network in the order in which they run, with its inputs and outputs."""
 
-    layers: tuple[Layer, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    layers: tuple[NetworkLayer, ...]
+    inputs: tuple[NetworkTensor, ...]
+    outputs: tuple[NetworkTensor, ...]
     # Constants are views of memory that belongs to whoever emitted the network.
     alive: object = field(default=None, repr=False, compare=False)
 
@@ -87,13 +87,13 @@ class Network(Shown):
         outputs = tuple(t for i in range(network.num_outputs) if (t := read_tensor(network.get_output(i))))
         return cls(layers, inputs, outputs, (network, table))
 
-    def __iter__(self) -> Iterator[Layer]:
+    def __iter__(self) -> Iterator[NetworkLayer]:
         return iter(self.layers)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: str) -> Layer:
+    def __getitem__(self, name: str) -> NetworkLayer:
         """The layer of that name, or the one that writes the tensor of that name."""
         for layer in self.layers:
             if name == layer.name or any(name == output.name for output in layer.outputs):
@@ -118,7 +118,7 @@ class Network(Shown):
 
     def steps(
         self, inputs: Mapping[str, torch.Tensor], comm: Comm | None = None
-    ) -> Iterator[tuple[Layer, torch.Tensor]]:
+    ) -> Iterator[tuple[NetworkLayer, torch.Tensor]]:
         """Run layer by layer, yielding each layer with its result; a tensor is dropped after its last reader."""
         self.check_inputs(inputs)
         last = {tensor.name: i for i, layer in enumerate(self.layers) for tensor in layer.inputs if tensor}
@@ -175,28 +175,28 @@ def fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
     return len(shape) == len(declared) and all(size in (-1, got) for got, size in zip(shape, declared, strict=True))
 
 
-def check_result(layer: Layer, result: torch.Tensor) -> None:
+def check_result(layer: NetworkLayer, result: torch.Tensor) -> None:
     """Our kernel and TensorRT's shape inference agree, or one of the two is wrong."""
     declared = layer.outputs[0]
     assert fits(tuple(result.shape), declared.shape), (layer.name, tuple(result.shape), declared)
     assert result.dtype == dtypes.to_torch(declared.dtype), (layer.name, result.dtype, declared)
 
 
-def on_meta(layer: Layer) -> Layer:
+def on_meta(layer: NetworkLayer) -> NetworkLayer:
     """The same layer with a constant's shape in place of its numbers."""
     if layer.value is None:
         return layer
-    return Layer(layer.name, layer.kind, layer.inputs, layer.outputs, {}, layer.metadata, layer.value.to("meta"))
+    return NetworkLayer(layer.name, layer.kind, layer.inputs, layer.outputs, {}, layer.metadata, layer.value.to("meta"))
 
 
-def empty(tensor: Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def empty(tensor: NetworkTensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor with a shape and no numbers; every dimension has to be known."""
     if min(shape, default=0) < 0:
         raise EngineError(f"input {tensor.name!r} has no shape", got=list(shape), remedy="name it in shapes=")
     return torch.empty(shape, dtype=dtypes.to_torch(tensor.dtype), device="meta")
 
 
-def flops(layer: Layer, inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
+def flops(layer: NetworkLayer, inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
     """Arithmetic of a layer: 2 for a multiply-add, 1 for each element of any other floating-point result."""
     if layer.kind == "matrix_multiply":
         inner = inputs[0][-2 if layer.attributes["op0"] == "transpose" else -1]

@@ -13,15 +13,15 @@ import torch
 from trtlab.errors import EngineError
 from trtlab.parallel.comm import Comm
 from trtlab.tensorrt import dtypes
-from trtlab.tensorrt.read.readback import Layer
+from trtlab.tensorrt.read.readback import NetworkLayer
 
 Inputs = Sequence[torch.Tensor | None]
 
 
-Kernel = Callable[[Layer, Inputs, Comm | None], torch.Tensor]
+Kernel = Callable[[NetworkLayer, Inputs, Comm | None], torch.Tensor]
 
 
-def compute(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def compute(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """The output of one layer, in the type that TensorRT inferred for it."""
     if layer.kind not in KERNELS:
         raise EngineError(f"layer {layer.name!r} is a {layer.kind}, which the interpreter cannot run")
@@ -47,20 +47,20 @@ def axes_of(mask: int, rank: int) -> list[int]:
     return [axis for axis in range(rank) if mask >> axis & 1]
 
 
-def unsupported(layer: Layer, attribute: str) -> EngineError:
+def unsupported(layer: NetworkLayer, attribute: str) -> EngineError:
     """The error for a parameter that the interpreter has no meaning for."""
     return EngineError(
         f"layer {layer.name!r}: {layer.kind} with {attribute}={layer.attributes[attribute]} has no kernel"
     )
 
 
-def constant(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def constant(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """The numbers that the layer holds."""
     assert layer.value is not None, layer.name
     return layer.value
 
 
-def identity(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def identity(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """What comes in; a cast is this and a change of type, an attention is computed where it begins."""
     return only(inputs)
 
@@ -81,7 +81,7 @@ ELEMENTWISE: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 }
 
 
-def elementwise(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def elementwise(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Two tensors of one rank, axes of size 1 broadcast."""
     if layer.attributes["op"] not in ELEMENTWISE:
         raise unsupported(layer, "op")
@@ -100,7 +100,7 @@ UNARY: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def unary(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def unary(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """One function of each element."""
     if layer.attributes["op"] not in UNARY:
         raise unsupported(layer, "op")
@@ -116,14 +116,14 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def activation(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def activation(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """One activation function of each element."""
     if layer.attributes["type"] not in ACTIVATIONS:
         raise unsupported(layer, "type")
     return ACTIVATIONS[layer.attributes["type"]](wide(only(inputs)))
 
 
-def softmax(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def softmax(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Over the one axis of the mask."""
     x = wide(only(inputs))
     (axis,) = axes_of(layer.attributes["axes"], x.dim())
@@ -138,7 +138,7 @@ REDUCTIONS: Mapping[str, Callable[[torch.Tensor, list[int], bool], torch.Tensor]
 }
 
 
-def reduce(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def reduce(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Over the axes of the mask, kept with size 1 or dropped."""
     if layer.attributes["op"] not in REDUCTIONS:
         raise unsupported(layer, "op")
@@ -147,7 +147,7 @@ def reduce(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return REDUCTIONS[layer.attributes["op"]](x, axes, layer.attributes["keep_dims"])
 
 
-def matrix_multiply(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def matrix_multiply(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """The product over the last two axes, either operand transposed; leading axes broadcast."""
     operands = []
     for index in (0, 1):
@@ -158,7 +158,7 @@ def matrix_multiply(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Te
     return operands[0] @ operands[1]
 
 
-def shuffle(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def shuffle(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """A transpose, a reshape in which 0 copies a size and -1 is inferred, and a second transpose."""
     x = only(inputs).permute(layer.attributes["first_transpose"])
     dims = layer.attributes["reshape_dims"]
@@ -169,7 +169,7 @@ def shuffle(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return x.permute(layer.attributes["second_transpose"])
 
 
-def slice_(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def slice_(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """From a start, so many elements, at a stride; ``axes`` names those that are cut, else all are."""
     if layer.attributes["mode"] != "strict_bounds":
         raise unsupported(layer, "mode")
@@ -181,17 +181,17 @@ def slice_(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return x
 
 
-def concatenation(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def concatenation(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Side by side along one axis."""
     return torch.cat([only(inputs, i) for i in range(len(inputs))], dim=layer.attributes["axis"])
 
 
-def select(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def select(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """The second input where the first is True, the third elsewhere."""
     return torch.where(only(inputs), only(inputs, 1), only(inputs, 2))
 
 
-def gather(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def gather(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Slices of the data along one axis; with a leading elementwise axis each row has its own indices."""
     if layer.attributes["mode"] != "default":
         raise unsupported(layer, "mode")
@@ -207,7 +207,7 @@ def gather(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return picked.reshape(*data.shape[:axis], *indices.shape[batch:], *data.shape[axis + 1 :])
 
 
-def expanded_scale(layer: Layer, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def expanded_scale(layer: NetworkLayer, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """A scale that broadcasts against ``x``: one for all, one per index of ``axis``, or one per block."""
     if scale.numel() == 1:
         return scale.float().reshape(())
@@ -224,7 +224,7 @@ def expanded_scale(layer: Layer, x: torch.Tensor, scale: torch.Tensor) -> torch.
 RANGES = {"int8": (-128.0, 127.0), "int4": (-8.0, 7.0), "float8_e4m3fn": (-448.0, 448.0)}
 
 
-def quantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def quantize(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """x / scale, rounded half to even (FP8: to its own grid) and saturated."""
     x = wide(only(inputs))
     scaled = x / expanded_scale(layer, x, only(inputs, 1))
@@ -233,13 +233,13 @@ def quantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return scaled.clamp(*RANGES[layer.precision])
 
 
-def dequantize(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def dequantize(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """q * scale."""
     x = only(inputs).float()
     return x * expanded_scale(layer, x, only(inputs, 1))
 
 
-def rotary_embedding(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def rotary_embedding(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Pairs (i, i + half), or neighbours when interleaved, turned by the angles of their positions."""
     x = wide(only(inputs))  # [batch, heads, tokens, head]
     cos, sin = wide(only(inputs, 1)), wide(only(inputs, 2))
@@ -258,7 +258,7 @@ def rotary_embedding(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.T
     return torch.cat((turned, rest), dim=-1)
 
 
-def kv_cache_update(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def kv_cache_update(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """Writes into the bound cache and returns it; a token past the capacity is dropped in silence, as TensorRT does."""
     if layer.attributes["update_form"] != "padded_bhnd":
         raise unsupported(layer, "update_form")
@@ -272,7 +272,7 @@ def kv_cache_update(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Te
     return cache
 
 
-def attention(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def attention(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """softmax(Q Kᵀ) V: the layer has no scale, so Q comes scaled; True in a boolean mask means attend."""
     if layer.attributes["query_form"] != "padded_bhnd":
         raise unsupported(layer, "query_form")
@@ -292,7 +292,7 @@ def attention(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     return scores @ value
 
 
-def dist_collective(layer: Layer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
+def dist_collective(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """A sum over ranks, or the ranks' tensors put together along the first axis."""
     x, operation = only(inputs), layer.attributes["operation"]
     if x.is_meta:  # shapes alone are asked for

@@ -40,7 +40,7 @@ PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class NetworkTensor:
     """A tensor of the network: its name, its type as a word and its shape, -1 where a profile decides."""
 
     name: str
@@ -49,13 +49,13 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Layer:
+class NetworkLayer:
     """One layer as TensorRT holds it; ``attributes`` are its parameters, ``value`` a constant's numbers."""
 
     name: str
     kind: str
-    inputs: tuple[Tensor | None, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[NetworkTensor | None, ...]
+    outputs: tuple[NetworkTensor, ...]
     attributes: Mapping[str, Any]
     metadata: str = ""
     value: torch.Tensor | None = field(default=None, repr=False, compare=False)
@@ -81,7 +81,7 @@ class Layer:
         return dtypes.nbytes(self.precision, elements)
 
 
-def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> Layer:
+def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> NetworkLayer:
     """One layer as plain Python; ``constants`` holds by layer name the weights that TensorRT does not give back."""
     # The kind comes first: once cast, an activation's .type is its ActivationType.
     kind = str(layer.type.name)
@@ -112,14 +112,14 @@ def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> L
         attributes |= attention(layer.attention)
     elif kind == "DIST_COLLECTIVE":
         attributes |= collective(name, metadata)
-    return Layer(name, kind.lower(), inputs, outputs, attributes, metadata, value)
+    return NetworkLayer(name, kind.lower(), inputs, outputs, attributes, metadata, value)
 
 
-def read_tensor(tensor: Any) -> Tensor | None:
+def read_tensor(tensor: Any) -> NetworkTensor | None:
     """Name, type and shape of an ``ITensor``; None for an optional input that is not set."""
     if tensor is None:
         return None
-    return Tensor(str(tensor.name), dtypes.word(tensor.dtype), tuple(tensor.shape))
+    return NetworkTensor(str(tensor.name), dtypes.word(tensor.dtype), tuple(tensor.shape))
 
 
 def plain(value: Any) -> Any:
@@ -131,7 +131,7 @@ def plain(value: Any) -> Any:
     return tuple(int(number) for number in value)
 
 
-def constant(layer: Any, name: str, output: Tensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def constant(layer: Any, name: str, output: NetworkTensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A constant's values, INT4 unpacked: the network's own memory where it gives it, else the table's."""
     weights = layer.weights
     if hasattr(weights, "__array__"):  # numpy on the same memory; BF16, FP8 and INT4 come back without data

@@ -1,18 +1,18 @@
-"""How networks, layer tables and comparisons show themselves."""
+"""The cards of a network that TensorRT compiles: its layers, a table of them, a comparison with torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from trtlab.card import Card, Table, bar, count, size
-from trtlab.tensorrt.build.plan import PlanRecord
-from trtlab.tensorrt.compare import Comparison, Difference
+from trtlab.card import Card, Table, bar, card, count, size
+from trtlab.tensorrt.compare import Difference, NetworkComparison
 from trtlab.tensorrt.read.interpreter import LayerRow, LayerTable, Network
-from trtlab.tensorrt.read.readback import Tensor
+from trtlab.tensorrt.read.readback import NetworkTensor
 
 LISTED = 12  # rows of a long table that a card spells out
 
 
+@card.register
 def layer_table_card(table: LayerTable) -> Card:
     """The mix of layers by kind, then the layers that hold the most weights."""
     groups = {kind: [row for row in table if row.kind == kind] for kind in table.mix}
@@ -41,6 +41,7 @@ def _row(row: LayerRow) -> tuple[str, str, str, str]:
     return row.name, row.precision, str(list(row.shape)), size(row.weight_bytes)
 
 
+@card.register
 def network_card(network: Network) -> Card:
     """Inputs, outputs and the first layers of a network."""
     mix = Counter(layer.kind for layer in network)
@@ -59,11 +60,12 @@ def network_card(network: Network) -> Card:
     )
 
 
-def _tensor(tensor: Tensor) -> tuple[str, str, str]:
+def _tensor(tensor: NetworkTensor) -> tuple[str, str, str]:
     return tensor.name, str(tensor.dtype), str(["any" if n == -1 else n for n in tensor.shape]).replace("'", "")
 
 
-def comparison_card(comparison: Comparison) -> Card:
+@card.register
+def comparison_card(comparison: NetworkComparison) -> Card:
     """What the pattern says, then the differences of the prompt, layer by layer, on a logarithmic bar."""
     rows = tuple(_difference(d, comparison.tolerance) for d in _shown(comparison))
     agree = sum(comparison.same_token)
@@ -78,7 +80,7 @@ def comparison_card(comparison: Comparison) -> Card:
     )
 
 
-def _shown(comparison: Comparison) -> list[Difference]:
+def _shown(comparison: NetworkComparison) -> list[Difference]:
     """The end of each layer, and where the difference starts."""
     ends = [d for d in comparison.step(0) if d.name.endswith(("mlp.proj", "lm_head", "vocab_embedding"))]
     start = comparison.start
@@ -93,16 +95,3 @@ def _difference(difference: Difference, tolerance: float) -> tuple[str, str, str
 
 def _log10(value: float) -> int:
     return int(f"{value:.0e}".partition("e")[2])
-
-
-def plan_facts(records: tuple[PlanRecord, ...]) -> tuple[tuple[str, str], ...]:
-    """What an engine's card says of its plans."""
-    first = records[0]
-    targets = ", ".join(first.targets) or "every GPU that this TensorRT serves"
-    activations = ", ".join(f"{size(n)} {profile}" for profile, n in first.activation_bytes.items())
-    return (
-        ("plan", f"{first.flavour} {first.version}, {size(sum(r.plan_bytes for r in records))}"),
-        ("runs on", targets),
-        ("activations", activations or "not told by this TensorRT"),
-        ("weight streaming", "possible" if first.weight_streaming else "off"),
-    )

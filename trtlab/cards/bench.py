@@ -1,0 +1,57 @@
+"""The cards of measurements: a sweep, a race against transformers, recipes side by side."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from trtlab.bench import Benchmark, Duel
+from trtlab.card import Card, Table, bar, card, size
+from trtlab.evaluate.quantization import RecipeComparison
+
+
+@card.register
+def benchmark_card(sweep: Benchmark) -> Card:
+    """A sweep: tokens a second as bars."""
+    best = max((row.tokens_per_sec for row in sweep.rows if row.tokens_per_sec == row.tokens_per_sec), default=1.0)
+    rows = tuple(
+        (
+            str(row.batch_size),
+            f"{row.input_length}, {row.output_length}",
+            row.cells["tokens_per_sec"],
+            row.cells["latency(ms)"],
+            bar(row.tokens_per_sec / best) if row.tokens_per_sec == row.tokens_per_sec else "",
+        )
+        for row in sweep.rows
+    )
+    return Card("Benchmark", tables=(Table((" batch", "in, out", " tokens/s", " latency ms", ""), rows),))
+
+
+@card.register
+def duel_card(duel: Duel) -> Card:
+    """Two ways side by side: the median of each, and the ratio run by run."""
+    speeds = [
+        (who, duel.tokens / median(times)) for who, times in (("trtlab", duel.ours_s), ("transformers", duel.theirs_s))
+    ]
+    best = max(speed for _, speed in speeds)
+    rows = tuple((who, f"{speed:,.0f}", bar(speed / best)) for who, speed in speeds)
+    return Card(
+        f"{duel.ratio:.2f} times transformers' speed · {duel.what}", tables=(Table(("", " tokens/s", ""), rows),)
+    )
+
+
+@card.register
+def comparison_card(comparison: RecipeComparison) -> Card:
+    rows = tuple(
+        (
+            row.title,
+            size(row.nbytes),
+            size(row.kv_bytes_per_token),
+            f"{row.perplexity:.4f}",
+            f"{row.divergence:.6f}",
+            f"{row.accuracy:.1%}",
+            "" if row.worst_snr_db is None else f"{row.worst_snr_db:.1f}",
+        )
+        for row in comparison.rows
+    )
+    heads = ("recipe", " weights", " KV a token", " perplexity", " KL, nats", " answers", " worst SNR dB")
+    return Card("What quantization costs", (), (Table(heads, rows),), "checkpoint.quantize(QuantConfig(...))")

@@ -1,0 +1,54 @@
+"""The card of an engine: its bounds, its plans, its ranks, and what memory each part will take."""
+
+from __future__ import annotations
+
+from trtlab.card import Card, Table, bar, card, size
+from trtlab.cards.phrases import bounds_phrase
+from trtlab.engine import Engine
+from trtlab.tensorrt.build.plan import PlanRecord
+
+
+@card.register
+def engine_card(engine: Engine) -> Card:
+    """An engine: its bounds, its ranks, and what memory each part will take."""
+    config, build, mapping = engine.config, engine.build_config, engine.mapping
+    split = f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size}" if len(mapping.ranks) > 1 else "one rank"
+    facts = (
+        ("from", engine.source),
+        ("bounds", bounds_phrase(build)),
+        ("ranks", split),
+        *(_plan_facts(engine.plans.records) if engine.plans else (("plan", "none: this engine runs in torch"),)),
+        *((f"note {number}", note) for number, note in enumerate(build.notes, 1)),
+    )
+    closed = " · closed" if engine.closed else ""
+    return Card(
+        f"Engine · {config.architecture} · {config.dtype}{closed}",
+        facts,
+        (_memory_table(engine),) if engine.ranks else (),
+        next="session = engine.session()",
+    )
+
+
+def _plan_facts(records: tuple[PlanRecord, ...]) -> tuple[tuple[str, str], ...]:
+    """What an engine's card says of its plans."""
+    first = records[0]
+    targets = ", ".join(first.targets) or "every GPU that this TensorRT serves"
+    activations = ", ".join(f"{size(n)} {profile}" for profile, n in first.activation_bytes.items())
+    return (
+        ("plan", f"{first.flavour} {first.version}, {size(sum(r.plan_bytes for r in records))}"),
+        ("runs on", targets),
+        ("activations", activations or "not told by this TensorRT"),
+        ("weight streaming", "possible" if first.weight_streaming else "off"),
+    )
+
+
+def _memory_table(engine: Engine) -> Table:
+    """Weights and KV cache of each rank, for the bounds of the build."""
+    build = engine.build_config
+    tokens = build.max_batch_size * build.seq_len
+    kv = engine.config.kv_bytes_per_token * tokens / len(engine.mapping.ranks)
+    weights = [sum(t.nbytes for t in tensors.values()) for tensors in engine.ranks]
+    largest = max([*weights, kv])
+    rows = [(f"weights, rank {rank}", size(nbytes), bar(nbytes / largest)) for rank, nbytes in enumerate(weights)]
+    rows.append((f"KV cache of {tokens:,} tokens, each rank", size(kv), bar(kv / largest)))
+    return Table(("memory", " bytes", ""), tuple(rows))
