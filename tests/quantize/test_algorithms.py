@@ -126,14 +126,13 @@ def observed_layer(quant: QuantConfig) -> CalibratedLayer:
     tensors = random_checkpoint().tensors
     weights = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
     inputs, outputs, sampled = {}, {}, {}
-    for linear in SITES:
-        x = torch.randn(300, 256, generator=dice)
-        x[:, [3, 17]] *= 12
-        inputs[linear] = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / 300)
-        sampled[linear] = x @ weights[f"{linear}.weight"].T
+    for linear, site in SITES.items():
+        if site.reads not in inputs:
+            x = torch.randn(300, 256, generator=dice)
+            x[:, [3, 17]] *= 12
+            inputs[site.reads] = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / 300)
+        sampled[linear] = inputs[site.reads].sample @ weights[f"{linear}.weight"].T
         outputs[linear] = sampled[linear].abs().amax(0)
-    inputs["mlp.gate"] = inputs["mlp.fc"]
-    sampled["mlp.gate"] = inputs["mlp.fc"].sample @ weights["mlp.gate.weight"].T
     return CalibratedLayer(config, 0, weights, LayerStatistics(inputs, outputs, sampled, torch.ones(2), torch.ones(2)))
 
 
