@@ -161,7 +161,7 @@ def test_a_norm_rounded_to_bfloat16_still_cancels_against_its_weight():
 def test_awq_scaling_leaves_the_float32_output_unchanged():
     layer = observed_layer(QuantConfig(quant_algo="W4A16_AWQ", group_size=64))
     result = awq.quantize_layer(layer)
-    x = layer.observed.inputs["attention.qkv"].sample
+    x = layer.observed.input_of("attention.qkv").sample
     prequant = result.tensors["attention.qkv.prequant_scaling_factor"]
     before = x @ layer.weight("attention.qkv").T
     after = (x * prequant) @ (layer.weight("attention.qkv") / prequant).T
@@ -192,7 +192,7 @@ def test_static_scales_multiply_to_the_inverse_of_input_and_weight_scale():
     w_scale = 127 / (layer.weight("mlp.proj") * s).abs().amax(1)
     product = tensors["mlp.proj.per_channel_scale"][0] * tensors["mlp.proj.act_scale"][0]
     assert torch.allclose(product, 1 / (scale_x * w_scale), rtol=1e-5)
-    assert torch.allclose(scale_x, 127 / (layer.observed.inputs["mlp.proj"].amax / s).max())
+    assert torch.allclose(scale_x, 127 / (layer.observed.input_of("mlp.proj").amax / s).max())
 
 
 def test_a_searched_alpha_is_no_worse_than_any_fixed_one():
