@@ -37,14 +37,11 @@ class Inbox:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._messages: deque[Message] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._messages)
+        self.messages: deque[Message] = deque()
 
     def post(self, message: Message) -> None:
         """One more message."""
-        self._messages.append(message)
+        self.messages.append(message)
 
     def drain(self, carry_out: Callable[[Message], None]) -> None:
         """Carry out all messages, those that come meanwhile too.
@@ -52,11 +49,11 @@ class Inbox:
         A message is taken out after it was carried out: an interrupt in between loses none, and ``carry_out`` may meet
         one a second time.
         """
-        while self._messages:
-            carry_out(self._messages[0])
-            self._messages.popleft()
+        while self.messages:
+            carry_out(self.messages[0])
+            self.messages.popleft()
 
     @property
     def arrivals(self) -> set[RequestState]:
         """The requests that have not joined yet."""
-        return {message.request for message in tuple(self._messages) if isinstance(message, Arrival)}
+        return {message.request for message in tuple(self.messages) if isinstance(message, Arrival)}

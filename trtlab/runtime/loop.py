@@ -6,8 +6,7 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +66,8 @@ class Loop:
         self._deadlines: list[tuple[float, int, RequestState]] = []
         self._inbox = Inbox()
         self._lock = threading.RLock()  # whoever holds it may change requests, slots and blocks
-        self._busy = False  # its holder is at it: a message from that very thread waits
+        self._depth = 0  # above 0 its holder is at work: a message from that very thread waits
+        self._exclusive = _Exclusive(self)
 
     def submit(self, request: RequestState, listener: Listener | None = None) -> None:
         """Queue a request; RequestError when it could never run."""
@@ -111,35 +111,20 @@ class Loop:
 
     def _attend(self) -> None:
         """Carry messages out, unless another thread holds the lock: it looks again after it has let go of it."""
-        while self._inbox and self._lock.acquire(blocking=False):
+        while self._inbox.messages and self._lock.acquire(blocking=False):
             try:
-                if self._busy:
+                if self._depth:
                     return
                 self._drain()
             finally:
                 self._lock.release()
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Keep other threads from changing anything; messages are carried out before and after."""
-        try:
-            with self._lock:
-                if not self._busy:
-                    self._drain()
-                outer, self._busy = self._busy, True
-                try:
-                    yield
-                finally:
-                    self._busy = outer
-        finally:
-            self._attend()
-
     def _drain(self) -> None:
-        outer, self._busy = self._busy, True
+        self._depth += 1
         try:
             self._inbox.drain(self._carry_out)
         finally:
-            self._busy = outer
+            self._depth -= 1
 
     def _carry_out(self, message: Message) -> None:
         request = message.request
@@ -157,13 +142,13 @@ class Loop:
 
     def step(self) -> StepEvent | None:
         """One step for all that run; None when there is nothing to do. An error ends the request whose it is."""
-        with self._exclusive():
+        with self._exclusive:
             self._require_open()
             return self._step()
 
     def advance(self, request: RequestState) -> None:
         """One step, unless the request has ended meanwhile: another thread may have run the steps that it needed."""
-        with self._exclusive():
+        with self._exclusive:
             if request in self._listeners:
                 event = self._step()
                 assert event is not None or request not in self._listeners, f"{request.number} is left out"
@@ -173,7 +158,8 @@ class Loop:
         try:
             step, work = self._choose_and_run(start)
         finally:
-            self._drain()
+            if self._inbox.messages:
+                self._drain()
         if not step.chunks and not self._finished:
             return None
         event = self._event(step, work, start)
@@ -286,7 +272,7 @@ class Loop:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits that follow each token: [tokens, vocab], float32, on the CPU; the tokens join no cache."""
-        with self._exclusive():
+        with self._exclusive:
             self._require_open()
             with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
                 limit = self._max_num_tokens
@@ -304,7 +290,7 @@ class Loop:
 
     def close(self) -> None:
         """Cancel what is under way and free the ranks; a second close is harmless."""
-        with self._exclusive():
+        with self._exclusive:
             if self.closed:
                 return
             with self._inbox.lock:
@@ -321,3 +307,28 @@ class Loop:
     def _require_open(self) -> None:
         if self.closed:
             raise RequestError("this session is closed", remedy="open another with engine.session()")
+
+
+class _Exclusive:
+    """Keeps other threads from changing a loop; messages are carried out before and after. Entered at every step."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> None:
+        loop = self._loop
+        loop._lock.acquire()
+        try:
+            if loop._inbox.messages and not loop._depth:
+                loop._drain()
+        except BaseException:
+            loop._lock.release()
+            raise
+        loop._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        loop = self._loop
+        loop._depth -= 1
+        loop._lock.release()
+        if loop._inbox.messages:
+            loop._attend()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class RankTables:
 def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int] | None, Sequence[Chunk]]:
     """Chunks of one token, then the longer ones, and where each stood before; None when they stood so."""
     longer = [len(chunk.token_ids) > 1 for chunk in chunks]
-    if all(before <= after for before, after in pairwise(longer)):
+    if True not in longer or longer == sorted(longer):
         return None, chunks
     order = sorted(range(len(chunks)), key=longer.__getitem__)
     return order, [chunks[i] for i in order]
