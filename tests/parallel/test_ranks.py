@@ -80,11 +80,14 @@ def test_after_an_interrupt_no_rank_is_still_in_the_step():
         threading.Event().wait(0.2)
         leave.append(True)
 
-    group = group_of(Mapping(tp_size=2), rank1=slow)
+    group = group_of(Mapping(tp_size=2))
+    group.run(STEP)  # starts the threads
+    group.ranks[1].work = slow
     main = threading.main_thread()
 
     def interrupt():
         inside.wait()
+        threading.Event().wait(0.05)  # until the group waits for its ranks
         signal.pthread_kill(main.ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

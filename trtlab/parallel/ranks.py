@@ -46,8 +46,10 @@ class RankGroup:
         if self._threads is None:
             return _logits([self.ranks[0].run(step, Solo())])
         comms = thread_group(self._mapping)
-        futures = [self._threads.submit(_guarded, *pair, step) for pair in zip(self.ranks, comms, strict=True)]
+        futures: list[Future[Tensor | None]] = []
         try:
+            for rank, comm in zip(self.ranks, comms, strict=True):
+                futures.append(self._threads.submit(_guarded, rank, comm, step))
             wait(futures)
         except BaseException:  # an interrupt: no rank may still be in this step when the next one begins
             for comm in comms:
