@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trtlab.ops.cuda.launch_shape import LaunchShape, launch_shape, split_count
 from trtlab.ops.cuda.paged_attention import paged_attention
-from trtlab.ops.cuda.split_kv import LaunchShape, launch_shape, split_count
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 BEYOND_CACHE = 512 * 10**6  # bytes

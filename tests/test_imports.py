@@ -26,7 +26,7 @@ FLOORS = """
     memory
     convert runtime
     quantize tensorrt
-    machine session engine_file
+    machine session engine_config
     engine
     checkpoint
     published

@@ -22,7 +22,7 @@ from trtlab.config.session import SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
-from trtlab.engine_file import read_engine_file
+from trtlab.engine_config import read_engine_file
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.memory.fits import require_room_to_build
 from trtlab.model.tensor_specs import tensor_specs

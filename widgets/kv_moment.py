@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trtlab.runtime.events import Block, EventLog, StepEvent
-from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.kv_cache_view import KvCache
 
 DRAWN = 512  # cells of the map at most; a GPU's pool can have a million blocks
 BARS = 200  # along the steps at most

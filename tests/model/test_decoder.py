@@ -94,7 +94,7 @@ def greedy(session, ids, new=NEW):
 
 def token_by_token(session, ids):
     """The logits that follow each token when the cache grows by one token a step."""
-    from trtlab.parallel.step import Chunk, StepInputs
+    from trtlab.parallel.step_inputs import Chunk, StepInputs
 
     blocks = tuple(range(-(-len(ids) // session.kv_cache.pool.tokens_per_block)))
     steps = (StepInputs((Chunk(1, past, (token,), blocks),)) for past, token in enumerate(ids))

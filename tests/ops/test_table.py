@@ -21,8 +21,8 @@ from trtlab.config.model import ModelConfig
 from trtlab.memory.estimate import op_table
 from trtlab.model.decoder import decoder
 from trtlab.model.names import EMBEDDING
+from trtlab.model.op_set import Ops
 from trtlab.model.rope import rotary_table
-from trtlab.model.verbs import Ops
 from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.table import Span, TableOps

@@ -11,7 +11,7 @@ import torch
 from trtlab import Mapping
 from trtlab.parallel.comm import RankFailed
 from trtlab.parallel.ranks import RankGroup
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 
 STEP = StepInputs((Chunk(0, 0, (1, 2), (0,)),))
 

@@ -12,10 +12,10 @@ import torch
 from trtlab import BuildConfig, Mapping, SamplingParams, SessionConfig
 from trtlab.parallel.comm import Comm
 from trtlab.parallel.ranks import RankGroup
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.loop import Loop
-from trtlab.runtime.pool import Bound, PoolSize
+from trtlab.runtime.pool_size import Bound, PoolSize
 from trtlab.runtime.request_state import RequestState
 
 VOCAB = 61

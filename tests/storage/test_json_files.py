@@ -19,7 +19,7 @@ from trtlab.convert.hugging_face import WeightIndex
 from trtlab.convert.hugging_face_config import read_config
 from trtlab.convert.meta import Params
 from trtlab.convert.trtllm_config import TrtllmConfig, config_to_json
-from trtlab.engine_file import read_engine_file
+from trtlab.engine_config import read_engine_file
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.quantize.report import CacheReport, LinearReport
 from trtlab.quantize.report_file import read_report

@@ -11,7 +11,7 @@ import torch
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.parallel.step import StepInputs
+from trtlab.parallel.step_inputs import StepInputs
 from trtlab.runtime.torch_backend import torch_backend
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.library import library

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from trtlab.card import Card, Table, bar, card, size
 from trtlab.runtime.events import Block, EventLog, StepEvent
-from trtlab.runtime.kv_cache import KvCache
-from trtlab.runtime.pool import PoolSize
+from trtlab.runtime.kv_cache_view import KvCache
+from trtlab.runtime.pool_size import PoolSize
 
 SIGNS = {"used": "█", "shared": "▓", "cached": "░", "free": "·"}
 LINE = 64  # blocks in a line of the map

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trtlab.card import Card, card, size
 from trtlab.cards.phrases import bounds_phrase
-from trtlab.runtime.pool import PoolSize
+from trtlab.runtime.pool_size import PoolSize
 from trtlab.session.request import Completion, Request
 from trtlab.session.session import Session
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trtlab.config.model import ModelConfig
-from trtlab.model.verbs import Ops, T
+from trtlab.model.op_set import Ops, T
 from trtlab.model.weights import LayerWeights, ModelWeights
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trtlab.model.verbs import Ops, T
+from trtlab.model.op_set import Ops, T
 from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
 

@@ -16,7 +16,7 @@ from trtlab.model.quantized_weights import KvScales
 from trtlab.model.rope import RotaryTable
 from trtlab.ops.quantized_linear import decode_cache, encode_cache
 
-Kernel = Callable[..., Tensor]  # trtlab.ops.paged_triton.paged_attention
+Kernel = Callable[..., Tensor]  # trtlab.ops.cuda.paged_attention.paged_attention
 
 
 class BlockTables:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from trtlab.card import Shown
+from trtlab.model.op_set import Ops
 from trtlab.model.quantized_weights import tensor_bytes
-from trtlab.model.verbs import Ops
 from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
 RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain

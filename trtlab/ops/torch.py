@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
+from trtlab.model.op_set import Ops
 from trtlab.model.rope import RotaryTable
-from trtlab.model.verbs import Ops
 from trtlab.model.weights import Dense, Embedding, LayerNorm, Linear, Norm
 from trtlab.ops.paged import PackedBatch, PagedCache
 from trtlab.ops.quantized_linear import linear

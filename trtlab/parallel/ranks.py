@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trtlab.config.mapping import Mapping
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
-from trtlab.parallel.step import StepInputs
+from trtlab.parallel.step_inputs import StepInputs
 
 
 class Rank(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtlab.parallel.ranks import RankGroup
-from trtlab.runtime.pool import PoolSize
+from trtlab.runtime.pool_size import PoolSize
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from trtlab.model.weights import ModelWeights
 from trtlab.ops.cpu.ops import CpuBatch, CpuOps, CpuPool, compile_loops
 from trtlab.ops.paged import PagedCache
 from trtlab.parallel.comm import Comm
-from trtlab.parallel.step import StepInputs
-from trtlab.runtime.packing import RankTables, in_step_order, singles_first
+from trtlab.parallel.step_inputs import StepInputs
+from trtlab.runtime.rank_tables import RankTables, in_step_order, singles_first
 
 
 class CpuRank:

@@ -14,12 +14,12 @@ from torch import Tensor
 from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
 from trtlab.runtime.inbox import Arrival, Cancellation, Inbox, Message
-from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.kv_cache_view import KvCache
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
 from trtlab.runtime.scheduler import NextStep, Scheduler

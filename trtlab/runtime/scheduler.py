@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from trtlab.errors import RequestError
-from trtlab.parallel.step import Chunk
+from trtlab.parallel.step_inputs import Chunk
 from trtlab.runtime.blocks import BlockManager, Chain
 from trtlab.runtime.events import Admission
 from trtlab.runtime.request_state import RequestState

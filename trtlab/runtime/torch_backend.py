@@ -21,8 +21,8 @@ from trtlab.ops.torch import spread
 from trtlab.parallel.ranks import Rank, RankGroup
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.cpu_rank import CpuRank
-from trtlab.runtime.packing import RankTables
-from trtlab.runtime.pool import PoolSize, pool_size
+from trtlab.runtime.pool_size import PoolSize, pool_size
+from trtlab.runtime.rank_tables import RankTables
 from trtlab.runtime.torch_rank import TorchRank
 
 LoadWeights = Callable[[ModelConfig, Mapping, int, dict[str, Tensor]], ModelWeights]

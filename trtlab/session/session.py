@@ -17,7 +17,7 @@ from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.events import EventLog, StepEvent
-from trtlab.runtime.kv_cache import KvCache
+from trtlab.runtime.kv_cache_view import KvCache
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.text_stream import TextStream

@@ -19,7 +19,7 @@ from trtlab.ops.named import NamedOps
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.parallel.step import Chunk
+from trtlab.parallel.step_inputs import Chunk
 from trtlab.tensorrt.emit.emission import Emission
 from trtlab.tensorrt.run.batching import Run, plan_inputs, write_updates
 from trtlab.tensorrt.run.plan_rank import allocate

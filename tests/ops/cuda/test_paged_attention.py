@@ -154,7 +154,7 @@ def test_any_number_of_tokens_a_block(block):
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 128])
 def test_the_number_of_splits_changes_nothing(splits):
-    from trtlab.ops.cuda.split_kv import launch_shape
+    from trtlab.ops.cuda.launch_shape import launch_shape
 
     for made in (case([0, 63, 64, 3000], [1, 1, 1, 1]), case([0, 200, 2500, 700], [130, 1, 20, 100])):
         plan = launch_shape(made.q, made.keys, len(made.pasts), made.longest, max(made.news))

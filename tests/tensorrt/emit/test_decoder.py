@@ -12,7 +12,7 @@ from trtlab.config.model import RotaryScaling
 from trtlab.convert.trtllm import rank_shapes
 from trtlab.errors import EngineError, RequestError
 from trtlab.parallel.shard import shard, shared_where_possible
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.storage.lazy import held
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtlab.errors import ConfigError
+from trtlab.model.op_set import Ops
 from trtlab.model.rope import RotaryTable
-from trtlab.model.verbs import Ops
 from trtlab.model.weights import Dense, Embedding, LayerNorm, Norm
 from trtlab.ops.cpu.ops import CpuBatch, CpuOps, CpuPool
 from trtlab.ops.cpu.weights import has_loops
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
-from trtlab.parallel.step import Chunk
+from trtlab.parallel.step_inputs import Chunk
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.compare import per_token

@@ -13,7 +13,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.errors import EngineError
 from trtlab.model.weights import rank_weights
 from trtlab.ops.quantized_linear import linear
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.storage.lazy import held
 from trtlab.tensorrt import bindings as names
 from trtlab.tensorrt.bindings import CACHE_DTYPES

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trtlab.config.build import BuildConfig
 from trtlab.errors import EngineError, RequestError
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.run.batching import check_step, input_tensors, runs_of

@@ -17,7 +17,7 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import EngineError
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import bindings, profiles
 from trtlab.tensorrt.emit.emission import emit

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.errors import ConfigError
-from trtlab.model.verbs import Ops
+from trtlab.model.op_set import Ops
 from trtlab.model.weights import Embedding, LayerNorm, ModelWeights, Norm, map_linears
 from trtlab.ops.cpu.weights import Array, Gain, Looped, array_of
 from trtlab.ops.paged import BlockTables, Gathered, NewTokens, PagedCache

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtlab.ops.cuda.split_kv import LaunchShape, launch_shape, power_of_two, width_of
+from trtlab.ops.cuda.launch_shape import LaunchShape, launch_shape, power_of_two, width_of
 
 COMPUTE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from trtlab.errors import ConfigError
+from trtlab.model.op_set import Ops
 from trtlab.model.quantized_weights import KvScales
 from trtlab.model.scales import ToOriginal
-from trtlab.model.verbs import Ops
 from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.emit.quantized import QuantizedLinears

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trtlab.errors import EngineError, RequestError
-from trtlab.parallel.step import Chunk, StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.tensorrt import bindings as io
 from trtlab.tensorrt.bindings import Bindings, Profile
 

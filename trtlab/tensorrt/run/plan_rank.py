@@ -12,9 +12,9 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.session import SessionConfig
 from trtlab.parallel.comm import Comm
 from trtlab.parallel.ranks import RankGroup
-from trtlab.parallel.step import StepInputs
+from trtlab.parallel.step_inputs import StepInputs
 from trtlab.runtime.backend import Backend
-from trtlab.runtime.pool import PoolSize, pool_size
+from trtlab.runtime.pool_size import PoolSize, pool_size
 from trtlab.tensorrt import dtypes
 from trtlab.tensorrt.bindings import LOGITS, Bindings, profiles
 from trtlab.tensorrt.run.batching import check_step, plan_inputs, runs_of, write_updates

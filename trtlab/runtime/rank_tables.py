@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trtlab.ops.paged import BlockTables
-from trtlab.parallel.step import Chunk
+from trtlab.parallel.step_inputs import Chunk
 
 
 class RankTables:

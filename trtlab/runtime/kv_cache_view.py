@@ -5,7 +5,7 @@ from __future__ import annotations
 from trtlab.card import Shown
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import Block
-from trtlab.runtime.pool import PoolSize
+from trtlab.runtime.pool_size import PoolSize
 from trtlab.runtime.scheduler import Scheduler
 
 

@@ -1,6 +1,6 @@
 """How attention over long contexts is cut: as many programs as the device runs at once, and no more."""
 
-from trtlab.ops.cuda.split_kv import power_of_two, split_count, width_of
+from trtlab.ops.cuda.launch_shape import power_of_two, split_count, width_of
 
 
 def test_split_count_fills_the_device_once():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtlab.parallel.step import Chunk, StepInputs
-from trtlab.runtime.packing import RankTables, in_step_order, singles_first
+from trtlab.parallel.step_inputs import Chunk, StepInputs
+from trtlab.runtime.rank_tables import RankTables, in_step_order, singles_first
 
 CHAINS = st.lists(st.integers(0, 20), min_size=1, max_size=6, unique=True).map(tuple)
 

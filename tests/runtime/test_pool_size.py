@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, RequestError, SamplingParams, SessionConfig
-from trtlab.runtime.pool import Bound, pool_size
+from trtlab.runtime.pool_size import Bound, pool_size
 
 BUILD = BuildConfig(max_batch_size=3, max_seq_len=100, max_input_len=64, tokens_per_block=16)
 GIB = 2**30
