@@ -89,9 +89,9 @@ def test_without_mpi4py_the_install_line_is_given(monkeypatch):
 
 def test_an_error_travels_whole_and_one_that_cannot_by_its_words():
     error = QuantizeError("wrong", got=3, expected="2", remedy="take 2")
-    told = launch._portable(error)
-    assert isinstance(told, QuantizeError)
-    assert str(told) == str(error)
+    copy = launch._picklable(error)
+    assert isinstance(copy, QuantizeError)
+    assert str(copy) == str(error)
     error = ValueError(lambda: None)
-    assert isinstance(launch._portable(error), RankFailed)
-    assert launch._portable(None) is None
+    assert isinstance(launch._picklable(error), RankFailed)
+    assert launch._picklable(None) is None

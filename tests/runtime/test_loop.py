@@ -458,3 +458,14 @@ def test_logits_are_taken_from_the_rows_of_finished_prompts_only(bench):
     bed.run()
     check_all(bed, long, short)
     assert torch.is_tensor(bed.loop.logits([1]))
+
+
+def test_a_finished_prompt_behind_an_unfinished_one_is_sampled_from_its_own_row(bench):
+    bed = bench(budget=10, tokens_per_block=4)
+    long, short = bed.submit(range(30), 3), bed.submit((4,), 12)
+    event = bed.step()
+    assert [(work.request, work.tokens, work.generated) for work in event.work] == [(1, 8, False), (2, 1, True)]
+    first_row, second_row = alone(tuple(range(8)), 1, None), alone((4,), 1, None)
+    assert first_row != second_row and tuple(short.output_ids) == second_row and not long.output_ids
+    bed.run()
+    check_all(bed, long, short)

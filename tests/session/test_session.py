@@ -528,9 +528,9 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda session: session.generate(None), "this is no prompt; got None; expected a text"),
-        (lambda session: session.generate(5), "this is no prompt; got 5"),
-        (lambda session: session.generate({"role": "user", "content": "hi"}), "this is no prompt; got {'role'"),
+        (lambda session: session.generate(None), "unknown kind of prompt; got None; expected a str"),
+        (lambda session: session.generate(5), "unknown kind of prompt; got 5"),
+        (lambda session: session.generate({"role": "user", "content": "hi"}), "unknown kind of prompt; got {'role'"),
         (lambda session: session.generate([3], 5), "expected a SamplingParams, got int"),
         (lambda session: session.submit([3], {"max_new_tokens": 3}), "expected a SamplingParams, got dict"),
         (lambda session: session.submit([3], allotted_time_ms="x"), "must be a positive number; got 'x'"),

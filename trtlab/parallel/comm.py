@@ -13,31 +13,31 @@ from trtlab.config.mapping import Mapping
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed, so that this one would wait in vain; the cause is that rank's error."""
+    """Another rank failed, so that this one cannot go on; that rank's own error is the cause."""
 
 
 class Comm(Protocol):
-    """What one rank may ask of the others. Every rank of a group must make the same calls in the same order."""
+    """Communication between the ranks of a group. All of them must make the same calls in the same order."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the tensor-parallel group, added in rank order."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The group's tensors side by side along the last dimension, in rank order."""
+        """The group's tensors concatenated along the last dimension, in rank order."""
         ...
 
     def send(self, x: Tensor) -> None:
-        """Hand ``x`` to the same tensor-parallel rank of the next pipeline stage."""
+        """Send ``x`` to the same tensor-parallel rank of the next pipeline stage."""
         ...
 
     def receive(self) -> Tensor:
-        """What the stage before sent."""
+        """The tensor that the previous stage sent."""
         ...
 
 
 class Solo:
-    """One rank: its own group, with no stage before or after it."""
+    """The Comm of a single rank: its own group, with no stage before or after it."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """``x`` itself."""
@@ -48,16 +48,16 @@ class Solo:
         return x
 
     def send(self, x: Tensor) -> None:
-        """There is no next stage."""
+        """Never called: there is no next stage."""
         raise AssertionError("a single rank has no next stage")
 
     def receive(self) -> Tensor:
-        """There is no stage before."""
-        raise AssertionError("a single rank has no stage before it")
+        """Never called: there is no previous stage."""
+        raise AssertionError("a single rank has no previous stage")
 
 
 class ThreadComm:
-    """One rank of several that run as threads of this process; see ``thread_group``."""
+    """The Comm of one of several ranks that run as threads of this process; ``thread_group`` makes them."""
 
     def __init__(self, group: _Group, place: int, before: _Link, after: _Link) -> None:
         self._group = group
@@ -66,7 +66,7 @@ class ThreadComm:
         self._after = after
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the group, in the same order on every rank, so that all hold the same bits."""
+        """The sum over the group, added in the same order on every rank, so that all get the same bits."""
         if self._group.size == 1:
             return x
         parts = self._group.exchange(self._place, x)
@@ -76,22 +76,22 @@ class ThreadComm:
         return total
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The group's tensors side by side."""
+        """The group's tensors concatenated along the last dimension."""
         return x if self._group.size == 1 else torch.cat(self._group.exchange(self._place, x), dim=-1)
 
     def send(self, x: Tensor) -> None:
-        """Hand ``x`` to the next stage."""
+        """Send ``x`` to the next stage."""
         self._after.put(x)
 
     def receive(self) -> Tensor:
-        """Wait for the stage before; RankFailed when a rank failed meanwhile."""
+        """Wait for the previous stage's tensor; RankFailed when a rank failed meanwhile."""
         x = self._before.get()
         if x is None:
             raise RankFailed("another rank failed")
         return x
 
     def abort(self) -> None:
-        """Wake every rank that waits for this one: it will not come."""
+        """Wake every rank that waits for this one, which has failed; they raise RankFailed."""
         self._group.barrier.abort()
         self._after.put(None)
 
@@ -100,7 +100,7 @@ _Link = queue.SimpleQueue[Tensor | None]
 
 
 class _Group:
-    """The meeting point of one tensor-parallel group."""
+    """The shared state of one tensor-parallel group: a barrier, and a place for each rank's tensor."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -112,7 +112,7 @@ class _Group:
         try:
             self.barrier.wait()
             parts = [p for p in self._parts if p is not None]
-            self.barrier.wait()  # nobody overwrites a part before all have read it
+            self.barrier.wait()  # no rank overwrites its part before all have read it
         except threading.BrokenBarrierError as error:
             raise RankFailed("another rank failed") from error
         return parts

@@ -1,4 +1,4 @@
-"""The processes that one mpirun started: which of them works, and how the others wait for it."""
+"""Runs work on rank 0 of the processes that one mpirun started, while the other ranks wait. Knows no models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any
 from trtlab.errors import MissingDependency
 from trtlab.parallel.comm import RankFailed
 
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # what mpirun of MPICH and Intel, or of Open MPI, tells its processes
-DONE = 4242  # the tag of rank 0's word to those that wait
-PATIENCE_S = 0.02  # between two looks: a rank that waits in MPI itself would keep a core busy
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by mpirun of MPICH and Intel, and of Open MPI
+DONE_TAG = 4242  # of the message that rank 0 sends to the waiting ranks
+POLL_INTERVAL_S = 0.02  # the ranks poll, because a rank that waits inside MPI keeps a core busy
 
 
 def on_rank_zero(work: Callable[[], object]) -> None:
-    """Under mpirun let rank 0 do ``work`` while the other ranks wait; all raise what it raised. Alone just do it.
+    """Run ``work`` on rank 0 while the other ranks wait; without mpirun, just run it.
 
-    Every rank must call it. A process that mpirun did not start never touches MPI. Raises MissingDependency without
-    mpi4py.
+    Every rank must call it. A process that mpirun did not start never touches MPI.
+
+    Raises:
+        MissingDependency: under mpirun without mpi4py.
+        BaseException: on every rank, the error that ``work`` raised on rank 0.
     """
     world = _mpi_world()
     if world is None:
@@ -33,19 +36,19 @@ def on_rank_zero(work: Callable[[], object]) -> None:
             failure = error
             raise
         finally:
-            word = _portable(failure)
+            message = _picklable(failure)
             for rank in range(1, world.Get_size()):
-                world.send(word, dest=rank, tag=DONE)
+                world.send(message, dest=rank, tag=DONE_TAG)
     else:
-        while not world.iprobe(source=0, tag=DONE):
-            time.sleep(PATIENCE_S)
-        told: BaseException | None = world.recv(source=0, tag=DONE)
-        if told is not None:
-            raise told
+        while not world.iprobe(source=0, tag=DONE_TAG):
+            time.sleep(POLL_INTERVAL_S)
+        error_of_rank_zero: BaseException | None = world.recv(source=0, tag=DONE_TAG)
+        if error_of_rank_zero is not None:
+            raise error_of_rank_zero
 
 
 def _mpi_world() -> Any:
-    """All processes that one mpirun started, None when this one is alone."""
+    """The communicator of all processes that one mpirun started; None without mpirun."""
     if not any(int(os.environ.get(name, "1")) > 1 for name in MPI_SIZES):
         return None
     try:
@@ -57,10 +60,10 @@ def _mpi_world() -> Any:
     return MPI.COMM_WORLD
 
 
-def _portable(error: BaseException | None) -> BaseException | None:
-    """The error itself where it survives the way to another process, its words otherwise."""
+def _picklable(error: BaseException | None) -> BaseException | None:
+    """A copy of the error if it can be pickled, otherwise a RankFailed with its text."""
     try:
         copy: BaseException | None = pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an error's class does when it is pickled
+    except Exception:  # noqa: BLE001 - pickling runs code of the error's class, which may raise anything
         return RankFailed(f"rank 0 failed: {type(error).__name__}: {error}")
     return copy

@@ -1,4 +1,4 @@
-"""Runs a step on every rank and gives its logits: the one place where a step fans out. Knows no models."""
+"""Runs a step on every rank and returns its logits: the only place where a step fans out. Knows no models."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from trtlab.parallel.step_inputs import StepInputs
 
 
 class Rank(Protocol):
-    """One part of a model with its weights and its part of the KV cache: it runs its share of each step."""
+    """One part of a model, with its weights and its part of the KV cache; it runs its share of each step."""
 
     def run(self, step: StepInputs, comm: Comm) -> Tensor | None:
-        """Logits in float32 in the order of the chunks, or None on a rank that is not of the last pipeline stage.
+        """Run one step.
 
-        ``[chunks, vocab]``, or ``[tokens, vocab]`` with ``every_token``.
+        Returns:
+            Logits in float32, in the order of the chunks: ``[chunks, vocab]``, or ``[tokens, vocab]`` with
+            ``every_token``. None on a rank that is not in the last pipeline stage.
         """
         ...
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks of the pool, (source, target) one after another; asked only of a paged pool."""
+        """Copy blocks of the pool, pairs (source, target) in this order; called only for a paged pool."""
         ...
 
     def close(self) -> None:
-        """Free what the rank holds; called once."""
+        """Free the rank's weights and cache; called once."""
         ...
 
 
 class RankGroup:
-    """All ranks of a model as one. They are threads of this process; a single rank runs in the caller's thread."""
+    """All ranks of a model. They run as threads of this process; a single rank runs in the caller's thread."""
 
     def __init__(self, ranks: Sequence[Rank], mapping: Mapping) -> None:
         assert len(ranks) == len(mapping.ranks), (len(ranks), mapping)
@@ -64,7 +66,7 @@ class RankGroup:
             rank.copy_blocks(copies)
 
     def close(self) -> None:
-        """Free what the ranks hold; a second call is harmless."""
+        """Close all ranks; a second call does nothing."""
         ranks, self.ranks = self.ranks, ()
         for rank in ranks:
             rank.close()
@@ -73,7 +75,7 @@ class RankGroup:
 
 
 def _guarded(rank: Rank, comm: ThreadComm, step: StepInputs) -> Tensor | None:
-    """A rank's share; when it fails, the ranks that wait for it are woken."""
+    """Run a rank's share; if it fails, the ranks that wait for it are woken."""
     try:
         return rank.run(step, comm)
     except BaseException:
@@ -82,7 +84,7 @@ def _guarded(rank: Rank, comm: ThreadComm, step: StepInputs) -> Tensor | None:
 
 
 def _results(futures: Sequence[Future[Tensor | None]]) -> list[Tensor | None]:
-    """What the ranks gave. RankFailed only says that another rank failed: the first other error is the cause."""
+    """The ranks' results. RankFailed only says that another rank failed, so any other error is raised before it."""
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, RankFailed)), errors[0])

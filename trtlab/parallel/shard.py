@@ -1,4 +1,4 @@
-"""Cuts whole tensors into ranks and puts ranks together again. Knows names and shapes, reads nothing itself."""
+"""Splits whole tensors into those of each rank, and joins them again. Knows names and shapes, reads no data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trtlab.model.quantized_specs import TensorSpec
 from trtlab.model.tensor_specs import check_quantized, tensor_specs
 from trtlab.storage.lazy import LazyTensor, cat
 
-FIRST_STAGE = (EMBEDDING, POSITIONS)  # every other tensor outside the layers lies on the last
+FIRST_STAGE = (EMBEDDING, POSITIONS)  # every other tensor outside the layers is on the last stage
 
 
 @settings
 class EmbeddingLayout(Settings):
-    """How the token table lies over tensor-parallel ranks: whole on each, or cut."""
+    """How the token table is stored on tensor-parallel ranks: whole on each, or cut."""
 
     use_parallel_embedding: bool = False
     """Whether the token table is cut over the tensor-parallel ranks; each then holds a part of it."""
@@ -38,7 +38,7 @@ class EmbeddingLayout(Settings):
         return self.embedding_sharding_dim if self.use_parallel_embedding else None
 
     def check(self, config: ModelConfig, mapping: Mapping) -> None:
-        """ConfigError when the table cannot lie this way over these ranks."""
+        """Raise ConfigError when the table cannot be split this way over these ranks."""
         if self.cut == 1 and config.hidden_size % mapping.tp_size:
             raise ConfigError(
                 f"hidden size {config.hidden_size} cannot be cut into {mapping.tp_size} columns",
@@ -46,7 +46,7 @@ class EmbeddingLayout(Settings):
             )
         if self.use_embedding_sharing and mapping.pp_size > 1:
             raise ConfigError(
-                f"use_embedding_sharing cannot go with pp_size={mapping.pp_size}: lookup and head are on other ranks",
+                f"use_embedding_sharing needs lookup and head on one rank, pp_size={mapping.pp_size} separates them",
                 remedy="leave use_embedding_sharing out",
             )
         if self.use_embedding_sharing and mapping.tp_size > 1 and self.cut != 0:
@@ -57,17 +57,27 @@ class EmbeddingLayout(Settings):
 
 
 def shared_where_possible(config: ModelConfig, mapping: Mapping) -> EmbeddingLayout:
-    """The layout that an engine takes: a tied model on one rank keeps one table."""
+    """The layout of an engine: a tied model on one rank stores one table for lookup and head."""
     return EmbeddingLayout(use_embedding_sharing=config.tie_word_embeddings and len(mapping.ranks) == 1)
 
 
 def shard(
     config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, LazyTensor], layout: EmbeddingLayout
 ) -> dict[str, LazyTensor]:
-    """The tensors of one rank, lazily; layer numbers count from 0 within its stage.
+    """The tensors of one rank by name, lazily; layer numbers count from 0 within its stage.
 
-    The head of a tied model is a copy of its table unless ``use_embedding_sharing``. A head, and a table cut by rows,
-    are padded with zero rows to a multiple of ``tp_size``.
+    The head of a tied model is a copy of its table, unless ``layout.use_embedding_sharing``. A head, and a table cut by
+    rows, are padded with zero rows to a multiple of ``tp_size``.
+
+    Args:
+        config: The whole model.
+        mapping: How the model is split over ranks.
+        rank: The rank whose tensors are wanted.
+        tensors: The whole model's tensors, by name.
+        layout: How the token table is stored.
+
+    Raises:
+        ConfigError: when the model cannot be split this way.
     """
     mapping.check(config)
     layout.check(config, mapping)
@@ -91,7 +101,7 @@ def shard(
 
 
 def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, LazyTensor]:
-    """The tensors of one rank's file by name: shape and dtype, with nothing behind them."""
+    """The tensors of one rank's file by name: shapes and dtypes without data."""
     whole = {
         name: LazyTensor(spec.shape, spec.dtype or config.torch_dtype, _no_data)
         for name, spec in tensor_specs(config).items()
@@ -100,7 +110,7 @@ def rank_tensors(config: ModelConfig, mapping: Mapping, rank: int, layout: Embed
 
 
 def _no_data() -> Tensor:
-    raise AssertionError("a shape has no data")
+    raise AssertionError("rank_tensors gives shapes and dtypes only; its tensors have no data to read")
 
 
 def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
@@ -109,7 +119,7 @@ def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
 
 
 def _local_name(name: str, stage: range) -> str | None:
-    """The name within a stage, None for a layer of another stage; tensors outside the layers keep their name."""
+    """A tensor's name within a stage; None for a layer of another stage. Names outside the layers do not change."""
     place = split_layer_name(name)
     if place is None:
         return name
@@ -135,7 +145,7 @@ def _row_part(whole: LazyTensor, mapping: Mapping, rank: int) -> LazyTensor:
 
 
 def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
-    """A rank's own rows of q, k and v. With fewer key heads than ranks, neighbours hold the same head."""
+    """A rank's rows of q, k and v. With fewer key heads than ranks, neighbouring ranks hold the same head."""
     size, kv_heads, place = config.head_size // spec.per_byte, config.num_key_value_heads, mapping.tp_rank(rank)
     q_rows = config.num_attention_heads * size
     own_q = q_rows // mapping.tp_size
@@ -164,13 +174,20 @@ def unshard(
     layout: EmbeddingLayout,
     rank: Callable[[int], abc.Mapping[str, LazyTensor]],
 ) -> dict[str, LazyTensor]:
-    """Whole tensors from those of all ranks, lazily: the inverse of ``shard``; ``rank(r)`` gives one rank's."""
+    """Join the tensors of all ranks to whole tensors, lazily: the inverse of ``shard``.
+
+    Args:
+        config: The whole model.
+        mapping: How the model is split over ranks.
+        layout: How the token table is stored.
+        rank: Returns the tensors of the rank with the given number.
+    """
     whole: dict[str, LazyTensor] = {}
     for name, spec in tensor_specs(config).items():
         stage = _stage_of(config, mapping, name)
         group = [rank(stage * mapping.tp_size + place) for place in range(mapping.tp_size)]
         local = _local_name(name, mapping.layers(stage * mapping.tp_size, config.num_hidden_layers))
-        assert local is not None, "the stage holds the layer"
+        assert local is not None, f"{name} is not in stage {stage}"
         parts = [tensors[local] for tensors in group]
         whole[name] = _join(config, mapping, spec, layout, parts)
     return whole

@@ -1,4 +1,4 @@
-"""One step as every rank is sent it. Values only: nothing in it changes later, and it can go to another process."""
+"""The inputs of one step, as sent to every rank. Values only: they never change, and can go to another process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Chunk(NamedTuple):
-    """New tokens of one request: they follow ``past`` tokens that its slot holds already.
+    """New tokens of one request; they follow ``past`` tokens that are cached already.
 
-    ``blocks`` are the request's blocks of the pool in the order of its tokens, the new ones included. A plan, whose
-    cache has one row a slot, ignores them.
+    ``blocks`` are the request's blocks of the pool in the order of its tokens, the new tokens included. A TensorRT
+    plan ignores them, because its cache has one row per slot.
     """
 
     slot: int
@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One step: at most one chunk a slot. ``every_token`` asks for the logits of all rows, not of each last one."""
+    """One step, with at most one chunk per slot. ``every_token`` asks for the logits of all rows, not of the last."""
 
     chunks: tuple[Chunk, ...]
     every_token: bool = False

@@ -1,4 +1,4 @@
-"""What a session needs of whatever runs its steps."""
+"""The backend of a session: its name, its KV pool, and the ranks that run its steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from trtlab.runtime.pool_size import PoolSize
 
 @dataclass(frozen=True)
 class Backend:
-    """``name`` is torch, tensorrt or interpreter; ``pool`` is the KV pool that ``ranks`` hold together."""
+    """What runs a session's steps.
+
+    ``name`` is torch, tensorrt or interpreter; ``pool`` is the KV pool whose memory the ``ranks`` hold together.
+    """
 
     name: str
     pool: PoolSize

@@ -1,4 +1,4 @@
-"""The block pool of the KV cache: which blocks are free, whose the others are, which still hold a known prefix.
+"""Keeps account of the KV cache's block pool: free blocks, owners of used blocks, and prefixes that can be reused.
 
 Knows tokens and block numbers, no tensors: the ranks hold the memory that the numbers stand for.
 """
@@ -15,10 +15,11 @@ from trtlab.runtime.events import Block
 
 @dataclass(eq=False)
 class Chain:
-    """The blocks of one request in the order of its tokens; ``token_ids`` is the request's own list, which grows.
+    """The blocks of one request, in the order of its tokens.
 
-    ``blocks`` is replaced, never changed in place: a step holds on to it. ``hashes`` are the rolling hashes of the full
-    blocks as far as they were needed, ``committed`` is how many blocks are full and computed.
+    ``owner`` is the request's number and ``token_ids`` its own list, which grows. ``blocks`` is replaced, never changed
+    in place: a step that was sent keeps the old tuple. ``hashes`` are the rolling hashes of the full blocks, computed
+    when needed. ``committed`` counts the blocks that are full and computed.
     """
 
     owner: int
@@ -30,7 +31,10 @@ class Chain:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a computed full block holds: its tokens, and the rolling hash of all tokens up to its end."""
+    """What a computed full block holds: its tokens, and the rolling hash of all tokens up to its end.
+
+    ``before`` is the rolling hash up to the block's start, 0 for a first block.
+    """
 
     hash: int
     before: int
@@ -40,9 +44,9 @@ class Prefix:
 class BlockManager:
     """A pool of ``num_blocks`` blocks of ``tokens_per_block`` tokens.
 
-    A full block whose prefix another request repeats is shared, not computed again; a block that no request uses
-    keeps its content until room is needed, and the one unused longest goes first. A shared block is never written:
-    whoever must write takes a copy.
+    A full block is shared with every request that has the same prefix, so that it is computed once. A block that no
+    request uses keeps its content until its memory is needed; the block that has been unused longest is evicted first.
+    A shared block is never written: a request that must write to it takes a copy.
     """
 
     def __init__(self, num_blocks: int, tokens_per_block: int, *, enable_reuse: bool = True) -> None:
@@ -51,12 +55,12 @@ class BlockManager:
         self.enable_reuse = enable_reuse
         self._owners: dict[int, set[int]] = {}  # of each block in use
         self._chains: dict[int, Chain] = {}
-        self._freed: list[int] = []  # a heap: low numbers first keep a chain's blocks together
-        self._fresh = 0  # blocks from here on were never used
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unused with known content, longest unused first
+        self._freed: list[int] = []  # a heap: the lowest number is taken first, so a chain's blocks lie together
+        self._fresh = 0  # blocks from this number on were never used
+        self._cached: OrderedDict[int, None] = OrderedDict()  # unused blocks with content, longest unused first
         self._content: dict[int, Prefix] = {}
         self._by_hash: dict[int, int] = {}
-        self._touched: set[int] = set()
+        self._touched: set[int] = set()  # changed since the last call of changes()
         self.evicted = 0
 
     @property
@@ -66,12 +70,12 @@ class BlockManager:
 
     @property
     def cached(self) -> int:
-        """Blocks that nobody uses and that keep their content for reuse."""
+        """Blocks that no request uses and that keep their content for reuse."""
         return len(self._cached)
 
     @property
     def available(self) -> int:
-        """Blocks that can be had: the free ones, and the cached ones by eviction."""
+        """Blocks that a request can take: the free ones, and the cached ones by eviction."""
         return self.num_blocks - len(self._owners)
 
     @property
@@ -80,31 +84,31 @@ class BlockManager:
         return sum(len(owners) > 1 for owners in tuple(self._owners.values()))  # a reader may be another thread
 
     def required(self, tokens: int) -> int:
-        """Blocks that so many tokens take."""
+        """Blocks that hold ``tokens`` tokens."""
         return -(-tokens // self.tokens_per_block)
 
     def match(self, chain: Chain) -> list[int]:
-        """The blocks that hold the chain's prefix: full ones, and never its last token, whose logits are wanted."""
-        found: list[int] = []
+        """The full blocks that hold the chain's prefix; never its last token, because its logits must be computed."""
+        prefix: list[int] = []
         if not self.enable_reuse:
-            return found
+            return prefix
         before = 0
         for index in range((len(chain.token_ids) - 1) // self.tokens_per_block):
             rolling = self._hash(chain, index)
             block = self._by_hash.get(rolling)
             if block is None or self._content[block] != Prefix(rolling, before, self._tokens(chain, index)):
                 break
-            found.append(block)
+            prefix.append(block)
             before = rolling
-        return found
+        return prefix
 
     def unused(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks nobody uses: sharing them makes so many fewer available."""
+        """How many of these blocks no request uses: sharing them makes that many fewer available."""
         return sum(block not in self._owners for block in blocks)
 
     def open(self, chain: Chain, prefix: Sequence[int] = ()) -> int:
-        """Begin a chain with the blocks of a known prefix; gives the tokens that need not be computed."""
-        assert chain.owner not in self._chains and not chain.blocks, chain
+        """Begin a chain with the blocks of a known prefix; returns the number of tokens that need not be computed."""
+        assert chain.owner not in self._chains and not chain.blocks, f"chain is open already: {chain}"
         self._chains[chain.owner] = chain
         for block in prefix:
             self._share(block, chain)
@@ -113,34 +117,36 @@ class BlockManager:
         return chain.committed * self.tokens_per_block
 
     def fork(self, parent: Chain, child: Chain, past: int) -> None:
-        """Begin ``child`` with the blocks of the parent's ``past`` tokens, the one that is not full among them."""
+        """Begin ``child`` with the blocks of the parent's first ``past`` tokens, also a partly filled one."""
         self.open(child, parent.blocks[: self.required(past)])
         child.committed = past // self.tokens_per_block
         child.hashes = parent.hashes[: child.committed]
 
     def demand(self, chain: Chain, past: int, tokens: int) -> int:
-        """Blocks that the chain must take before it holds so many tokens; a shared block in its way counts as one."""
+        """Blocks that the chain must take to hold ``tokens`` tokens; a shared block it must copy counts as one."""
         return max(0, self.required(tokens) - len(chain.blocks)) + (self._sharers(chain, past) > 1)
 
     def writable(self, chain: Chain, past: int) -> bool:
-        """Whether the next token has its place already, in a block of the chain alone."""
+        """Whether the next token's place is in a block that the chain has already and shares with no other."""
         index = past // self.tokens_per_block
         return index < len(chain.blocks) and len(self._owners[chain.blocks[index]]) == 1
 
     def _sharers(self, chain: Chain, past: int) -> int:
-        """How many requests have the block in which the chain's next token comes to lie; 0 when it has none yet."""
+        """How many requests use the block of the chain's next token; 0 when the chain has no such block yet."""
         index = past // self.tokens_per_block
         return len(self._owners[chain.blocks[index]]) if index < len(chain.blocks) else 0
 
     def reserve(self, chain: Chain, past: int, tokens: int) -> list[tuple[int, int]] | None:
-        """Make places ``past`` to ``tokens`` writable; gives the copies (source, target) that this takes.
+        """Make positions ``past`` to ``tokens`` of the chain writable.
 
-        None when the pool has not enough blocks; then nothing has changed.
+        Returns:
+            The block copies (source, target) that must run first; None when the pool has too few blocks, and then
+            nothing has changed.
         """
         if self.demand(chain, past, tokens) > self.available:
             return None
         blocks, copies = list(chain.blocks), []
-        if self._sharers(chain, past) > 1:  # only the block that is being filled can be shared and written
+        if self._sharers(chain, past) > 1:  # of all shared blocks, only the partly filled one is written to
             index = past // self.tokens_per_block
             source = blocks[index]
             self._drop(source, chain)
@@ -153,7 +159,7 @@ class BlockManager:
         return copies
 
     def commit(self, chain: Chain, past: int) -> None:
-        """So many tokens of the chain are computed: its full blocks can be found from now on."""
+        """Record that ``past`` tokens of the chain are computed: its full blocks can be reused from now on."""
         while (index := chain.committed) < past // self.tokens_per_block:
             block = chain.blocks[index]
             if self.enable_reuse:
@@ -166,7 +172,7 @@ class BlockManager:
             chain.committed += 1
 
     def release(self, chain: Chain) -> None:
-        """Give the chain's blocks back; those with known content stay findable, the end of the chain goes first."""
+        """Free the chain's blocks. Those with content stay cached for reuse; the chain's end is evicted first."""
         del self._chains[chain.owner]
         for block in reversed(chain.blocks):
             self._drop(block, chain)
@@ -174,7 +180,7 @@ class BlockManager:
         chain.committed = 0
 
     def forget(self) -> None:
-        """Drop every prefix that no request uses: what comes next is computed anew."""
+        """Drop every prefix that no request uses; later requests compute it again."""
         while self._cached:
             self._evict()
 
@@ -185,11 +191,11 @@ class BlockManager:
         return Block(number, owners, number in self._cached, content.token_ids if content else ())
 
     def chains(self) -> tuple[Chain, ...]:
-        """All chains, by request."""
+        """All chains, in order of request number."""
         return tuple(chain for _, chain in sorted(self._chains.items()))
 
     def changes(self) -> tuple[Block, ...]:
-        """The blocks that changed hands or content since the last call, as they are now."""
+        """The blocks whose owners or content changed since the last call, as they are now."""
         changed = tuple(self.block(number) for number in sorted(self._touched))
         self._touched.clear()
         return changed
@@ -211,7 +217,7 @@ class BlockManager:
         self._touched.add(block)
 
     def _take(self, chain: Chain) -> int:
-        """A block with nothing worth keeping: freed, never used, else the cached one that was unused longest."""
+        """Take a freed block, else a block that was never used, else the cached block that was unused longest."""
         if self._freed:
             block = heapq.heappop(self._freed)
         elif self._fresh < self.num_blocks:
@@ -244,7 +250,7 @@ class BlockManager:
         self._touched.add(block)
 
     def check_integrity(self) -> None:
-        """AssertionError when the pool's books disagree: a lost block, a wrong count, a prefix that is not there."""
+        """Raise AssertionError when the account is inconsistent: lost blocks, wrong owners, missing prefixes."""
         owners: dict[int, set[int]] = {}
         for owner, chain in self._chains.items():
             assert chain.owner == owner, (owner, chain)
@@ -256,8 +262,10 @@ class BlockManager:
         freed, cached, used = set(self._freed), set(self._cached), set(owners)
         assert len(freed) == len(self._freed), self._freed
         assert not (freed & cached or freed & used or cached & used), (freed, cached, used)
-        assert freed | cached | used == set(range(self._fresh)), "a block below the mark is lost"
-        assert 0 <= self._fresh <= self.num_blocks, self._fresh
-        assert cached <= set(self._content), "a cached block has content"
-        assert set(self._content) <= cached | used, "a freed block has none"
-        assert {prefix.hash: block for block, prefix in self._content.items()} == self._by_hash, "hashes and content"
+        lost = set(range(self._fresh)) ^ (freed | cached | used)
+        assert not lost, f"blocks {lost} are neither freed, cached nor used, or beyond {self._fresh}"
+        assert 0 <= self._fresh <= self.num_blocks, (self._fresh, self.num_blocks)
+        assert cached <= set(self._content), f"cached blocks without content: {cached - set(self._content)}"
+        assert set(self._content) <= cached | used, f"freed blocks with content: {freed & set(self._content)}"
+        hashes = {prefix.hash: block for block, prefix in self._content.items()}
+        assert hashes == self._by_hash, (hashes, self._by_hash)

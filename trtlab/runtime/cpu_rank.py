@@ -1,4 +1,4 @@
-"""A rank on a CPU with Numba: float32 arrays, and compiled loops where generation spends its time."""
+"""Runs one rank on a CPU with Numba: float32 arrays, and compiled loops where generation spends its time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session did, step by step, kept so that it can be replayed: by widgets, benchmarks and tests."""
+"""Records what a session did in each step, for replay by widgets, benchmarks and tests. Changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trtlab.card import Shown
 class Block:
     """One block of the pool: in use by the requests ``owners``, or ``cached`` for reuse, or free.
 
-    ``token_ids`` are known once the block is full and computed; the block that a request is filling has none yet.
+    ``token_ids`` are set once the block is full and computed; a partly filled block has none yet.
     """
 
     number: int
@@ -25,16 +25,17 @@ class Block:
 
     @property
     def state(self) -> str:
-        """used, shared, cached or free."""
+        """``used``, ``shared``, ``cached`` or ``free``."""
         if self.owners:
             return "shared" if len(self.owners) > 1 else "used"
         return "cached" if self.cached else "free"
 
 
 class Work(NamedTuple):
-    """One request's share of a step: ``tokens`` computed after ``past`` cached ones; ``generated`` a token or not.
+    """One request's share of a step: ``tokens`` computed after ``past`` cached ones.
 
-    ``wasted`` marks a row of a closed batch that is computed although its request has ended.
+    ``generated`` tells whether the step gave a token of the answer. ``wasted`` marks a row of a closed batch that is
+    computed although its request has ended.
     """
 
     request: int
@@ -63,9 +64,11 @@ class Finish:
 
 @dataclass(frozen=True, repr=False)
 class StepEvent(Shown):
-    """One step. Times are seconds of the session's clock; ``used``, ``cached`` and ``free`` count blocks after it.
+    """The record of one step.
 
-    ``blocks`` holds those that changed since the event before, as they were after this step.
+    Times are seconds of the session's clock. ``preempted`` and ``waiting`` are request numbers. ``blocks`` are those
+    that changed since the last event, as they were after this step; ``used``, ``cached`` and ``free`` count the pool's
+    blocks after it.
     """
 
     step: int
@@ -93,7 +96,7 @@ class StepEvent(Shown):
 
 
 class EventLog(Shown, Sequence[StepEvent]):
-    """The last ``kept`` steps, oldest first; what fell off lives on in the state that replay starts from."""
+    """The last ``kept`` steps, oldest first. Older ones are merged into the state of blocks that replay starts from."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -102,7 +105,7 @@ class EventLog(Shown, Sequence[StepEvent]):
         self._lock = threading.Lock()  # steps may run in another thread than the reader's
 
     def append(self, event: StepEvent) -> None:
-        """One more step."""
+        """Add a step."""
         with self._lock:
             self._events.append(event)
             while len(self._events) > self._kept:

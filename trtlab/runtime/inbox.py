@@ -1,4 +1,4 @@
-"""What callers ask of a loop, kept until no step is under way: nobody waits for a forward pass. Decides nothing."""
+"""Keeps callers' messages to a loop until no step is under way, so that no caller waits. Decides nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trtlab.runtime.request_state import RequestState
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that joins; with a ``parent`` it goes on from there and shares the parent's blocks where it can."""
+    """A request to queue; with a ``parent`` it is a fork, which shares the parent's blocks where it can."""
 
     request: RequestState
     parent: RequestState | None = None
@@ -20,7 +20,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Cancellation:
-    """A request that is to end."""
+    """A request to end."""
 
     request: RequestState
 
@@ -31,7 +31,7 @@ Message = Arrival | Cancellation
 class Inbox:
     """Messages in the order in which they came. Any thread may post; the loop drains while it holds its own lock.
 
-    ``lock`` guards what a caller decides on before it posts. It is held for a moment only, and is reentrant: in a
+    ``lock`` guards the state that a caller checks before it posts. It is held for a moment only, and is reentrant: in a
     thread that holds it the garbage collector may close a dropped stream, which posts a cancellation.
     """
 
@@ -40,14 +40,14 @@ class Inbox:
         self.messages: deque[Message] = deque()
 
     def post(self, message: Message) -> None:
-        """One more message."""
+        """Append a message."""
         self.messages.append(message)
 
     def drain(self, carry_out: Callable[[Message], None]) -> None:
-        """Carry out all messages, those that come meanwhile too.
+        """Carry out all messages, also those that arrive meanwhile.
 
-        A message is taken out after it was carried out: an interrupt in between loses none, and ``carry_out`` may meet
-        one a second time.
+        A message is removed after it was carried out. An interrupt in between thus loses no message, but
+        ``carry_out`` may get the same message a second time.
         """
         while self.messages:
             carry_out(self.messages[0])
@@ -55,5 +55,5 @@ class Inbox:
 
     @property
     def arrivals(self) -> set[RequestState]:
-        """The requests that have not joined yet."""
+        """The requests that are not queued yet."""
         return {message.request for message in tuple(self.messages) if isinstance(message, Arrival)}

@@ -1,4 +1,4 @@
-"""What the KV cache holds at this moment, for readers: blocks, sharing, fragmentation, reuse. Changes nothing."""
+"""A read-only view of the KV cache: blocks, sharing, fragmentation, reuse. Only ``clear`` changes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trtlab.runtime.scheduler import Scheduler
 
 
 class KvCache(Shown):
-    """A live view: every property tells the present state."""
+    """A live view of the pool: every property gives the present state."""
 
     def __init__(self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler) -> None:
         self.pool = pool
@@ -19,7 +19,7 @@ class KvCache(Shown):
 
     @property
     def reuse_enabled(self) -> bool:
-        """Whether prompts can take over blocks that were computed before."""
+        """Whether prompts can reuse blocks that were computed before."""
         return self._blocks.enable_reuse
 
     @property
@@ -34,17 +34,17 @@ class KvCache(Shown):
 
     @property
     def cached(self) -> int:
-        """Blocks that nobody uses and that can be reused."""
+        """Blocks that no request uses and that can be reused."""
         return self._blocks.cached
 
     @property
     def free(self) -> int:
-        """Blocks that hold nothing."""
+        """Blocks without content."""
         return self._blocks.available - self._blocks.cached
 
     @property
     def evicted(self) -> int:
-        """Cached blocks that were overwritten so far because room was needed."""
+        """How many cached blocks were overwritten so far because other blocks were not left."""
         return self._blocks.evicted
 
     def block(self, number: int) -> Block:
@@ -63,42 +63,42 @@ class KvCache(Shown):
 
     @property
     def held(self) -> dict[int, int]:
-        """Tokens whose K and V are cached, of each request with a slot."""
+        """Number of tokens whose K and V are cached, for each request with a slot."""
         return {request.number: request.past for request in (*self._scheduler.running, *self._scheduler.spent)}
 
     @property
     def tokens(self) -> int:
-        """Places in use that hold a token; a shared one counts once."""
+        """Positions in use that hold a token; those of a shared block count once."""
         size, filled = self._blocks.tokens_per_block, dict[int, int]()
         for request in self._scheduler.running:
             for index, block in enumerate(request.chain.blocks):
-                held = min(size, max(0, request.past - index * size))
-                filled[block] = max(held, filled.get(block, 0))
+                tokens = min(size, max(0, request.past - index * size))
+                filled[block] = max(tokens, filled.get(block, 0))
         return sum(filled.values())
 
     @property
     def fragmentation(self) -> float:
-        """The share of the places in used blocks that hold no token: what block size costs. 0 when nothing runs."""
+        """The share (0 to 1) of positions in used blocks that hold no token: the cost of large blocks. 0 when idle."""
         places = self.used * self._blocks.tokens_per_block
         return 1 - self.tokens / places if places else 0.0
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all requests so far, each counted when it got its slot."""
+        """Tokens of all requests so far, counted when a request gets its slot."""
         return self._scheduler.prompt_tokens
 
     @property
     def reused_tokens(self) -> int:
-        """How many of them were found in the cache."""
+        """How many of ``prompt_tokens`` were found in the cache."""
         return self._scheduler.reused_tokens
 
     @property
     def short_prompts(self) -> int:
-        """Requests of one block or less, which can reuse nothing: only whole blocks are, and never the last token."""
+        """Requests of one block or less. They reuse nothing: only whole blocks are reused, and never the last token."""
         return self._scheduler.short_prompts
 
     def clear(self) -> int:
-        """Drop what is cached and not in use; gives the number of blocks."""
+        """Drop the cached blocks that no request uses; returns their number."""
         dropped = self._blocks.cached
         self._blocks.forget()
         return dropped

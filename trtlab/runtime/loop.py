@@ -1,4 +1,4 @@
-"""The engine room of a session: scheduler, blocks, ranks and sampler, step by step. Knows tokens, not text."""
+"""Drives a session's steps through scheduler, blocks, ranks and sampler. Knows tokens, not text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Turn = tuple[RequestState, Chunk]
 
 
 class Loop:
-    """Runs requests to their ends. Every method may be called from any thread; one step runs at a time.
+    """Runs requests until they end. Every method may be called from any thread; one step runs at a time.
 
-    ``submit``, ``fork`` and ``cancel`` never wait for a step: they post a message. It is carried out at once when no
-    step is under way, else by the thread that runs the step, before the step ends.
+    ``submit``, ``fork`` and ``cancel`` never wait for a step: they post a message. The message is carried out at once
+    when no step runs, else by the thread that runs the step, before the step ends.
     """
 
     def __init__(
@@ -61,22 +61,31 @@ class Loop:
         )
         self.kv_cache = KvCache(pool, self._blocks, self.scheduler)
         self._steps = 0
-        self._listeners: dict[RequestState, Listener | None] = {}
+        self._listeners: dict[RequestState, Listener | None] = {}  # its keys are all requests that have not ended
         self._finished: list[Finish] = []  # since the last event
-        self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap of (deadline_s, number, request)
         self._inbox = Inbox()
-        self._lock = threading.RLock()  # whoever holds it may change requests, slots and blocks
-        self._depth = 0  # above 0 its holder is at work: a message from that very thread waits
+        self._lock = threading.RLock()  # its holder may change requests, slots and blocks
+        self._depth = 0  # above 0 the holder is changing them: a message that its own thread posts must wait
         self._exclusive = _Exclusive(self)
 
     def submit(self, request: RequestState, listener: Listener | None = None) -> None:
-        """Queue a request; RequestError when it could never run."""
+        """Queue a request.
+
+        Args:
+            request: A new request.
+            listener: Called after each of its tokens; it may set the request's finish reason.
+
+        Raises:
+            RequestError: when the pool could not hold the request even alone, or the session is closed.
+        """
         self._post_arrival(Arrival(request), listener)
 
     def fork(self, parent: RequestState, child: RequestState, listener: Listener | None = None) -> None:
         """Queue a request that begins with tokens of ``parent``; it shares the parent's blocks where it can.
 
-        RequestError when it could never run, or when ``parent`` is not under way.
+        Raises:
+            RequestError: as ``submit``, and when ``parent`` is not under way.
         """
         self._post_arrival(Arrival(child, parent), listener)
 
@@ -92,7 +101,7 @@ class Loop:
         self._attend()
 
     def cancel(self, request: RequestState) -> bool:
-        """End a request wherever it stands, at the latest when the step under way ends; False when it had ended."""
+        """End a running or waiting request, at the latest when the present step ends; False when it had ended."""
         with self._inbox.lock:
             if request not in self._listeners:
                 return False
@@ -110,7 +119,7 @@ class Loop:
         return max(0, len(self._listeners) - len(self.scheduler.running))
 
     def _attend(self) -> None:
-        """Carry messages out, unless another thread holds the lock: it looks again after it has let go of it."""
+        """Carry out messages, unless another thread holds the lock: that thread looks again after it releases it."""
         while self._inbox.messages and self._lock.acquire(blocking=False):
             try:
                 if self._depth:
@@ -141,17 +150,17 @@ class Loop:
                 self.scheduler.add(request)
 
     def step(self) -> StepEvent | None:
-        """One step for all that run; None when there is nothing to do. An error ends the request whose it is."""
+        """Run one step; None when there is nothing to do. An error of one request ends that request alone."""
         with self._exclusive:
             self._require_open()
             return self._step()
 
     def advance(self, request: RequestState) -> None:
-        """One step, unless the request has ended meanwhile: another thread may have run the steps that it needed."""
+        """Run one step, unless the request has ended: another thread may have run the steps that it needed."""
         with self._exclusive:
             if request in self._listeners:
                 event = self._step()
-                assert event is not None or request not in self._listeners, f"{request.number} is left out"
+                assert event is not None or request not in self._listeners, f"request {request.number} never runs"
 
     def _step(self) -> StepEvent | None:
         start = self.clock()
@@ -173,10 +182,10 @@ class Loop:
             if not late.done:
                 self._end(late, "timed_out")
         step = self.scheduler.next()
-        assert step.chunks or not self.scheduler.waiting, "a request waits and nothing runs"
+        assert step.chunks or not self.scheduler.waiting, f"empty step while {self.scheduler.waiting} wait"
         try:
             return step, self._run(step) if step.chunks else ()
-        except BaseException:  # an interrupt may come anywhere: whoever took part is computed anew from its tokens
+        except BaseException:  # an interrupt may come anywhere: requests of the step are computed again from the start
             for request in step.chunks:
                 if request.finish_reason is not None and request in self._listeners:
                     self._end(request, request.finish_reason)
@@ -206,18 +215,18 @@ class Loop:
         try:
             if step.copies:
                 self.backend.ranks.copy_blocks(step.copies)
-        except Exception as error:  # noqa: BLE001 - whatever it was, nobody's blocks are sure to be right now
+        except Exception as error:  # noqa: BLE001 - any block of the step may hold wrong K and V now
             for request, _ in turns:
                 self._fail(request, error)
             return ()
         try:
             return self._compute(turns)
-        except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to a request
+        except Exception as error:  # noqa: BLE001 - an error of any class ends the request that causes it
             if len(turns) == 1:
                 self._fail(turns[0][0], error)
                 return ()
         work: tuple[Work, ...] = ()
-        for turn in turns:  # nothing was taken over yet: one by one shows whose fault it is
+        for turn in turns:  # the failed step changed no request: running them one by one shows which one fails
             try:
                 work += self._compute([turn])
             except Exception as error:  # noqa: BLE001 - as above
@@ -231,14 +240,14 @@ class Loop:
             for row, (request, (_, past, token_ids, _)) in enumerate(turns)
             if past + len(token_ids) == len(request.token_ids) and request.finish_reason is None
         ]
-        chosen = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
-        last, work = set(ready), []
-        for row, (request, (_, past, token_ids, _)) in enumerate(turns):  # only now: a step that failed leaves no trace
+        samples = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
+        generating, work = set(ready), []
+        for row, (request, (_, past, token_ids, _)) in enumerate(turns):  # after sampling, which may fail
             tokens, wasted = len(token_ids), request.finish_reason is not None
             if not wasted:
                 self.scheduler.computed(request, tokens)
-            work.append(Work(request.number, past, tokens, row in last, wasted))
-        for row, (token, logprob) in zip(ready, chosen, strict=True):
+            work.append(Work(request.number, past, tokens, row in generating, wasted))
+        for row, (token, logprob) in zip(ready, samples, strict=True):
             self._accept(turns[row][0], token, logprob)
         return tuple(work)
 
@@ -248,14 +257,14 @@ class Loop:
         try:
             if listener is not None:
                 listener()
-        except Exception as error:  # noqa: BLE001 - text that fails ends its own request
+        except Exception as error:  # noqa: BLE001 - an error of a listener ends its own request
             self._fail(request, error)
             return
         if request.finish_reason is not None:
             self._end(request, request.finish_reason)
 
     def _fail(self, request: RequestState, error: Exception) -> None:
-        if request.done:  # a spent row of a closed batch: nobody waits for it
+        if request.done:  # an ended request of a closed batch: its row is not used
             return
         request.error = RequestError(
             f"request {request.number} failed in step {self._steps}: {type(error).__name__}: {error}",
@@ -271,7 +280,11 @@ class Loop:
         self._finished.append(Finish(request.number, reason))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """The logits that follow each token: [tokens, vocab], float32, on the CPU; the tokens join no cache."""
+        """The logits after each token: [tokens, vocab], float32, on the CPU. The tokens are not kept for reuse.
+
+        Raises:
+            RequestError: when no slot is free, or too few blocks.
+        """
         with self._exclusive:
             self._require_open()
             with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
@@ -282,19 +295,20 @@ class Loop:
                 return torch.cat([part.cpu() for part in parts])
 
     def check_integrity(self) -> None:
-        """AssertionError when requests, slots and blocks disagree."""
+        """Raise AssertionError when requests, slots and blocks disagree."""
         self.scheduler.check_integrity()
-        known = {*self.scheduler.running, *self.scheduler.waiting}
-        assert known | self._inbox.arrivals == set(self._listeners), "a request is lost"
-        assert not any(request.done for request in known), "a request that has ended is still queued"
+        queued = {*self.scheduler.running, *self.scheduler.waiting}
+        lost = (queued | self._inbox.arrivals) ^ set(self._listeners)
+        assert not lost, f"requests are queued and not under way, or the reverse: {lost}"
+        assert not any(request.done for request in queued), f"a request has ended and is still queued: {queued}"
 
     def close(self) -> None:
-        """Cancel what is under way and free the ranks; a second close is harmless."""
+        """Cancel all requests under way and free the ranks; a second call does nothing."""
         with self._exclusive:
             if self.closed:
                 return
             with self._inbox.lock:
-                self.closed = True  # nobody arrives from here on
+                self.closed = True  # no request arrives from here on
             self._drain()
             for request in tuple(self._listeners):
                 request.error = RequestError(
@@ -310,7 +324,7 @@ class Loop:
 
 
 class _Exclusive:
-    """Keeps other threads from changing a loop; messages are carried out before and after. Entered at every step."""
+    """Context manager that holds a loop's lock; messages are carried out before and after. Entered at every step."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop

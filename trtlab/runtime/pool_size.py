@@ -1,4 +1,4 @@
-"""How large the pool of KV blocks is, and why: every bound that was considered, and the one that won."""
+"""Computes the size of the pool of KV blocks, and keeps every bound that was considered. Allocates nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trtlab.errors import ConfigError
 
 @dataclass(frozen=True)
 class Bound:
-    """One bound on the pool: what sets it, and how many blocks it allows."""
+    """One bound on the pool: the setting behind it, and how many blocks it allows."""
 
     name: str
     blocks: int
@@ -20,9 +20,11 @@ class Bound:
 
 @dataclass(frozen=True, repr=False)
 class PoolSize(Shown):
-    """The pool's blocks; ``block_bytes`` are those of K and V over all layers and ranks.
+    """The size of the pool and the bounds that led to it.
 
-    ``paged`` tells whether the memory lies in these blocks, or in one slot a request with the blocks as its account.
+    ``block_bytes`` are the bytes of one block: K and V of all layers and ranks. With ``paged`` the memory is allocated
+    in these blocks; without, each request has a slot of fixed size, and the blocks only keep account of it.
+    ``free_bytes`` is what the GPU had left beside the weights, None on a CPU.
     """
 
     num_blocks: int
@@ -44,7 +46,7 @@ class PoolSize(Shown):
 
     @property
     def winner(self) -> str:
-        """The bound that decided."""
+        """The name of the smallest bound, which decided."""
         return min(self.bounds, key=lambda bound: bound.blocks).name
 
 
@@ -56,11 +58,21 @@ def pool_size(
     free_bytes: int | None = None,
     paged: bool = True,
 ) -> PoolSize:
-    """The pool for an engine's bounds; ``free_bytes`` is what a GPU has left once the weights lie on it, else None.
+    """Compute the size of the pool for an engine's bounds.
 
-    On a GPU the smaller of ``max_tokens_in_paged_kv_cache`` and the fraction of what is free wins, and the pool takes
-    it whole: smaller K and V make more blocks, not less memory. Elsewhere the default holds ``max_batch_size`` requests
-    of ``max_seq_len`` tokens. Raises ConfigError when not one block fits.
+    On a GPU the smaller of ``max_tokens_in_paged_kv_cache`` and the given fraction of the free memory decides, and the
+    pool takes all of it: smaller K and V give more blocks, not less memory. On a CPU the default holds
+    ``max_batch_size`` requests of ``max_seq_len`` tokens.
+
+    Args:
+        build: The engine's bounds, resolved.
+        session: The settings that bound the pool.
+        block_bytes: Bytes of one block over all layers and ranks.
+        free_bytes: What a GPU has left beside the weights; None for a CPU.
+        paged: Whether the memory is allocated in blocks.
+
+    Raises:
+        ConfigError: when not even one block fits.
     """
     size, bounds = build.tokens_per_block, []
     if session.max_tokens_in_paged_kv_cache is not None:

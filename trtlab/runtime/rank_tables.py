@@ -1,4 +1,4 @@
-"""What the ranks that pack tokens share: a rank's own block tables, and single tokens before longer chunks."""
+"""Packs the chunks of a step for a rank: keeps its block tables, and puts single tokens before longer chunks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from trtlab.parallel.step_inputs import Chunk
 
 
 class RankTables:
-    """The block tables in a rank's memory, kept up with the blocks that each step names."""
+    """The block tables in a rank's memory, updated with the blocks of each step."""
 
     def __init__(self, slots: int, capacity: int, tokens_per_block: int) -> None:
         self.tables = BlockTables(slots, -(-capacity // tokens_per_block), tokens_per_block)
         self._written: list[tuple[int, ...]] = [()] * slots
 
     def update(self, chunks: Sequence[Chunk]) -> BlockTables:
-        """Write the blocks that differ from the last step's; most steps name the very tuples of the step before."""
+        """Write the blocks that differ from those of the last step."""
         for slot, _, _, blocks in chunks:
             written = self._written[slot]
-            if blocks is not written:
+            if blocks is not written:  # most steps get the same tuple object as the step before
                 same = next((i for i, (a, b) in enumerate(zip(written, blocks, strict=False)) if a != b), len(written))
                 self.tables.write(slot, same, blocks[same:])
                 self._written[slot] = blocks
@@ -30,7 +30,11 @@ class RankTables:
 
 
 def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int] | None, Sequence[Chunk]]:
-    """Chunks of one token, then the longer ones, and where each stood before; None when they stood so."""
+    """Put the chunks of one token before the longer ones.
+
+    Returns:
+        The old index of each chunk, None when the order is right already; and the chunks in the new order.
+    """
     longer = [len(chunk.token_ids) > 1 for chunk in chunks]
     if True not in longer or longer == sorted(longer):
         return None, chunks
@@ -39,7 +43,14 @@ def singles_first(chunks: Sequence[Chunk]) -> tuple[list[int] | None, Sequence[C
 
 
 def in_step_order(logits: Tensor, order: Sequence[int] | None, chunks: Sequence[Chunk], every_token: bool) -> Tensor:
-    """The logits of reordered chunks in the order that the step had; arguments as ``singles_first`` gave them."""
+    """Put the logits of reordered chunks back in the order of the step.
+
+    Args:
+        logits: Rows in the order of ``chunks``: one per chunk, or with ``every_token`` one per token.
+        order: The first result of ``singles_first``.
+        chunks: The second result of ``singles_first``.
+        every_token: Whether each token has a row.
+    """
     if order is None:
         return logits
     if not every_token:

@@ -1,4 +1,4 @@
-"""One request on its way: its prompt, what it has generated, where it stands. Knows tokens, not text."""
+"""The state of one request: its prompt, its answer so far, its slot and blocks. Knows tokens, not text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from trtlab.config.sampling import SamplingParams
 from trtlab.runtime.blocks import Chain
 
-PRIORITY_STEPS = 1000  # one level of priority counts as so many steps of waiting, so that nobody waits for ever
+PRIORITY_STEPS = 1000  # steps of waiting that equal one level of priority, so that no request waits for ever
 
 
 @dataclass(eq=False)
 class RequestState:
-    """A prompt and its answer so far. ``past`` counts the tokens whose K and V are cached.
+    """A prompt and its answer so far.
 
-    ``deadline_s`` is a time of the session's clock; ``arrival`` the step before which it came.
+    ``past`` counts the tokens whose K and V are cached. ``deadline_s`` is a time of the session's clock. ``arrival`` is
+    the number of the first step after the request came.
     """
 
     number: int
@@ -35,7 +36,7 @@ class RequestState:
     finish_reason: str | None = None
     error: Exception | None = None
     generator: torch.Generator | None = None
-    plain: bool = field(init=False)  # its next token is the best one, and nothing else is asked
+    plain: bool = field(init=False)  # greedy, without penalty or logprobs: an argmax of the logits is enough
     token_ids: list[int] = field(init=False)
     chain: Chain = field(init=False)
 
@@ -47,7 +48,7 @@ class RequestState:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Who goes first: the smallest. Later arrivals and lower priorities have larger ones."""
+        """Sort key: the request with the smallest key runs first. Late arrival and low priority make it larger."""
         return self.arrival - PRIORITY_STEPS * self.priority, self.number
 
     @property
@@ -62,7 +63,7 @@ class RequestState:
 
     @property
     def longest(self) -> int:
-        """The most tokens that it will ever cache: its last one is never fed."""
+        """The most tokens that the request can have in the cache: its last token is never fed to the model."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
     @property
@@ -72,11 +73,11 @@ class RequestState:
 
     @property
     def done(self) -> bool:
-        """Whether no further token will come."""
+        """Whether the answer is complete."""
         return self.finish_reason is not None
 
     def accept(self, token: int, logprob: float | None) -> None:
-        """One more token of the answer; the end token and the length bound finish the request."""
+        """Append a token to the answer; the end token and the length bound finish the request."""
         if token in self.end_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
             return

@@ -13,10 +13,21 @@ NOT_A_NUMBER = "the logits hold no best token: one is not a number"
 
 
 def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, float | None]]:
-    """The chosen token of each request, and its log-probability where asked; ``logits`` is [requests, vocab]."""
+    """Choose the next token of each request.
+
+    Args:
+        logits: [requests, vocab], float32.
+        requests: The requests of the rows.
+
+    Returns:
+        Each request's token, with its natural log-probability if the request's params ask for it, else None.
+
+    Raises:
+        ValueError: when a row holds a value that is not a number, or no probabilities.
+    """
     if all(request.plain for request in requests):
         return [(token, None) for token in _best(logits)]
-    # A bad row shows in the weights of all, before anyone draws: a retry then draws what it would have drawn.
+    # All weights are computed, and bad rows raise, before any generator advances: a retry then draws the same tokens.
     weights = [_weights(row, request) for row, request in zip(logits, requests, strict=True)]
     tokens = [_choose(row, request) for row, request in zip(weights, requests, strict=True)]
     return [
@@ -26,20 +37,20 @@ def sample(logits: Tensor, requests: list[RequestState]) -> list[tuple[int, floa
 
 
 def _best(logits: Tensor) -> list[int]:
-    """The best token of each row; ValueError where a row holds what is not a number, which beats all others."""
+    """The best token of each row; ValueError if a row holds NaN, which max and argmax rank above all numbers."""
     if logits.device.type == "cpu":
-        rows = logits.numpy()  # NumPy finds it sooner than torch
-        found = rows.argmax(-1)
-        top = rows[np.arange(len(rows)), found]
+        rows = logits.numpy()  # NumPy's argmax is faster than torch's
+        tokens = rows.argmax(-1)
+        top = rows[np.arange(len(rows)), tokens]
     else:
-        top, found = torch.stack([part.double() for part in logits.max(-1)]).cpu().numpy()  # one way from the device
+        top, tokens = torch.stack([part.double() for part in logits.max(-1)]).cpu().numpy()  # one copy to the CPU
     if np.isnan(top).any():
         raise ValueError(NOT_A_NUMBER)
-    return found.astype(int).tolist()  # type: ignore[no-any-return]
+    return tokens.astype(int).tolist()  # type: ignore[no-any-return]
 
 
 def _weights(row: Tensor, request: RequestState) -> Tensor:
-    """What the choice is made from, ``[vocab]``: scores of a greedy request, else probabilities."""
+    """What a token is chosen from, ``[vocab]``: scores for a greedy request, else probabilities."""
     params = request.params
     scores = penalize(row, request.token_ids, params.repetition_penalty)
     if params.greedy:
@@ -76,13 +87,13 @@ def penalize(row: Tensor, seen: list[int], penalty: float) -> Tensor:
 def filtered_probabilities(scores: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities ``[vocab]`` after temperature, then top-k, then top-p, in Hugging Face's order."""
     if params.temperature is not None:
-        scores = (scores - scores.max()) / params.temperature  # shifted, so that no small temperature overflows
+        scores = (scores - scores.max()) / params.temperature  # shifted, so that a small temperature cannot overflow
     if params.top_k:
         kept = min(params.top_k, scores.shape[-1])
         scores = scores.masked_fill(scores < scores.topk(kept).values[-1], -torch.inf)
     if params.top_p is not None and params.top_p < 1:
         ordered, index = scores.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # the mass of better tokens
+        before = probabilities.cumsum(-1) - probabilities  # the total probability of better tokens
         scores = scores.scatter(0, index[before >= params.top_p], -torch.inf)
     return scores.softmax(-1)

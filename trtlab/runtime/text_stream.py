@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: a piece is given out once no later token can change it."""
+"""Turns tokens into text piece by piece: a piece is returned once no later token can change it. Knows no requests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Decodes(Protocol):
-    """What turns ids into text."""
+    """A tokenizer that turns ids into text."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some ids."""
         ...
 
     def ends_open(self, token_ids: Sequence[int]) -> bool:
-        """Whether the ids end with a single byte, whose meaning hangs on the bytes that may follow."""
+        """Whether the ids end with a single byte, whose meaning depends on the bytes that may follow."""
         ...
 
 
@@ -28,14 +28,14 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids: list[int] = []
-        self._context = 0  # ids before the unread ones that their decoding depends on
+        self._context = 0  # where decoding begins: ids from here to _read are known, and the new ones depend on them
         self._read = 0
         self._held = ""
         self.text = ""
         self.stopped_by: str | None = None
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The text that more tokens settle; empty when nothing is settled yet."""
+        """Add tokens and return the text that is final now; empty if there is none."""
         if self.stopped_by is not None or not tokens:
             return ""
         self._ids.extend(tokens)
@@ -49,7 +49,7 @@ class TextStream:
         return self._settle(longer[len(known) :])
 
     def finish(self) -> str:
-        """What is still held back, at the end of the answer."""
+        """Return the text that was still held back, at the end of the answer."""
         if self.stopped_by is not None:
             return ""
         known = self._tokenizer.decode(self._ids[self._context : self._read])
@@ -76,7 +76,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: Sequence[str]) -> int:
-    """The length of the longest end of ``text`` that begins a stop word."""
+    """The length of the longest end of ``text`` that is the beginning of a stop word."""
     sizes = (
         size for word in stop for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])
     )

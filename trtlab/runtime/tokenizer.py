@@ -1,4 +1,4 @@
-"""Text to ids and back, by the tokenizer that lies in a model folder."""
+"""Turns text into token ids and back, with the tokenizer in a model folder. Knows no model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Message = Mapping[str, str]
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
-    """The tokenizer's files in a folder; none for no folder."""
+    """The tokenizer files in a folder; an empty list for None."""
     return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The folder itself when a tokenizer lies in it."""
+    """The folder itself if it holds a tokenizer, else None."""
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
 
 
@@ -51,7 +51,7 @@ class _EndIds(OpenObject):
 
 
 def listed_end_ids(folder: Path) -> list[int]:
-    """``eos_token_id`` of generation_config.json, or where there is none of config.json, as transformers has it."""
+    """``eos_token_id`` of generation_config.json, or without that file of config.json, as in transformers."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             stored = read_model(folder / name, _EndIds, remedy="copy it again, or remove it")
@@ -60,7 +60,7 @@ def listed_end_ids(folder: Path) -> list[int]:
 
 
 def copy_tokenizer(source: Path | None, target: Path) -> None:
-    """Copy a tokenizer's files; end ids that stand in config.json alone go along in a generation_config.json."""
+    """Copy a tokenizer's files; end ids that only config.json holds are written to a generation_config.json."""
     for file in tokenizer_files(source):
         shutil.copy2(file, target / file.name)
     if source is not None and not (source / "generation_config.json").is_file() and listed_end_ids(source):
@@ -70,14 +70,14 @@ def copy_tokenizer(source: Path | None, target: Path) -> None:
 
 @lru_cache(maxsize=4)
 def _loaded(folder: Path, stamps: tuple[object, ...]) -> Any:
-    """A folder's tokenizer; ``stamps`` tell one set of files from a later one."""
+    """A folder's tokenizer; ``stamps`` (names, times, sizes of its files) make changed files a new cache entry."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 class Tokenizer:
-    """Hugging Face's tokenizer of a folder, loaded at first use, and shared by all that use the same files."""
+    """Hugging Face's tokenizer of a folder: loaded at first use, and shared by all users of the same files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,11 +100,11 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text of their own: begin, end, padding, unknown."""
+        """Ids without text of their own: begin, end, padding, unknown."""
         return frozenset(self._inner.all_special_ids)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer puts in front."""
+        """The ids of a text, with the special tokens that the tokenizer adds."""
         return self._ids(text, special=True)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
@@ -130,7 +130,7 @@ class Tokenizer:
             raise RequestError(
                 f"the tokenizer's chat template refuses this conversation: {error}",
                 expected='[{"role": "user", "content": "..."}], roles in the order that the model knows',
-                remedy="mend the conversation, or give the prompt as text",
+                remedy="change the conversation, or give the prompt as text",
             ) from error
         return self._ids(text, special=False)
 
@@ -139,20 +139,16 @@ class Tokenizer:
         text: str = self._inner.decode(
             list(token_ids),
             skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,  # what is said of one piece must not depend on the next
+            clean_up_tokenization_spaces=False,  # the text of one piece must not depend on the next
         )
         return text
 
     def ends_open(self, token_ids: Sequence[int]) -> bool:
-        """Whether the last id with a text is a byte of a tokenizer with byte fallback, as Llama 2's.
+        """Whether the last id that is not special is a single byte of a tokenizer with byte fallback, as Llama 2's.
 
-        Such a tokenizer reads a run of bytes as a whole; byte-level tokenizers have no such ids.
+        Such a tokenizer decodes consecutive bytes together. Byte-level tokenizers have no such ids.
         """
-        return next((i in self._byte_ids for i in reversed(token_ids) if i not in self._special_ids), False)
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self._inner.all_special_ids)
+        return next((i in self._byte_ids for i in reversed(token_ids) if i not in self.special_ids), False)
 
     @cached_property
     def _byte_ids(self) -> frozenset[int]:

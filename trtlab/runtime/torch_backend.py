@@ -1,4 +1,4 @@
-"""Opens the torch backend: weights on their device, the pool that fits beside them, and the rank for the device."""
+"""Opens the torch backend: loads the weights on their device, sizes the KV pool, and makes the ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,16 @@ def torch_backend(
     device: torch.device,
     session: SessionConfig | None = None,
 ) -> Backend:
-    """The decoder in torch on one device. ``ranks`` are the tensors of each rank; ``build`` is resolved."""
+    """Open the decoder in torch on one device.
+
+    Args:
+        config: The model.
+        build: The engine's bounds, resolved.
+        mapping: How the model is split over ranks.
+        ranks: The tensors of each rank, by name.
+        device: Where all ranks run.
+        session: Settings of the pool and the kernels; None for the defaults.
+    """
     session = session or SessionConfig()
     dtype = compute_dtype(build, device)
     load, make_rank = _for_device(device, dtype, session)
@@ -52,7 +61,7 @@ def torch_backend(
 
 
 def _for_device(device: torch.device, dtype: torch.dtype, session: SessionConfig) -> tuple[LoadWeights, MakeRank]:
-    """What lays a rank's weights out for this device, and what runs them there."""
+    """The function that loads a rank's weights for this device, and the one that makes the rank."""
     if device.type == "cpu":
         loops = has_loops()
         load: LoadWeights = partial(_cpu_weights, loops=loops, round_dense=session.fast_cpu_kernels)
@@ -61,7 +70,7 @@ def _for_device(device: torch.device, dtype: torch.dtype, session: SessionConfig
 
 
 def _kernel() -> Kernel | None:
-    """The kernel that reads blocks in place, where Triton is installed."""
+    """The attention kernel that reads blocks in place, if Triton is installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     from trtlab.ops.cuda.paged_attention import paged_attention
@@ -108,7 +117,7 @@ def _pool_size(
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """What is left on a GPU, with what torch holds unused; None for a CPU."""
+    """Free bytes of a GPU, including what torch has reserved and does not use; None for a CPU."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

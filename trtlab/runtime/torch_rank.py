@@ -1,4 +1,4 @@
-"""A rank in torch: on a GPU, or on a CPU without Numba."""
+"""Runs one rank in torch: on a GPU, or on a CPU without Numba."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trtlab.runtime.rank_tables import RankTables, in_step_order, singles_first
 
 
 class TorchRank:
-    """A ``Rank`` over ``TorchOps``, on the device of its cache. ``rotary`` comes from ``spread``.
+    """A ``Rank`` over ``TorchOps``, on the device of its cache.
 
-    With a ``kernel`` attention reads the blocks where they lie.
+    ``rotary`` comes from ``spread``. With a ``kernel``, attention reads the blocks in place and gathers nothing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which backend runs an engine: the one asked for, or the best that is here; and why."""
+"""Opens a session: chooses the backend and the device of an engine, and records the reason."""
 
 from __future__ import annotations
 
@@ -21,21 +21,32 @@ BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
 
 
 def open_session(engine: RunnableEngine, config: SessionConfig, backend: str, device: str | None) -> Session:
-    """A session on the backend asked for, by ``TRTLAB_BACKEND``, or on the best that is here."""
+    """Open a session on a backend.
+
+    Args:
+        engine: An open engine.
+        config: The session's settings.
+        backend: One of ``BACKENDS``. With ``auto`` the environment variable ``TRTLAB_BACKEND`` decides, and without it
+            the best backend of this machine.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None for CUDA if there is a device, else the CPU.
+
+    Raises:
+        ConfigError: for an unknown backend or device.
+        EngineError: for a closed engine, or a backend that cannot run it.
+    """
     engine.require_open()
-    asked = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
-    if asked not in BACKENDS:
-        raise ConfigError("unknown backend", got=repr(asked), expected=" | ".join(BACKENDS))
+    requested = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
+    if requested not in BACKENDS:
+        raise ConfigError("unknown backend", got=repr(requested), expected=" | ".join(BACKENDS))
     target = _device(device)
-    chosen, reason = (asked, "asked for") if asked != "auto" else _best(engine, target)
-    where = torch.device("cpu") if chosen == "interpreter" else target
-    require_room_to_run(engine.config, engine.build_config, engine.mapping, engine.layout, config, where)
-    running = OPENERS[chosen](engine, target, config)
-    return Session(engine, running, config, f"{chosen} on {where}: {reason}")
+    name, reason = (requested, "asked for") if requested != "auto" else _best(engine, target)
+    used = torch.device("cpu") if name == "interpreter" else target
+    require_room_to_run(engine.config, engine.build_config, engine.mapping, engine.layout, config, used)
+    return Session(engine, OPENERS[name](engine, target, config), config, f"{name} on {used}: {reason}")
 
 
 def _best(engine: RunnableEngine, device: torch.device) -> tuple[str, str]:
-    """TensorRT where a GPU is here that the plan runs on, else torch; and the reason in a few words."""
+    """TensorRT if the plan runs on this device, else torch; and the reason in a few words."""
     if device.type != "cuda":
         return "torch", "asked for this device" if torch.cuda.is_available() else "no CUDA device is here"
     if engine.plans is None:

@@ -1,4 +1,4 @@
-"""Public handle to a request: stream its text, await or take its answer, cancel it."""
+"""The public handle to a request: stream its text, await or take its answer, cancel it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 class Completion(Shown):
     """One finished answer.
 
-    ``finish_reason`` is ``"stop"`` (end token, or ``stop_reason``), ``"length"``, ``"cancelled"`` or ``"timed_out"``;
-    the last two leave what there was. ``logprobs`` are natural logarithms, one a token, None unless asked for.
-    ``text`` is empty without a tokenizer.
+    ``finish_reason`` is ``"stop"`` (end token, or the stop word ``stop_reason``), ``"length"``, ``"cancelled"`` or
+    ``"timed_out"``; after the last two the answer is what had been generated. ``logprobs`` are natural logarithms, one
+    per token; None if they were not requested. ``text`` is empty without a tokenizer.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -37,10 +37,10 @@ class Completion(Shown):
 
 
 class Request(Shown):
-    """A prompt on its way to an answer; ``session.submit`` and ``fork`` make one.
+    """Public handle to a running request: stream, await, cancel. ``session.submit`` and ``session.fork`` make it.
 
-    Whoever waits for it drives the session: ``stream()`` and ``result()`` run steps, in which all other requests go on
-    too. In a notebook's event loop ``async for piece in request`` and ``await request`` run them in a thread.
+    ``stream()`` and ``result()`` run the session's steps, and these serve all other requests too. In a notebook's event
+    loop ``async for piece in request`` and ``await request`` run the steps in a thread.
     """
 
     def __init__(self, state: RequestState, text: TextStream | None, loop: Loop, thread: Callable[[], Thread]) -> None:
@@ -48,23 +48,23 @@ class Request(Shown):
         self._text = text
         self._loop = loop
         self._thread = thread
-        self._reading = threading.Lock()  # of the text, which steps feed and any thread may take
-        self._read = 0  # tokens that the text has seen
-        self._fresh = ""  # text that nobody has taken yet
+        self._text_lock = threading.Lock()  # steps extend the text, and any thread may read it
+        self._read = 0  # tokens fed to the text so far
+        self._fresh = ""  # text that was not read yet
 
     @property
     def number(self) -> int:
-        """Its number in the session, from 1; events name it so."""
+        """The request's number in the session, from 1; events use the same number."""
         return self.state.number
 
     @property
     def status(self) -> str:
-        """waiting, running, or why it ended: stop, length, cancelled, timed_out, error."""
+        """``waiting``, ``running``, or why it ended: ``stop``, ``length``, ``cancelled``, ``timed_out``, ``error``."""
         return self.state.finish_reason or ("waiting" if self.state.slot is None else "running")
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether the request has ended, for any reason."""
         return not self._loop.is_under_way(self.state)
 
     @property
@@ -79,16 +79,20 @@ class Request(Shown):
 
     @property
     def reused_tokens(self) -> int:
-        """Tokens that were found in the cache when it last got its slot."""
+        """Tokens that were found in the cache when the request last got its slot."""
         return self.state.reused
 
     @property
     def preemptions(self) -> int:
-        """How often it was interrupted for want of blocks, to be computed again."""
+        """How often the request lost its blocks to another one and was computed again."""
         return self.state.preemptions
 
     def stream(self) -> Iterator[str]:
-        """The answer's text from where it was last read, as it comes. Raises what ended the request, if it failed."""
+        """Yield the answer's text as it is generated, from where it was last read.
+
+        Raises:
+            RequestError: when the request failed, or without a tokenizer.
+        """
         self._require_text()
         last = False
         while not last:
@@ -98,15 +102,19 @@ class Request(Shown):
         self._raise_error()
 
     def result(self) -> Completion:
-        """The finished answer; raises what ended the request, if it failed."""
+        """Run steps until the request ends and return its answer.
+
+        Raises:
+            RequestError: when the request failed.
+        """
         while not self.done:
             self._loop.advance(self.state)
         return self._completion()
 
     def cancel(self) -> bool:
-        """End it and free its blocks; False when it had ended before. What there is of the answer stays.
+        """End the request and free its blocks; the answer so far stays. False when it had ended before.
 
-        Never waits: while another thread runs a step it takes effect when that step ends.
+        Never waits: while another thread runs a step, the request ends with that step.
         """
         return self._loop.cancel(self.state)
 
@@ -114,7 +122,7 @@ class Request(Shown):
         self._require_text()
         last = False
         while not last:
-            piece, last = await self._aside(self._next_piece)
+            piece, last = await self._in_thread(self._next_piece)
             if piece:
                 yield piece
         self._raise_error()
@@ -124,21 +132,21 @@ class Request(Shown):
 
     async def _wait(self) -> Completion:
         while not self.done:
-            await self._aside(partial(self._loop.advance, self.state))
-        return await self._aside(self._completion)
+            await self._in_thread(partial(self._loop.advance, self.state))
+        return await self._in_thread(self._completion)
 
     def __await__(self) -> Generator[Any, None, Completion]:
         return self._wait().__await__()
 
-    async def _aside(self, work: Callable[[], T]) -> T:
-        """Run it in the session's thread: it may run steps or wait for one, and an event loop must not."""
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the session's thread: it may run or await steps, which would block the event loop."""
         if self._loop.closed:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread(), work)
 
     def _next_piece(self) -> tuple[str, bool]:
-        """The text that can be read now, after a step if there is none; and whether it was the last."""
-        last = self.done  # read first: what it leaves can then be taken whole
+        """The text that can be read now, after one step if there is none; and whether it is the last piece."""
+        last = self.done  # read before the text: if the request has ended, the text taken next is complete
         piece = self._take()
         if not piece and not last:
             self._loop.advance(self.state)
@@ -147,24 +155,25 @@ class Request(Shown):
         return piece, last
 
     def look_for_stop(self) -> None:
-        """Read what is new when a stop word may end the request; the loop calls it after each token."""
+        """End the request if its new text contains a stop word; the loop calls this after each token."""
         if self._text is None or not self.state.params.stop:
             return
-        with self._reading:
+        with self._text_lock:
             self._fresh += self._settle()
         if self._text.stopped_by is not None:
             self.state.finish_reason = "stop"
 
     def _take(self) -> str:
-        """The text that has settled since the last call; all of it once the request is done."""
-        with self._reading:
+        """The text that became final since the last call; all of the rest once the request is done."""
+        with self._text_lock:
             piece, self._fresh = self._fresh + self._settle(), ""
             return piece
 
     def _settle(self) -> str:
+        """Feed new tokens to the text and return the text that no later token can change."""
         if self._text is None:
             return ""
-        ended = self.state.done  # read first: no token follows it
+        ended = self.state.done  # read before the tokens: none is added after it
         new = self.state.token_ids[len(self.state.prompt_ids) + self._read :]
         self._read += len(new)
         piece = self._text.feed(new)
@@ -174,10 +183,10 @@ class Request(Shown):
 
     def _completion(self) -> Completion:
         self._raise_error()
-        with self._reading:
-            self._fresh += self._settle()  # whoever streams may still want it
+        with self._text_lock:
+            self._fresh += self._settle()  # kept for a later read by stream()
         state = self.state
-        assert state.finish_reason is not None, "the answer is not finished"
+        assert state.finish_reason is not None, f"request {state.number} has not ended"
         return Completion(
             state.prompt_ids,
             tuple(state.output_ids),

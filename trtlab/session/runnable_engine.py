@@ -1,4 +1,4 @@
-"""What a session needs of an engine; the engine itself lies on a floor above."""
+"""The interface that a session needs of an engine; ``trtlab.engine``, a floor above, implements it."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from trtlab.tensorrt.build.plans import Plans
 
 
 class RunnableEngine(Protocol):
-    """What a session needs of an engine."""
+    """An engine that a session can run."""
 
     @property
     def config(self) -> ModelConfig:
-        """The model's shape."""
+        """The model's sizes and architecture."""
         ...
 
     @property
     def build_config(self) -> BuildConfig:
-        """The bounds, resolved for the model."""
+        """The bounds of the build, resolved for the model."""
         ...
 
     @property
     def mapping(self) -> Mapping:
-        """How the model lies over ranks."""
+        """How the model is split over ranks."""
         ...
 
     @property
     def layout(self) -> EmbeddingLayout:
-        """How its token table does."""
+        """How the token table is split over ranks."""
         ...
 
     @property
     def plans(self) -> Plans | None:
-        """Its TensorRT plans, if it has any."""
+        """The TensorRT plans, None without."""
         ...
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The folder of its tokenizer."""
+        """The folder of the tokenizer, None without."""
         ...
 
     def weights(self, rank: int) -> dict[str, Tensor]:
-        """One rank's tensors, read."""
+        """One rank's tensors by name, read into memory."""
         ...
 
     def require_open(self) -> None:
-        """EngineError after ``close``."""
+        """Raise EngineError after ``close``."""
         ...

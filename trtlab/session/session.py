@@ -1,4 +1,4 @@
-"""The fourth object of the workflow: takes prompts, runs the engine step by step, gives text."""
+"""Session, the fourth object of the workflow: takes prompts, runs the engine step by step, returns text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class Session(Shown):
     """Generates with one engine. Use it as a context manager, or call ``close()``.
 
-    Two sessions can live side by side: nothing is shared but the engine's weights on disk.
+    Several sessions can be open at once: they share nothing but the engine's weights on disk.
     """
 
     def __init__(self, engine: RunnableEngine, backend: Backend, config: SessionConfig, reason: str) -> None:
@@ -46,7 +46,7 @@ class Session(Shown):
 
     @property
     def backend(self) -> str:
-        """Which backend runs: tensorrt, torch or interpreter."""
+        """The backend that runs the engine: ``tensorrt``, ``torch`` or ``interpreter``."""
         return self._loop.backend.name
 
     @property
@@ -61,7 +61,7 @@ class Session(Shown):
 
     @property
     def kv_cache(self) -> KvCache:
-        """The pool of KV blocks as it is at any moment: its size and why, whose blocks are whose, what is reused."""
+        """A live view of the pool of KV blocks: its size and the reason for it, each request's blocks, the reuse."""
         return self._loop.kv_cache
 
     @property
@@ -86,35 +86,51 @@ class Session(Shown):
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> Completion | list[Completion]:
-        """Answer one prompt or many; many run together and come back in their order.
+        """Answer one prompt or a list of prompts; the prompts of a list run together.
 
-        A prompt is text, token ids, or a conversation (``[{"role": "user", "content": ...}]``, by the tokenizer's
-        chat template). Raises RequestError for an empty prompt, an id outside the vocabulary, or a request beyond
-        the engine's bounds or the KV pool, before anything runs.
+        Args:
+            prompts: A prompt or a list of them. A prompt is a str, token ids, or a conversation
+                (``[{"role": "user", "content": ...}]``), which the tokenizer's chat template turns into text.
+            params: How to sample, the same for all prompts; None for ``SamplingParams()``.
+
+        Returns:
+            One Completion for one prompt; for a list of prompts, a list in the same order.
+
+        Raises:
+            RequestError: before anything runs, for an empty prompt, an id outside the vocabulary, or a request beyond
+                the engine's bounds or the KV pool.
         """
-        params = _given(params)
-        one = _is_single(prompts)
-        batch: Sequence[Any] = [prompts] if one else prompts
-        checked = [self._checked(prompt, params) for prompt in batch]
+        params = _checked_params(params)
+        single = _is_single(prompts)
+        batch: Sequence[Any] = [prompts] if single else prompts
+        token_ids = [self._checked(prompt, params) for prompt in batch]
         requests: list[Request] = []
         try:
-            requests += (self._submit(self._state(ids, params)) for ids in checked)
+            requests += (self._submit(self._state(ids, params)) for ids in token_ids)
             completions = [request.result() for request in requests]
         finally:
-            for request in requests:  # what an error or an interrupt left under way
+            for request in requests:  # ends those that an error or an interrupt left under way
                 request.cancel()
-        return completions[0] if one else completions
+        return completions[0] if single else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """The answer's text as it comes; the pieces join to exactly ``generate``'s text. Arguments as for it."""
-        params = _given(params)
+        """Yield the answer's text as it is generated; the pieces together are exactly ``generate``'s text.
+
+        Args:
+            prompt: One prompt, as for ``generate``.
+            params: How to sample; None for ``SamplingParams()``.
+
+        Raises:
+            RequestError: as ``generate``, and for an engine without a tokenizer.
+        """
+        params = _checked_params(params)
         ids = self._checked(prompt, params)
         if self._tokenizer is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
         return self._pieces(ids, params)
 
     def _pieces(self, ids: tuple[int, ...], params: SamplingParams) -> Iterator[str]:
-        """The request joins at the first ``next``, so that a stream which nobody reads takes no slot."""
+        """Submit the request at the first ``next``, so that a stream that is never read takes no slot."""
         request = self._submit(self._state(ids, params))
         try:
             yield from request.stream()
@@ -129,17 +145,24 @@ class Session(Shown):
         priority: int = 0,
         allotted_time_ms: float | None = None,
     ) -> Request:
-        """Queue a prompt and come back at once; it runs whenever the session steps.
+        """Queue a prompt and return at once; the request runs whenever the session steps.
 
-        A higher ``priority`` goes first (one level counts as 1,000 steps of waiting, so that nobody waits for ever).
-        After ``allotted_time_ms`` the request ends with what it has, as ``"timed_out"``. Raises as ``generate``.
+        Args:
+            prompt: One prompt, as for ``generate``.
+            params: How to sample; None for ``SamplingParams()``.
+            priority: Requests of higher priority run first. One level equals 1,000 steps of waiting, so that no
+                request waits for ever.
+            allotted_time_ms: After this time the request ends with the answer so far, as ``"timed_out"``.
+
+        Raises:
+            RequestError: as ``generate``.
         """
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError("priority must be a whole number", got=repr(priority))
+            raise RequestError("priority must be an int", got=repr(priority))
         timed = allotted_time_ms is not None
         if timed and not (isinstance(allotted_time_ms, int | float) and allotted_time_ms > 0):
             raise RequestError("allotted_time_ms must be a positive number", got=repr(allotted_time_ms))
-        params = _given(params)
+        params = _checked_params(params)
         state = self._state(self._checked(prompt, params), params)
         state.priority = priority
         if allotted_time_ms is not None:
@@ -147,26 +170,32 @@ class Session(Shown):
         return self._submit(state)
 
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
-        """A second answer that goes on from where ``request`` stands, sharing its blocks; both run on by themselves.
+        """Start a second answer from the present state of ``request``, sharing its blocks; both then run independently.
 
-        ``params`` count from the beginning of the answer. A block that both would write is copied first. Raises
-        RequestError for a request that has ended.
+        A block that both would write is copied first.
+
+        Args:
+            request: The request to fork, which must be under way.
+            params: How to sample; None for the request's own. ``max_new_tokens`` counts from the answer's beginning.
+
+        Raises:
+            RequestError: for a request that has ended, or params that it cannot go on with.
         """
         parent = request.state
-        params = parent.params if params is None else _given(params)
+        params = parent.params if params is None else _checked_params(params)
         if request.done:
             raise RequestError(
                 f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
             )
         self._refuse_beyond_bounds(parent.prompt_ids, params)
-        logprobs, output_ids = list(parent.logprobs), parent.output_ids  # as they are now: the parent may be in a step
+        logprobs, output_ids = list(parent.logprobs), parent.output_ids  # copies: another thread may run a step now
         if parent.params.logprobs:
             output_ids = output_ids[: len(logprobs)]
         if params.max_new_tokens <= len(output_ids):
             raise RequestError(
                 f"request {request.number} has generated {len(output_ids)} tokens already",
                 got=f"max_new_tokens {params.max_new_tokens}",
-                remedy="max_new_tokens counts from the beginning of the answer: raise it",
+                remedy="raise max_new_tokens, which counts from the beginning of the answer",
             )
         if params.logprobs and not parent.params.logprobs:
             raise RequestError("the log-probabilities before the fork were not kept", remedy="leave logprobs out")
@@ -177,20 +206,20 @@ class Session(Shown):
         return self._submit(state, parent)
 
     def step(self) -> StepEvent | None:
-        """Run one step for all requests under way and tell what it did; None when there is nothing to do."""
+        """Run one step for all requests under way and return its event; None when there is nothing to do."""
         return self._loop.step()
 
     def run(self) -> list[StepEvent]:
-        """Step until nothing is under way; gives the events."""
+        """Step until no request is under way; returns the events."""
         return list(iter(self.step, None))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """The logits that follow each token of a prompt: [tokens, vocab], float32, on the CPU."""
+        """The logits after each token of a prompt: [tokens, vocab], float32, on the CPU."""
         self._require_open()
         return self._loop.logits(self._checked_ids(token_ids))
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, special tokens in front as the model expects them."""
+        """The token ids of a text, with the special tokens that the model expects in front."""
         return self._require_tokenizer().encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -213,13 +242,13 @@ class Session(Shown):
         return request
 
     def _worker(self) -> ThreadPoolExecutor:
-        """The one thread in which steps run while an event loop waits for them."""
+        """The session's only thread for steps that an event loop awaits."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="trtlab-step")
         return self._thread
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
-        """The prompt's token ids; RequestError when this engine could not serve it."""
+        """The prompt's token ids; RequestError when this engine cannot serve it."""
         self._require_open()
         if params.stop and self._tokenizer is None:
             raise RequestError(
@@ -258,7 +287,7 @@ class Session(Shown):
             ids = tuple(operator.index(token) for token in token_ids)
         except TypeError as error:
             raise RequestError(
-                f"this prompt is no sequence of token ids: {error}", remedy="give text, or a list of whole numbers"
+                f"the prompt cannot be read as token ids: {error}", remedy="give a str, or a list of int"
             ) from error
         vocab, limit = self.engine.config.vocab_size, self.engine.build_config.input_len
         if not ids:
@@ -289,7 +318,7 @@ class Session(Shown):
             raise RequestError("this session is closed", remedy="open another with engine.session()")
 
     def close(self) -> None:
-        """End what is under way as cancelled, free the weights and the cache; a second close is harmless."""
+        """Cancel all requests under way, and free the weights and the cache; a second call does nothing."""
         self._loop.close()
         if self._thread is not None:
             self._thread.shutdown()
@@ -302,17 +331,17 @@ class Session(Shown):
         self.close()
 
 
-def _given(params: SamplingParams | None) -> SamplingParams:
+def _checked_params(params: SamplingParams | None) -> SamplingParams:
     return require(SamplingParams, SamplingParams() if params is None else params, "SamplingParams(max_new_tokens=32)")
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt: a text, ids (a list, an array, a tensor), or a conversation; not a list of such."""
+    """Whether this is one prompt (str, list, array or tensor of ids, conversation), and not a list of prompts."""
     if isinstance(prompts, abc.Mapping) or not hasattr(prompts, "__len__"):
         raise RequestError(
-            "this is no prompt",
+            "unknown kind of prompt",
             got=repr(prompts),
-            expected="a text, token ids, a list of messages, or a list of prompts",
+            expected="a str, token ids, a list of messages, or a list of prompts",
         )
     if isinstance(prompts, str) or len(prompts) == 0:
         return True
