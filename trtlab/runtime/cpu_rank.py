@@ -36,7 +36,7 @@ class CpuRank:
     def run(self, step: StepInputs, comm: Comm) -> Tensor | None:
         """See ``Rank``."""
         order, chunks = singles_first(step.chunks)
-        batch = CpuBatch([chunk[:3] for chunk in chunks], self._tables.update(chunks))
+        batch = CpuBatch(chunks, self._tables.update(chunks))
         logits = self.forward(batch, comm, step.every_token)
         return None if logits is None else in_step_order(logits, order, chunks, step.every_token)
 

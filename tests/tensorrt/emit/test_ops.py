@@ -195,7 +195,7 @@ def on_torch(case, n, x, table, dtype):
 
 
 def on_loops(case, n, x, table):
-    batch = CpuBatch([(0, n.past, [0] * n.tokens)], BlockTables.apart(1, CAPACITY))
+    batch = CpuBatch([Chunk(0, n.past, (0,) * n.tokens)], BlockTables.apart(1, CAPACITY))
     turns = spread(table, torch.float32, CPU)
     ops = CpuOps(batch, CpuPool(empty_cache(n, torch.float32)), (turns.cos.numpy(), turns.sin.numpy()), Solo())
     arrays = {name: tensor.numpy() for name, tensor in x.items()}

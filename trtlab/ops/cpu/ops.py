@@ -23,6 +23,7 @@ from trtlab.ops.paged import BlockTables, Gathered, NewTokens, PagedCache
 from trtlab.ops.quantized_linear import linear
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.comm import Comm, Solo
+from trtlab.parallel.step_inputs import Chunk
 from trtlab.progress import progress
 
 
@@ -55,23 +56,20 @@ def _by_head(scale: Tensor, heads: int) -> Array:
 
 
 class CpuBatch:
-    """The tokens of a step as arrays: those of requests with a single new token first, then the longer ones.
+    """The tokens of a step as arrays: chunks of a single new token come first, then the longer ones."""
 
-    A request's share is (slot, past, new token ids).
-    """
-
-    def __init__(self, shares: Sequence[tuple[int, int, Sequence[int]]], tables: BlockTables) -> None:
-        lengths = [len(token_ids) for _, _, token_ids in shares]
+    def __init__(self, chunks: Sequence[Chunk], tables: BlockTables) -> None:
+        lengths = [len(chunk.token_ids) for chunk in chunks]
         self.singles = lengths.count(1)
-        assert lengths[: self.singles] == [1] * self.singles, "single tokens come first"
-        short, longer = shares[: self.singles], shares[self.singles :]
+        assert lengths[: self.singles] == [1] * self.singles, f"single tokens come first: {lengths}"
+        short, longer = chunks[: self.singles], chunks[self.singles :]
         self.tables = tables.array
-        self.slots = np.array([slot for slot, _, _ in short], np.int32)  # [tokens]
-        self.positions = np.array([past for _, past, _ in short], np.int32)  # [tokens]
-        self.token_ids = np.array([token for _, _, token_ids in shares for token in token_ids])
+        self.slots = np.array([chunk.slot for chunk in short], np.int32)  # [tokens]
+        self.positions = np.array([chunk.past for chunk in short], np.int32)  # [tokens]
+        self.token_ids = np.array([token for chunk in chunks for token in chunk.token_ids])
         self.longer: list[Gathered] = []
         self.last: Array | None = None  # [sequences]: the row of each request's last token, if not every row is one
-        for slot, past, token_ids in longer:
+        for slot, past, token_ids, _ in longer:
             own = np.arange(past, past + len(token_ids), dtype=np.int32)
             self.positions = np.concatenate([self.positions, own])
             self.slots = np.concatenate([self.slots, np.full(len(own), slot, np.int32)])
