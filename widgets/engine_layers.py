@@ -1,4 +1,4 @@
-"""The layers that TensorRT compiles, by bytes, arithmetic or number: click a bar, read its layers from Python."""
+"""The widget EngineLayers: bars for the layers that TensorRT compiles, by weight bytes, FLOP or number of layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trtlab.tensorrt.read.interpreter import LayerTable
 from .layer_groups import GROUPINGS, MEASURES, groups, known
 from .live import Dashboard, LiveFigure, fitted, show_in
 
-LISTED = 10  # layers of a selection that are spelled out
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the legend and the table have the words.
+LISTED = 10  # layers of a selection that are listed, at most
+# Okabe and Ito's palette, which colour-blind readers can distinguish; legend and table also name the precisions.
 COLOURS = {"bfloat16": "#0072B2", "float16": "#009E73", "float32": "#E69F00", "int8": "#CC79A7", "int4": "#D55E00"}
 OTHER_COLOUR = "#7F7F7F"
 
@@ -25,23 +25,30 @@ OTHER_COLOUR = "#7F7F7F"
 def figure(
     table: LayerTable, measure: str = "weight bytes", by: str = "part", selected: str = "", step: str = ""
 ) -> go.Figure:
-    """One bar a group, split by precision, the selected one marked; ``step`` says which step the FLOP are of.
+    """The picture: one bar for each group, split by precision.
 
-    Traces: one a precision of the whole table, so that their number does not change, then the labels. The place of a
-    point is the place of its group in ``groups``.
+    The traces are one for each precision of the whole table, so that their number does not change, then the labels.
+    The index of a point in a trace is the index of its group in ``groups``.
+
+    Args:
+        table: All layers of an engine's rank.
+        measure: The length of the bars, a key of MEASURES.
+        by: What a bar stands for, a key of GROUPINGS.
+        selected: The name of the bar that is marked as selected.
+        step: Words for the title that say which step the FLOP belong to.
     """
     shown = groups(table, measure, by)
-    how = MEASURES[measure]
-    totals = {name: sum(map(how.of, rows)) for name, rows in shown.items()}
+    scale = MEASURES[measure]
+    totals = {name: sum(map(scale.of, rows)) for name, rows in shown.items()}
     whole, longest = sum(totals.values()), max(totals.values(), default=1)
-    factor, unit = how.unit(longest)
+    factor, unit = scale.unit(longest)
     places = list(range(len(shown)))
     traces: list[Any] = [
         go.Bar(
             name=precision,
             orientation="h",
             y=places,
-            x=[sum(how.of(row) for row in rows if row.precision == precision) / factor for rows in shown.values()],
+            x=[sum(scale.of(row) for row in rows if row.precision == precision) / factor for rows in shown.values()],
             marker={
                 "color": COLOURS.get(precision, OTHER_COLOUR),
                 "opacity": [1.0 if name == selected else 0.55 for name in shown],
@@ -54,16 +61,16 @@ def figure(
         mode="text",
         y=places,
         x=[total / factor for total in totals.values()],
-        text=[f" {how.text(total)} · {_share(total / whole)}" for total in totals.values()],
+        text=[f" {scale.text(total)} · {_share(total / whole)}" for total in totals.values()],
         textposition="middle right",
         cliponaxis=False,
         hoverinfo="none",
         showlegend=False,
     )
-    title = " ".join(filter(None, (how.text(whole), how.title, f"by {by}")))
+    title = " ".join(filter(None, (scale.text(whole), scale.title, f"by {by}")))
     title += f", in {step}" if step and measure == "FLOP" else ""
     layout = _layout(title, [_mark(name, selected) for name in shown], longest / factor)
-    layout["xaxis"]["title"] = {"text": f"{how.axis}, {unit}" if unit else how.axis, "font": {"size": 13}}
+    layout["xaxis"]["title"] = {"text": f"{scale.axis}, {unit}" if unit else scale.axis, "font": {"size": 13}}
     return go.Figure([*traces, labels], layout)
 
 
@@ -75,7 +82,7 @@ def _layout(title: str, names: list[str], longest: float) -> dict[str, Any]:
         "font": {"size": 13},
         "barmode": "stack",
         "bargap": 0.25,
-        "hovermode": "y",  # the whole line of a bar answers to a click, however short the bar
+        "hovermode": "y",  # a click anywhere on the bar's line counts, because a bar can be very short
         "height": 130 + thickness * max(2, len(names)),
         "autosize": True,
         "margin": {"l": 170, "r": 20, "t": 66, "b": 56},
@@ -108,10 +115,10 @@ def _share(share: float) -> str:
 
 
 class EngineLayers(Dashboard):
-    """Shows an engine's layers as bars; click one and read its layers as ``selection``.
+    """Shows the layers of one rank of an engine as bars; a click selects a bar, ``selection`` holds its layers.
 
-    The controls are ``measure``, ``by``, ``step`` and ``amount`` (rows of a generation step, tokens of a context
-    step, within the plan's profiles); set their ``value`` from Python or in the page. Reads one rank of the engine.
+    The controls are ``measure``, ``by``, ``step`` and ``amount`` (rows of a generation step or tokens of a context
+    step, within the plan's profiles); set their ``value`` in the page or from Python.
     """
 
     def __init__(self, engine: Engine, rank: int = 0) -> None:
@@ -138,28 +145,28 @@ class EngineLayers(Dashboard):
 
     @property
     def table(self) -> LayerTable:
-        """All layers, with the FLOP of the step that is chosen."""
+        """All layers, with the FLOP of the selected step."""
         return self._table
 
     @property
     def selected(self) -> str:
-        """The name of the bar that is chosen."""
+        """The name of the selected bar."""
         return self._selected
 
     @property
     def selection(self) -> LayerTable:
-        """The layers of the bar that is chosen, in the order in which they run."""
+        """The layers of the selected bar, in execution order."""
         return LayerTable(groups(self._table, self.measure.value, self.by.value)[self._selected])
 
     def select(self, name: str) -> None:
-        """Choose a bar, as a click does; ConfigError when there is none of that name."""
+        """Select a bar, as a click does. Raises ConfigError if no bar has that name."""
         shown = groups(self._table, self.measure.value, self.by.value)
         known("bar", shown, name)
         self._selected = name
         self._show()
 
     def card(self) -> Card:
-        """See Dashboard: the bars, and the layers of the one that is chosen."""
+        """See Dashboard: the bars, and the layers of the selected bar."""
         measure, by = self.measure.value, self.by.value
         shown, amount = groups(self._table, measure, by), MEASURES[measure].of
         longest = max(sum(map(amount, rows)) for rows in shown.values())
@@ -187,14 +194,14 @@ class EngineLayers(Dashboard):
             trace.on_click(self._click)
 
     def _regroup(self, _: object = None) -> None:
-        """Other bars: the chosen one stays if it is among them, else it is the first."""
+        """Show other bars; the selected one stays selected if it still exists, else the first one is selected."""
         shown = groups(self._table, self.measure.value, self.by.value)
         if self._selected not in shown:
             self._selected = next(iter(shown))
         self._show()
 
     def _resize(self, _: object = None) -> None:
-        """Another profile: its own bound, and one row or token to begin with."""
+        """Set the bound of ``amount`` to that of the selected step's profile."""
         self.amount.description = {"generation": "rows", "context": "tokens"}[self.step.value]
         self.amount.max = self._most[self.step.value]
         self.amount.value = min(self.amount.value, self.amount.max)
@@ -202,8 +209,8 @@ class EngineLayers(Dashboard):
 
     def _recount(self, _: object = None) -> None:
         number = self.amount.value
-        one_token_each = self.step.value == "generation"
-        self._table = self._emission.table(batch=number) if one_token_each else self._emission.table(tokens=number)
+        generation = self.step.value == "generation"
+        self._table = self._emission.table(batch=number) if generation else self._emission.table(tokens=number)
         self._show()
 
     def _click(self, _: object, points: Any, __: object) -> None:
@@ -233,7 +240,7 @@ class EngineLayers(Dashboard):
 
 
 def selection_table(name: str, rows: LayerTable, measure: str = "weight bytes") -> Table:
-    """The chosen layers, the largest by ``measure`` first, else in the order in which they run."""
+    """The selected layers, the largest by ``measure`` first, equal ones in execution order."""
     amount = MEASURES[measure].of
     largest = sorted(rows, key=lambda row: -amount(row))[:LISTED]
     layers, weights, flops = _sums(rows)
@@ -248,7 +255,7 @@ def selection_table(name: str, rows: LayerTable, measure: str = "weight bytes") 
 
 
 def _sums(rows: LayerTable) -> tuple[str, str, str]:
-    """Number, weights and work of some layers."""
+    """Number, weight bytes and FLOP of some layers, as text."""
     return str(len(rows)), size(rows.weight_bytes), count(rows.flops)
 
 
@@ -259,5 +266,5 @@ def _buttons(options: list[str]) -> ToggleButtons:
 
 
 def _line(label: str, *controls: Any) -> HBox:
-    """Controls behind their label, which has a column of its own."""
+    """A label in a column of fixed width, and its controls."""
     return HBox([Label(label, layout={"width": "90px"}), *controls])

@@ -1,4 +1,4 @@
-"""The pool of KV blocks as a map, live and step by step: move the slider, click on a block, read both from Python."""
+"""The widget KVBlocks: the pool of KV blocks as a map, live and step by step."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .kv_moment import DRAWN, History, cells, history, moment_after, moment_now
 from .kv_panels import BARS, TRACES
 from .live import Dashboard, LiveFigure, fitted
 
-REFRESH_S = 0.1  # between two pictures at least
-REST = 9  # times as long as a picture took, until the next one: at most a tenth of the time goes to pictures
-PLAY_MS = 400  # a step
+REFRESH_S = 0.1  # between two pictures, at least
+REST = 9  # times the drawing time of a picture until the next one, so that drawing takes at most a tenth of the time
+PLAY_MS = 400  # for each step
 LISTED, STILL = 8, 16  # lines, and blocks a line, of the still view
 CACHED, FREE = "▨", "·"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What the reader chose: a block as it was after ``step`` (None: as it is now), its filled places, its text."""
+    """The selected block after ``step`` (None: now), with its number of filled places and its text."""
 
     step: int | None
     block: Block
@@ -38,21 +38,21 @@ class Selection:
 
 
 class KVBlocks(Dashboard):
-    """Shows a session's KV blocks: whose they are, what is shared, what is kept for reuse, now or after any step.
+    """Shows a session's KV blocks: the requests that use them, shared blocks, blocks cached for reuse, at any step.
 
-    The slider ``step`` goes through the steps that ``session.events`` keeps; at its right end, where it begins, it
-    stands for now, and with ``live`` on the picture follows while the session runs, in cells or in tasks, at most ten
-    times a second. A click on a block chooses it, a click on a bar its step; ``show`` chooses from Python, and
-    ``selection`` is what is chosen. Of a pool with more than 512 blocks those are drawn that were ever used.
+    The slider ``step`` covers the steps that ``session.events`` keeps. Its right end, where it starts, means "now":
+    with ``live`` on, the picture follows the running session, at most ten times a second. A click on a block selects
+    the block, a click on a bar selects its step; ``show`` does both from Python, and ``selection`` is the result. Of a
+    pool with more than 512 blocks only those are drawn that have been used.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self._lock = threading.RLock()
-        self._chosen = 0
+        self._selected = 0
         self._ever_used: set[int] = set()
-        self._seen = -1  # the last step that _ever_used knows
-        self._settling = False  # the slider moves because the session went on
+        self._last_read = -1  # the last step whose blocks are in _ever_used
+        self._settling = False  # True while refresh() moves the slider, which must not draw
         self._texts = lru_cache(maxsize=8192)(self._text)
         self.step = IntSlider(0, 0, 0, readout=False, layout={"width": "420px"})
         self.live = ToggleButton(True, description="live", tooltip="follow while the session runs")
@@ -60,7 +60,7 @@ class KVBlocks(Dashboard):
         self._play = Play(0, 0, 0, interval=PLAY_MS, show_repeat=False)
         self._when = Label(layout={"width": "170px"})
         self._steps = history(())
-        self._view = self._looked()
+        self._view = self._current_view()
         self._moving = moving(self._view)
         self.figure = LiveFigure(kv_figure(self._view))
         self._details = HTML()
@@ -73,14 +73,14 @@ class KVBlocks(Dashboard):
 
     @property
     def selection(self) -> Selection:
-        """The chosen block, after the chosen step."""
+        """The selected block after the selected step."""
         self.refresh()
         moment = self._view.moment
-        block = moment.block(self._chosen)
+        block = moment.block(self._selected)
         return Selection(moment.step, block, moment.filled.get(block.number, 0), self._texts(block.token_ids))
 
     def show(self, *, step: int | None = None, block: int | None = None) -> None:
-        """Choose a step (-1 is now), a block, or both; ConfigError for what there is not."""
+        """Select a step (-1 is now), a block, or both. Raises ConfigError for a step or block that does not exist."""
         with self._lock:
             self.refresh()
             first, now = self.step.min, self.step.max
@@ -92,19 +92,19 @@ class KVBlocks(Dashboard):
             if step is not None:
                 self.step.value = now if step == -1 else step
             if block is not None:
-                self._chosen = block
+                self._selected = block
             self._show()
 
     def refresh(self) -> None:
-        """Show what the session did since; ``live`` does it by itself."""
+        """Show what the session did since the last picture; with ``live`` on it happens automatically."""
         with self._lock:
             events = list(self.session.events)
             if events:
                 self._move_slider(events[0].step, events[-1].step + 1)
-            if self._view.num_blocks > DRAWN:  # else all are drawn
-                fresh = events[max(0, self._seen + 1 - events[0].step) :] if events else []
+            if self._view.num_blocks > DRAWN:  # a smaller pool is drawn whole
+                fresh = events[max(0, self._last_read + 1 - events[0].step) :] if events else []
                 self._ever_used.update(block.number for event in fresh for block in event.blocks)
-                self._seen = events[-1].step if events else -1
+                self._last_read = events[-1].step if events else -1
             self._steps = history(events)
             self._show()
 
@@ -117,7 +117,7 @@ class KVBlocks(Dashboard):
         self._settling = False
 
     def card(self) -> Card:
-        """See Dashboard: the map in letters, and the steps."""
+        """See Dashboard: the map as text, and the steps."""
         self.refresh()
         heads = ("block", *(f"+{column}" for column in range(STILL)))
         lines = [self._view.cells[start : start + STILL] for start in range(0, len(self._view.cells), STILL)]
@@ -132,7 +132,7 @@ class KVBlocks(Dashboard):
 
     def __repr__(self) -> str:
         self.refresh()
-        return f"KVBlocks({title(self._view)}; block {self._chosen}: {self._words()})"
+        return f"KVBlocks({title(self._view)}; block {self._selected}: {self._words()})"
 
     def _observe(self) -> None:
         link((self._play, "value"), (self.step, "value"))
@@ -147,7 +147,7 @@ class KVBlocks(Dashboard):
     def _click_block(self, _: object, points: Any, __: object) -> None:
         if points.point_inds:
             with self._lock:
-                self._chosen = self._view.cells[points.point_inds[0]][0]
+                self._selected = self._view.cells[points.point_inds[0]][0]
                 self._show()
 
     def _click_step(self, _: object, points: Any, __: object) -> None:
@@ -160,7 +160,7 @@ class KVBlocks(Dashboard):
             self._watcher.start()
 
     def _watch(self) -> None:
-        """Look for news until the session ends or ``live`` is switched off; a step never waits for it."""
+        """Redraw after changes until the session ends or ``live`` is off; a step never waits for it."""
         shown, rest = self._signs(), REFRESH_S
         while self._watcher is threading.current_thread():
             closed = self.session.closed
@@ -173,7 +173,7 @@ class KVBlocks(Dashboard):
             time.sleep(rest)
 
     def _signs(self) -> tuple[int, ...]:
-        """Numbers that change when there is something new to see."""
+        """Numbers that change when the picture changes."""
         events, cache = self.session.events, self.session.kv_cache
         return (events[-1].step if len(events) else -1, cache.used, cache.cached, self.session.running)
 
@@ -181,7 +181,7 @@ class KVBlocks(Dashboard):
         with self._lock:
             if self._settling:
                 return
-            self._view = self._looked()
+            self._view = self._current_view()
             now = moving(self._view)
             change(self.figure, now, self._moving)
             self._moving = now
@@ -189,15 +189,15 @@ class KVBlocks(Dashboard):
             self._when.value = f"after step {step:,}" if step is not None else "now"
             self._details.value = html(self._details_card())
 
-    def _looked(self) -> KvView:
+    def _current_view(self) -> KvView:
         cache, events, at = self.session.kv_cache, self.session.events, self.step.value
         total, size = cache.pool.num_blocks, cache.pool.tokens_per_block
         if at >= self.step.max:
             moment = moment_now(cache, range(total) if total <= DRAWN else sorted(self._ever_used))
         else:
             moment = moment_after(events, at - events[0].step, size)
-        drawn = cells(total, {*self._ever_used, *moment.blocks, self._chosen})
-        return KvView(total, size, drawn, moment, self._steps, self._chosen, self._texts)
+        drawn = cells(total, {*self._ever_used, *moment.blocks, self._selected})
+        return KvView(total, size, drawn, moment, self._steps, self._selected, self._texts)
 
     def _text(self, token_ids: tuple[int, ...]) -> str:
         if not token_ids or self.session.engine.tokenizer_dir is None:
@@ -206,11 +206,11 @@ class KVBlocks(Dashboard):
 
     def _words(self) -> str:
         moment = self._view.moment
-        block = moment.block(self._chosen)
+        block = moment.block(self._selected)
         return block_words(block, moment.filled.get(block.number, 0), self._view.tokens_per_block)
 
     def _details_card(self) -> Card:
-        block = self._view.moment.block(self._chosen)
+        block = self._view.moment.block(self._selected)
         facts = [(f"block {block.number}", self._words())]
         if block.token_ids:
             facts += [("its tokens", repr(self._texts(block.token_ids)))]
@@ -223,7 +223,7 @@ class KVBlocks(Dashboard):
 
 
 def _step_facts(event: StepEvent) -> list[tuple[str, str]]:
-    """What a step did, for whom."""
+    """The work of a step, by request."""
     work = [
         f"request {work.request}: {work.tokens} after {work.past}" + ("" if work.generated else ", its prompt goes on")
         for work in event.work[:LISTED]
@@ -240,10 +240,10 @@ def _step_facts(event: StepEvent) -> list[tuple[str, str]]:
 
 
 def _sign(view: KvView, cell: range) -> str:
-    """A cell of the still map: the request, how full an open block is, or what else it is."""
+    """The text of a cell in the still map: its request and how full the block is, or its state."""
     if len(cell) > 1:
-        taken = [view.moment.blocks[number] for number in cell if number in view.moment.blocks]
-        return f"{sum(bool(block.owners) for block in taken)}/{len(cell)}" if taken else FREE
+        blocks = [view.moment.blocks[number] for number in cell if number in view.moment.blocks]
+        return f"{sum(bool(block.owners) for block in blocks)}/{len(cell)}" if blocks else FREE
     block = view.moment.block(cell[0])
     if not block.owners:
         return CACHED if block.cached else FREE
@@ -252,7 +252,7 @@ def _sign(view: KvView, cell: range) -> str:
 
 
 def _steps_table(steps: History) -> Table:
-    """At most LISTED bars of the history, the last one among them."""
+    """At most LISTED bars of the history, evenly spaced, with the last one."""
     last = len(steps.used) - 1
     chosen = sorted({round(last * place / (LISTED - 1)) for place in range(LISTED)}) if last >= 0 else []
     most = max(max(steps.used, default=0), 1)

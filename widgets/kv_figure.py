@@ -1,6 +1,7 @@
-"""The picture of a KV pool: a map of its blocks at one step, above all steps. A function of data; knows no session.
+"""The picture of a KV pool: a map of its blocks at one step, and bars for all steps. Knows no session.
 
-What a step can change is kept apart from what stays, because plotly takes longest to make and check what stays.
+The properties that a step can change are separate from the constant ones, because plotly spends most of its time on the
+constant ones.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from trtlab.runtime.events import Block
 from .kv_moment import History, Moment
 from .kv_panels import BOTTOM, EDGE, TOP, Props, still
 
-# Light tints of Okabe and Ito's palette, dark text reads on all of them; a request's number stands in its blocks.
+# Light tints of Okabe and Ito's palette, on which dark text is readable; each block also shows its request's number.
 COLOURS = ("#8CC8EE", "#F3C673", "#7FCFB5", "#EFA98A", "#E3B5CE", "#F2EA8C", "#8FB8DD")
 PIXELS = {"history": 110, "tokens": 90}
 GAP = 48  # between rows of panels, in pixels
-LEAST_STEPS = 16  # room on the axis of steps, lest the first one fills it
+LEAST_STEPS = 16  # of the axis of steps, at least, so that the first step does not fill it
 HOVER_WIDTH = 44
 
 
 def ids_text(token_ids: tuple[int, ...]) -> str:
-    """Tokens where there is no tokenizer."""
+    """Token ids as text, for a session without a tokenizer."""
     return " ".join(map(str, token_ids))
 
 
 @dataclass(frozen=True)
 class KvView:
-    """All that the picture shows. ``cells`` are the blocks of each cell of the map, ``chosen`` is a block of one.
+    """The data of the picture.
 
-    ``texts`` gives a block's tokens as a reader wants them.
+    ``cells`` are the block numbers of each cell of the map, ``chosen`` is the selected block. ``texts`` turns a block's
+    token ids into text.
     """
 
     num_blocks: int
@@ -47,50 +49,50 @@ class KvView:
 
     @property
     def columns(self) -> int:
-        """Cells in a line of the map."""
+        """The number of cells in a line of the map."""
         return min(16, max(8, len(self.cells))) if len(self.cells) <= 96 else 32
 
     @property
     def lines(self) -> int:
-        """Lines of the map."""
+        """The number of lines of the map."""
         return max(1, -(-len(self.cells) // self.columns))
 
 
 @dataclass(frozen=True)
 class Moving:
-    """What two pictures of one session can differ in: properties by trace, and the layout's."""
+    """The properties that can differ between two pictures of one session, of each trace and of the layout."""
 
     traces: tuple[Props, ...]
     layout: Props
 
 
 def kv_figure(view: KvView) -> go.Figure:
-    """The map of blocks, the blocks in use after each step, and each step's tokens; the traces are those of TRACES.
+    """The map of blocks, the blocks in use after each step, and the tokens of each step; the traces are TRACES.
 
-    The place of a point in the trace "map" is that of its cell, in those of the lower panels that of its bar.
+    The index of a point in the trace "map" is that of its cell, in a trace of the lower panels that of its bar.
     """
-    made = still()
-    change(made, moving(view))
-    return made
+    figure = still()
+    change(figure, moving(view))
+    return figure
 
 
 def moving(view: KvView) -> Moving:
-    """What a picture of this view has that one of another has not."""
+    """The properties of this view's picture that another view's picture can have differently."""
     blocks, tokens = _tops(view)
     used, kept, free, computed, reused, marks = _bars(view.history, tokens)
     lower = (used, kept, free, _cursor(view, blocks), computed, reused, marks, _cursor(view, tokens))
     return Moving((*_map(view), _frame(view), *lower), _layout(view, blocks, tokens))
 
 
-def change(made: go.Figure, new: Moving, old: Moving | None = None) -> None:
-    """Move a picture to ``new``; what is as in ``old`` is not touched."""
+def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
+    """Set a figure's properties to ``new``; those that are equal in ``old`` are not touched."""
     befores: Sequence[Props] = old.traces if old else [{}] * len(new.traces)
-    with made.batch_update():
-        for trace, now, before in zip(made.data, new.traces, befores, strict=True):
-            if moved := _differing(now, before):
-                trace.update(moved)
-        if moved := _differing(new.layout, old.layout if old else {}):
-            made.update_layout(moved)
+    with figure.batch_update():
+        for trace, now, before in zip(figure.data, new.traces, befores, strict=True):
+            if changes := _differing(now, before):
+                trace.update(changes)
+        if changes := _differing(new.layout, old.layout if old else {}):
+            figure.update_layout(changes)
 
 
 def _differing(now: Props, before: Props) -> Props:
@@ -107,18 +109,18 @@ def block_words(block: Block, filled: int, size: int) -> str:
 
 
 def label(block: Block) -> str:
-    """What stands in a block: its request, ``1+2`` for two, ``x5`` for more than there is room for."""
+    """The text in a block: its request, ``1+2`` for two, ``×5`` if five requests are too many to list."""
     text = "+".join(map(str, block.owners))
     return text if len(text) <= 5 else f"×{len(block.owners)}"
 
 
 def colour(request: int) -> str:
-    """A request's colour; the eighth takes that of the first again."""
+    """A request's colour; request 8 has the colour of request 1 again."""
     return COLOURS[(request - 1) % len(COLOURS)]
 
 
 def _map(view: KvView) -> list[Props]:
-    """The frames, what fills them, what of them is cached, and the labels."""
+    """The frames, their parts in use, the stripes of shared blocks, the cached parts and the labels."""
     x = [place % view.columns for place in range(len(view.cells))]
     y = [place // view.columns for place in range(len(view.cells))]
     looks = [_look(view, cell) for cell in view.cells]
@@ -147,13 +149,13 @@ def _map(view: KvView) -> list[Props]:
             "x": x,
             "y": [line + 0.5 for line in y],
             "text": [look.label or " " for look in looks],
-        },  # plotly never draws again what was empty
+        },  # not "": plotly never redraws a label that was empty
     ]
 
 
 @dataclass(frozen=True)
 class _Look:
-    """How a cell is drawn: shares of it in use and cached, one colour or two, and a label."""
+    """The look of a cell: its shares in use and cached, one or two colours, and a label."""
 
     used: float
     cached: float
@@ -169,9 +171,9 @@ def _look(view: KvView, cell: range) -> _Look:
         return _Look(0, cached)
     first = used[0]
     if len(cell) > 1:
-        sole = {owner for block in used for owner in block.owners}
+        owners = {owner for block in used for owner in block.owners}
         return _Look(
-            len(used) / len(cell), cached, (colour(first.owners[0]), ""), label(first) if len(sole) == 1 else ""
+            len(used) / len(cell), cached, (colour(first.owners[0]), ""), label(first) if len(owners) == 1 else ""
         )
     filled = view.moment.filled.get(first.number, 0) / view.tokens_per_block
     return _Look(filled, 0, (colour(first.owners[0]), colour(first.owners[1]) if len(first.owners) > 1 else ""),
@@ -182,8 +184,8 @@ def _hover(view: KvView, cell: range) -> str:
     if len(cell) > 1:
         blocks = [view.moment.block(number) for number in cell]
         states = {state: sum(b.state == state for b in blocks) for state in ("used", "shared", "cached", "free")}
-        counted = ", ".join(f"{number} {state}" for state, number in states.items() if number)
-        return f"<b>blocks {cell[0]} to {cell[-1]}</b><br>{counted}"
+        counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+        return f"<b>blocks {cell[0]} to {cell[-1]}</b><br>{counts}"
     block = view.moment.block(cell[0])
     words = block_words(block, view.moment.filled.get(block.number, 0), view.tokens_per_block)
     return "<br>".join([f"<b>block {block.number}</b>", words, *_wrapped(view.texts(block.token_ids))])
@@ -195,22 +197,22 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _bars(steps: History, top: float) -> list[Props]:
-    """Blocks after each step, tokens in each step, and who was preempted, above the bars; ``top`` is the panel's."""
+    """Blocks after each step, tokens of each step, and preemption marks; ``top`` is the end of the axis of tokens."""
     x = [steps.first + steps.width * (bar + 0.5) - 0.5 for bar in range(len(steps.used))]
     width = [0.9 * steps.width] * len(x)
     names = [_step_words(steps, bar) for bar in range(len(x))]
-    made: list[Props] = []
+    traces: list[Props] = []
     for values in (steps.used, steps.cached, steps.free, steps.computed, steps.reused):
-        made.append({"x": x, "y": list(values), "width": width, "hovertext": names})
+        traces.append({"x": x, "y": list(values), "width": width, "hovertext": names})
     marked = [bar for bar in range(len(x)) if steps.preempted[bar]]
-    made.append(
+    traces.append(
         {
             "x": [x[bar] for bar in marked],
             "y": [steps.computed[bar] + steps.reused[bar] + 0.1 * top for bar in marked],
             "hovertext": [f"preempted: {', '.join(map(str, sorted(set(steps.preempted[bar]))))}" for bar in marked],
         }
     )
-    return made
+    return traces
 
 
 def _step_words(steps: History, bar: int) -> str:
@@ -229,7 +231,7 @@ def title(view: KvView) -> str:
 
 
 def map_heading(view: KvView) -> str:
-    """What a cell of the map is, and which blocks are drawn if not all are."""
+    """The heading of the map: what a cell is, and which blocks are drawn if not all are."""
     heading = f"blocks of {view.tokens_per_block} tokens, with the request that uses each (1+2: shared by two)"
     wide = len(view.cells[0]) if view.cells else 1
     if wide > 1:
@@ -271,7 +273,10 @@ def _layout(view: KvView, blocks: float, tokens: float) -> Props:
 
 
 def _tops(view: KvView) -> tuple[float, float]:
-    """Of the lower panels: the pool, or of a large one what was ever taken, lest the bars vanish; and tokens."""
+    """The upper ends of the lower panels' axes, in blocks and in tokens.
+
+    For blocks it is the size of the pool, or the most that were ever taken if that is a small part of a large pool.
+    """
     steps = view.history
     taken = max(map(sum, zip(steps.used, steps.cached, strict=True)), default=0)
     blocks = view.num_blocks if view.num_blocks <= 8 * max(taken, 8) else taken
@@ -286,7 +291,7 @@ def _heading(text: str, top: float) -> Props:
 
 
 def _frame(view: KvView) -> Props:
-    """A line around the cell of the chosen block."""
+    """A frame around the cell of the selected block."""
     place = next((i for i, cell in enumerate(view.cells) if view.chosen in cell), None)
     if place is None:
         return {"x": [], "y": []}
@@ -295,7 +300,7 @@ def _frame(view: KvView) -> Props:
 
 
 def _cursor(view: KvView, top: float) -> Props:
-    """A line around the bar of the chosen step; none for now."""
+    """A frame around the bar of the selected step; empty if the view shows now."""
     steps = view.history
     if view.moment.step is None or not steps.used:
         return {"x": [], "y": []}

@@ -1,4 +1,4 @@
-"""The panels of the KV pool's picture with all that no step changes: axes, legend, how each trace looks."""
+"""The constant parts of the KV pool's picture: panels, axes, legend, and the look of each trace."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ USED, COMPUTED = "#6E8CA8", "#B0763B"
 MAP = ("map", "in use", "shared", "cached", "labels", "frame")
 LOWER = ("used", "kept", "free", "cursor of blocks", "computed", "reused", "preempted", "cursor of tokens")
 TRACES = MAP + LOWER
-BARS = ("used", "kept", "free", "computed", "reused")  # those whose bars are steps
+BARS = ("used", "kept", "free", "computed", "reused")  # the traces whose bars are steps
 TOP, BOTTOM = 98, 46
-UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the title
+UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools whose buttons would cover the title
 
 Props = dict[str, Any]
 
 
 def still() -> go.Figure:
-    """All panels, axes and traces without what moves; the traces are those of TRACES."""
-    made = make_subplots(rows=3, cols=1)
+    """All panels, axes and traces without the changing properties; the traces are TRACES."""
+    figure = make_subplots(rows=3, cols=1)
     for row, traces in enumerate((_still_map(), _still_history(), _still_tokens()), 1):
         for trace in traces:
-            made.add_trace(trace, row, 1)
-    made.update_layout(
+            figure.add_trace(trace, row, 1)
+    figure.update_layout(
         template="plotly_white",
         title={"x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 12}},
         font={"size": 12},
@@ -37,15 +37,15 @@ def still() -> go.Figure:
         legend={"orientation": "h", "x": -0.02, "yanchor": "bottom", "font": {"size": 11}, "itemclick": False,
                 "itemdoubleclick": False, "traceorder": "normal"},
     )  # fmt: skip
-    made.update_xaxes(showgrid=False, zeroline=False, fixedrange=True)
-    made.update_yaxes(fixedrange=True, zeroline=False)
-    made.update_xaxes(showticklabels=False, row=1)
-    made.update_yaxes(showgrid=False, title=_small("first block"), row=1)
-    made.update_yaxes(rangemode="tozero", nticks=4, row=2)
-    made.update_yaxes(rangemode="tozero", nticks=4, row=3)
-    made.update_xaxes(tickformat=",d", row=2, showticklabels=False)
-    made.update_xaxes(tickformat=",d", row=3, title=_small("step"))
-    return made
+    figure.update_xaxes(showgrid=False, zeroline=False, fixedrange=True)
+    figure.update_yaxes(fixedrange=True, zeroline=False)
+    figure.update_xaxes(showticklabels=False, row=1)
+    figure.update_yaxes(showgrid=False, title=_small("first block"), row=1)
+    figure.update_yaxes(rangemode="tozero", nticks=4, row=2)
+    figure.update_yaxes(rangemode="tozero", nticks=4, row=3)
+    figure.update_xaxes(tickformat=",d", row=2, showticklabels=False)
+    figure.update_xaxes(tickformat=",d", row=3, title=_small("step"))
+    return figure
 
 
 def _still_map() -> list[go.Bar | go.Scatter]:

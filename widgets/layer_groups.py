@@ -1,4 +1,4 @@
-"""Layers put into groups and measured: what a bar stands for, and how long it is. Knows no picture."""
+"""Groups and measures of layers: what a bar stands for, and how long it is. Knows no picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from trtlab.card import count, size
 from trtlab.errors import ConfigError
 from trtlab.tensorrt.read.interpreter import LayerRow, LayerTable
 
-# These belong to no weight; by name they would count as part of the weight before them.
+# Kinds of layers without a weight; by their names they would count to the weight before them.
 ATTENTION = ("rotary_embedding", "kv_cache_update", "attention_input", "attention_output")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a bar's length means: a number for each layer, how to write it, and the units of the axis."""
+    """The meaning of a bar's length: a number for each layer, its text, and the units of the axis."""
 
     of: Callable[[LayerRow], int]
     text: Callable[[float], str]
@@ -26,7 +26,7 @@ class Measure:
     units: tuple[tuple[float, str], ...]
 
     def unit(self, largest: float) -> tuple[float, str]:
-        """The largest unit that a number reaches, with its name for the axis."""
+        """The factor and the name of the largest unit that is not above ``largest``."""
         return next(((factor, name) for factor, name in self.units if largest >= factor), self.units[-1])
 
 
@@ -50,7 +50,7 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def part(row: LayerRow) -> str:
-    """The weight that a layer serves, without its decoder layer: ``mlp.fc``; ``attention`` for what has no weight."""
+    """The weight to which a layer belongs, as ``mlp.fc``; ``attention`` for layers of attention without a weight."""
     if row.kind in ATTENTION:
         return "attention"
     scope, colon, _ = row.name.partition(":")
@@ -59,7 +59,7 @@ def part(row: LayerRow) -> str:
 
 
 def decoder_layer(row: LayerRow) -> str:
-    """``layer 3``, or ``outside`` for embedding, last norm, head and rotary tables."""
+    """``layer 3``, or ``outside`` for embedding, final norm, head and rotary tables."""
     match = re.match(r"transformer\.layers\.(\d+)\.", row.name)
     return f"layer {match[1]}" if match else "outside"
 
@@ -73,25 +73,25 @@ GROUPINGS: Mapping[str, Callable[[LayerRow], str]] = {
 
 
 def groups(table: LayerTable, measure: str = "weight bytes", by: str = "part") -> dict[str, tuple[LayerRow, ...]]:
-    """The layers of each bar, the longest bar first (decoder layers in their order); bars of length zero are left out.
+    """The layers of each bar, longest bar first (decoder layers in their order), without bars of length zero.
 
     Raises ConfigError for an unknown measure or grouping.
     """
     amount, group_of = known("measure", MEASURES, measure).of, known("grouping", GROUPINGS, by)
-    found: dict[str, list[LayerRow]] = {}
+    members: dict[str, list[LayerRow]] = {}
     for row in table:
-        found.setdefault(group_of(row), []).append(row)
-    totals = {name: sum(map(amount, rows)) for name, rows in found.items()}
-    names = [name for name in found if totals[name]]
+        members.setdefault(group_of(row), []).append(row)
+    totals = {name: sum(map(amount, rows)) for name, rows in members.items()}
+    names = [name for name in members if totals[name]]
     if by != "decoder layer":
         names.sort(key=lambda name: -totals[name])
     else:
         names.sort(key=lambda name: int(name.removeprefix("layer ")) if name != "outside" else -1)
-    return {name: tuple(found[name]) for name in names}
+    return {name: tuple(members[name]) for name in names}
 
 
 def known(what: str, table: Mapping[str, Any], name: str) -> Any:
-    """The entry of that name; ConfigError lists the names that there are."""
+    """The entry of that name. Raises ConfigError, which lists the known names."""
     if name not in table:
         raise ConfigError(f"there is no such {what}", got=repr(name), expected=" | ".join(table))
     return table[name]

@@ -1,4 +1,4 @@
-"""What the dashboards share: one live figure that survives a page reload, and a still view where no kernel answers."""
+"""Parts that all widgets share: a live figure that survives a page reload, and a view for pages without a kernel."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .width import Width
 
 
 class Dashboard:
-    """A VBox of controls under ``view``, with a repr and a still view of its own; put ``view`` into other widgets.
+    """Base class of the widgets: ``view`` holds controls and picture, and can be put into other widgets.
 
-    A page without a kernel (GitHub, nbconvert) shows ``card()``, which holds what the picture shows.
+    A page without a kernel (GitHub, nbconvert) shows ``card()``, which has the content of the picture as tables.
     """
 
     view: VBox
 
     def card(self) -> Card:
-        """What a reader sees where the widget cannot run."""
+        """The card that a page without a kernel shows."""
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
@@ -34,35 +34,37 @@ class Dashboard:
 
 
 class LiveFigure(go.FigureWidget):  # type: ignore[misc]  # plotly has no types
-    """A FigureWidget that a reloaded page finds as it is now, and whose numbers can move without a new drawing."""
+    """A FigureWidget that keeps its state over a page reload, and can move marks without a redraw."""
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        """What a page asks for: what the figure shows, where FigureWidget would tell what it was made with."""
+        """The present state of the figure; FigureWidget would send the state at its creation."""
         state: dict[str, Any] = super().get_state(key, drop_defaults)
-        if "_layout_obj" in vars(self):  # it is made
+        if "_layout_obj" in vars(self):  # __init__ has finished
             for name, now in (("_widget_data", self._data), ("_widget_layout", self._layout_obj._props)):
                 if name in state:
                     state[name] = self.trait_metadata(name, "to_json")(deepcopy(now), self)
         return state
 
     def move(self, numbers: Sequence[Mapping[str, Any]]) -> None:
-        """Give each trace new numbers, which are taken as they are: the browser moves marks, and draws nothing anew.
+        """Set numbers of the traces without a check; the browser moves the marks and redraws nothing else.
 
-        A name is a property of the trace, inner ones with a dot. Twice as fast as ``batch_update``, which checks every
-        number here and draws every panel and word there.
+        It is twice as fast as ``batch_update``, which checks every number in Python and redraws all panels and texts.
+
+        Args:
+            numbers: For each trace its new values by property name; a dot leads to an inner property.
         """
-        moved = {place: dict(new) for place, new in enumerate(numbers) if new}
-        for place, new in moved.items():
+        changes = {place: dict(new) for place, new in enumerate(numbers) if new}
+        for place, new in changes.items():
             for name, value in new.items():
                 *outer, last = name.split(".")
                 functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, self._data[place])[last] = value
         frame = {"duration": 0, "redraw": False}
         options = {"transition": {"duration": 0}, "frame": frame, "mode": "immediate"}
-        self._send_animate_msg(list(moved.values()), {}, list(moved), options)
+        self._send_animate_msg(list(changes.values()), {}, list(changes), options)
 
 
 def show_in(live: LiveFigure, figure: go.Figure) -> None:
-    """Put a figure's data and layout into a live one with as many traces, which keep their callbacks."""
+    """Copy data and layout of ``figure`` into a live figure with the same number of traces, which keep callbacks."""
     assert len(live.data) == len(figure.data), (len(live.data), len(figure.data))
     with live.batch_update():
         for trace, new in zip(live.data, figure.data, strict=True):
@@ -71,7 +73,10 @@ def show_in(live: LiveFigure, figure: go.Figure) -> None:
 
 
 def fitted(live: LiveFigure, lock: AbstractContextManager[Any] | None = None) -> Width:
-    """A widget that keeps a figure as wide as the page, holding ``lock`` while it does; put it beside the figure."""
+    """An invisible widget that keeps a figure as wide as the page; show it next to the figure.
+
+    It holds ``lock`` while it sets the width.
+    """
     width = Width()
 
     def fit(_: object) -> None:

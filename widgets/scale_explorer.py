@@ -1,4 +1,4 @@
-"""Scales and errors of a quantized model, and what other settings would give: move a control, read the recipe."""
+"""The widget ScaleExplorer: scales and errors of a quantized model, and those that other settings would give."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from .live import Dashboard, LiveFigure, fitted
 from .scale_figure import LINEARS, Moving, change, figure, moving, short
 
 SEARCHED = "searched"
-LISTED = 8  # rows of the still view
+LISTED = 8  # rows of the still view, at most
 
 
-def recipe_of(tried: Study, alpha: float | None, scales: KvScales, excluded: Iterable[str]) -> QuantConfig:
-    """The recipe of some settings. A pattern stays as it was written while all that it excludes stays excluded."""
-    gone = set(excluded)
-    names = [linear.name for linear in tried.linears]
-    kept = [p for p in tried.quant.exclude_modules if gone.issuperset(fnmatch.filter(names, p))]
-    single = [name for name in names if name in gone and not any(fnmatch.fnmatchcase(name, p) for p in kept)]
+def recipe_of(study: Study, alpha: float | None, scales: KvScales, excluded: Iterable[str]) -> QuantConfig:
+    """The recipe for these settings. A pattern of the study's recipe is kept if all linears it matches are excluded."""
+    excluded = set(excluded)
+    names = [linear.name for linear in study.linears]
+    patterns = [p for p in study.quant.exclude_modules if excluded.issuperset(fnmatch.filter(names, p))]
+    single = [name for name in names if name in excluded and not any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     return dataclasses.replace(
-        tried.quant, smoothquant_val=alpha, kv_cache_scales=scales, exclude_modules=(*kept, *single)
+        study.quant, smoothquant_val=alpha, kv_cache_scales=scales, exclude_modules=(*patterns, *single)
     )
 
 
 class ScaleExplorer(Dashboard):
-    """Shows what each setting of a quantization would do; ``recipe`` is the QuantConfig that the controls describe.
+    """Shows the effect of each setting of a quantization; ``recipe`` is the QuantConfig of the present controls.
 
     The controls are ``alpha`` (SmoothQuant: 0 to 1 in steps of 0.05, or "searched"), ``scales`` (an INT8 KV cache)
-    and ``shown``, the linear whose numbers are drawn; set their ``value`` from Python or in the page. A click on a
-    bar excludes its linear, or takes it back. Every setting is computed once, at the beginning, block by block.
+    and ``shown``, the linear whose numbers are drawn; set their ``value`` in the page or from Python. A click on a
+    bar excludes its linear, a second click includes it again. Every setting is computed once, when the widget opens.
 
-    Raises QuantizeError for a checkpoint from a folder, which keeps neither its source nor the texts.
+    Raises QuantizeError for a checkpoint that was loaded from a folder, which keeps neither its source nor the texts.
     """
 
     def __init__(self, quantized: QuantizedCheckpoint) -> None:
         if quantized.made_by is None:
             raise QuantizeError(
-                "ScaleExplorer needs the source and the texts; a folder does not keep them",
-                remedy="give it what checkpoint.quantize(...) returned",
+                "ScaleExplorer needs the source and the calibration texts, and a folder does not keep them",
+                remedy="pass the result of checkpoint.quantize(...)",
             )
         self.study = study(quantized.made_by)
         quant = self.study.quant
@@ -75,22 +75,25 @@ class ScaleExplorer(Dashboard):
         self.figure = LiveFigure(figure(*self._settings()))
         self._words, self._details = HTML(), HTML()
         self._details.add_class("jp-RenderedHTMLCommon")
-        self._tell()
+        self._show_text()
         self.view = VBox([*self._lines(), self._words, fitted(self.figure), self.figure, self._details])
         self._observe()
 
     @property
     def recipe(self) -> QuantConfig:
-        """What the controls describe: give it to ``checkpoint.quantize`` with the same texts."""
+        """The recipe of the present controls, for ``checkpoint.quantize`` with the same texts."""
         return recipe_of(self.study, self._alpha, self.scales.value, self._excluded)
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """The linears that stay as they are, in the model's order."""
+        """The full names of the linears that are not quantized, in the model's order."""
         return tuple(linear.name for linear in self.study.linears if linear.name in self._excluded)
 
     def exclude(self, name: str, excluded: bool = True) -> None:
-        """Leave a linear as it is, as a click on its bar does, or take it back; ConfigError for an unknown name."""
+        """Exclude a linear from quantization, as a click on its bar does, or include it again.
+
+        Raises ConfigError for an unknown name.
+        """
         names = [linear.name for linear in self.study.linears]
         if name not in names:
             raise ConfigError("there is no such linear", got=repr(name), expected=" | ".join(names[: len(LINEARS)]))
@@ -98,7 +101,7 @@ class ScaleExplorer(Dashboard):
         self._show()
 
     def card(self) -> Card:
-        """See Dashboard: the linears with the most noise under these settings, and the caches."""
+        """See Dashboard: the linears with the most noise with these settings, and the caches."""
         tables = []
         if self.study.linears:
             rows = tuple(
@@ -118,9 +121,9 @@ class ScaleExplorer(Dashboard):
         return Card(f"ScaleExplorer · {self._title()}", (("recipe", written(self.recipe)),), tuple(tables))
 
     def __repr__(self) -> str:
-        gone = f", {len(self._excluded)} excluded" if self._excluded else ""
-        shows = f", shows {short(self.shown.value)}" if self.study.linears else ""
-        return f"ScaleExplorer({self._title()}{gone}{shows})"
+        excluded = f", {len(self._excluded)} excluded" if self._excluded else ""
+        shown = f", shows {short(self.shown.value)}" if self.study.linears else ""
+        return f"ScaleExplorer({self._title()}{excluded}{shown})"
 
     @property
     def _alpha(self) -> float | None:
@@ -131,7 +134,7 @@ class ScaleExplorer(Dashboard):
         return recipe_title(self.recipe)
 
     def _rows(self) -> list[LinearReport]:
-        """The rows under this alpha, the most noise first."""
+        """The rows of the present alpha, most noise first."""
         rows = [linear.trials[self._alpha].row for linear in self.study.linears]
         return sorted(rows, key=lambda row: row.snr_db)
 
@@ -172,11 +175,11 @@ class ScaleExplorer(Dashboard):
 
     def _show(self, _: object = None) -> None:
         now = self._now()
-        change(self.figure, now, self._moving)  # the picture first: the words take time, too
+        change(self.figure, now, self._moving)  # the picture first, because the text takes time too
         self._moving = now
-        self._tell()
+        self._show_text()
 
-    def _tell(self) -> None:
+    def _show_text(self) -> None:
         self._words.value = f"<b>{escape(self._moving.words)}</b>"
         self._details.value = html(self._details_card())
 
@@ -202,5 +205,5 @@ class ScaleExplorer(Dashboard):
 
 
 def _line(label: str, *controls: Any) -> HBox:
-    """Controls behind their label, which has a column of its own."""
+    """A label in a column of fixed width, and its controls."""
     return HBox([Label(label, layout={"width": "90px"}), *controls])

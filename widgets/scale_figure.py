@@ -1,6 +1,7 @@
-"""The picture of a quantization's study: errors and scales of all linears, numbers of one, bits of the caches.
+"""The picture of a quantization's study: errors and scales of all linears, numbers of one linear, bits of the caches.
 
-What a control can move is kept apart from what stays, because plotly takes longest to make and check what stays.
+The properties that a control can change are separate from the constant ones, because plotly spends most of its time on
+the constant ones.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
 from .live import LiveFigure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the hover text has the words.
-LINEARS = tuple(SITES)  # in the order in which they run
-PALETTE = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")  # to be told apart by everyone
+LINEARS = tuple(SITES)  # in execution order
+# Okabe and Ito's palette, which colour-blind readers can distinguish; the hover text also names the linears.
+PALETTE = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
 COLOURS = {part: PALETTE[place % len(PALETTE)] for place, part in enumerate(LINEARS)}
 BEFORE, AFTER = "#7F7F7F", "#CC79A7"
 PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
@@ -30,8 +31,13 @@ SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
 PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
 MARGINS = 124  # above and below all panels, in pixels
 GAP = 66  # between rows of panels, in pixels
-NUMBERS = {"y", "error_y.array", "error_y.arrayminus", "hovertext"}  # what moves marks and changes no colour or word
-UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools that would hide the heading
+NUMBERS = {
+    "y",
+    "error_y.array",
+    "error_y.arrayminus",
+    "hovertext",
+}  # properties that move marks without changing colours or texts
+UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools whose buttons would cover the heading
 TITLES = {
     "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
     "scale": "scales to the original: least, median, largest of each linear",
@@ -41,7 +47,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Moving:
-    """All that controls change: properties by trace, the words above, and the heading of the panels on one linear."""
+    """The properties that controls change: one dict for each trace, the summary, and the heading of one linear."""
 
     traces: tuple[dict[str, Any], ...]
     words: str
@@ -49,18 +55,25 @@ class Moving:
 
 
 def figure(study: Study, alpha: float | None, scales: str, excluded: frozenset[str], shown: str) -> go.Figure:
-    """All linears under one alpha, the numbers of ``shown`` before and after, and the caches under ``scales``.
+    """The picture of a study with one setting of its controls.
 
-    The traces are the same in number and order for one study. The first ones are the error bars, one for each entry
-    of LINEARS; the place of a point in it is its layer.
+    Number and order of the traces are the same for all settings of one study. The first traces are the error bars, one
+    for each entry of LINEARS; the index of a point in them is its layer.
+
+    Args:
+        study: All trials.
+        alpha: The alpha of the linears, None for the searched one.
+        scales: The granularity of the caches' scales.
+        excluded: The full names of the linears that are not quantized.
+        shown: The full name of the linear whose numbers are drawn before and after.
     """
-    made = _still(study)
-    change(made, moving(study, alpha, scales, excluded, shown))
-    return made
+    figure = _still(study)
+    change(figure, moving(study, alpha, scales, excluded, shown))
+    return figure
 
 
 def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[str], shown: str) -> Moving:
-    """What a figure of these settings has that one of other settings has not."""
+    """The properties of the figure that depend on the settings; the arguments are those of ``figure``."""
     trials = [linear.trials[alpha] for linear in study.linears]
     traces: list[dict[str, Any]] = []
     heading = ""
@@ -76,28 +89,28 @@ def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
     return Moving(tuple(traces), _words(study, trials, excluded), heading)
 
 
-def change(made: go.Figure, new: Moving, old: Moving | None = None) -> None:
-    """Move a figure of the same study to ``new``; what is as in ``old`` is not touched."""
-    assert len(made.data) == len(new.traces), (len(made.data), len(new.traces))
+def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
+    """Set a figure's properties to ``new``; those that are equal in ``old`` are not touched."""
+    assert len(figure.data) == len(new.traces), (len(figure.data), len(new.traces))
     befores: Sequence[dict[str, Any]] = old.traces if old else [{}] * len(new.traces)
-    moved = [
+    changes = [
         {name: value for name, value in now.items() if name not in before or before[name] != value}
         for now, before in zip(new.traces, befores, strict=True)
     ]
-    heads = bool(new.heading) and (old is None or old.heading != new.heading)
-    if isinstance(made, LiveFigure) and not heads and NUMBERS.issuperset(itertools.chain(*moved)):
-        made.move(moved)
+    new_heading = bool(new.heading) and (old is None or old.heading != new.heading)
+    if isinstance(figure, LiveFigure) and not new_heading and NUMBERS.issuperset(itertools.chain(*changes)):
+        figure.move(changes)
         return
-    with made.batch_update():
-        for trace, values in zip(made.data, moved, strict=True):
+    with figure.batch_update():
+        for trace, values in zip(figure.data, changes, strict=True):
             for name, value in values.items():
                 trace[name] = value
-        if heads:
-            made.layout.annotations[2].text = new.heading  # error and scale come before it
+        if new_heading:
+            figure.layout.annotations[2].text = new.heading  # 0 and 1 are the headings of errors and scales
 
 
 def short(name: str) -> str:
-    """``layers.3.mlp.proj``."""
+    """A linear's name without its prefix: ``layers.3.mlp.proj``."""
     return name.removeprefix("transformer.")
 
 
@@ -113,36 +126,36 @@ def _words(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> s
 
 
 def _errors(study: Study, trials: Sequence[Trial], excluded: frozenset[str], shown: str) -> list[dict[str, Any]]:
-    """The bars of each kind of linear, nothing for the marks, and the signs above the bars."""
+    """The bars of each kind of linear, the marks of the recipe as quantized, and the signs above the bars."""
     tops = [_finite(trial.row.snr_db) for trial in trials]
-    gone = [linear.name in excluded for linear in study.linears]
-    made: list[dict[str, Any]] = []
+    is_excluded = [linear.name in excluded for linear in study.linears]
+    bars: list[dict[str, Any]] = []
     for kind in LINEARS:
         mine = [i for i, linear in enumerate(study.linears) if linear.linear == kind]
-        made.append(
+        bars.append(
             {
                 "y": [tops[i] for i in mine],
-                "marker.color": ["#FFFFFF" if gone[i] else COLOURS[kind] for i in mine],
-                "hovertext": [_hover(trials[i], gone[i]) for i in mine],
+                "marker.color": ["#FFFFFF" if is_excluded[i] else COLOURS[kind] for i in mine],
+                "hovertext": [_hover(trials[i], is_excluded[i]) for i in mine],
             }
         )
-    signs = [f"{'✕' * out}{'▼' * (s.name == shown)}" for s, out in zip(study.linears, gone, strict=True)]
+    signs = [f"{'✕' * out}{'▼' * (s.name == shown)}" for s, out in zip(study.linears, is_excluded, strict=True)]
     used = [_finite(linear.trials[study.quant.smoothquant_val].row.snr_db) for linear in study.linears]
-    return [*made, {"y": used}, {"y": [max(pair) for pair in zip(tops, used, strict=True)], "text": signs}]
+    return [*bars, {"y": used}, {"y": [max(pair) for pair in zip(tops, used, strict=True)], "text": signs}]
 
 
 def _finite(snr_db: float) -> float:
     return snr_db if math.isfinite(snr_db) else 0.0
 
 
-def _hover(trial: Trial, gone: bool) -> str:
+def _hover(trial: Trial, excluded: bool) -> str:
     row = trial.row
     lines = [f"<b>{short(row.name)}</b>", f"{row.snr_db:.1f} dB, {size(row.bytes_saved)} saved"]
     if row.alpha is not None:
         lines.append(f"alpha {row.alpha:.2f}")
     if row.outliers_before is not None and row.outliers_after is not None:
         lines.append(f"outliers {row.outliers_before:.1f}x, now {row.outliers_after:.1f}x")
-    return "<br>".join([*lines, "excluded: stays as it is"] if gone else lines)
+    return "<br>".join([*lines, "excluded: not quantized"] if excluded else lines)
 
 
 def _scales(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _scales(study: Study, trials: Sequence[Trial], excluded: frozenset[str]) -> 
 
 
 def _numbers(one: LinearStudy, trial: Trial) -> list[tuple[list[float | None], list[float | None]]]:
-    """Before and after, for each panel."""
+    """The numbers before and after quantization, for each panel."""
     before, after = one.before, trial.after
     pairs = [
         (before.channels, after.channels),
@@ -172,21 +185,21 @@ def _panels(study: Study) -> list[str]:
 
 
 def _still(study: Study) -> go.Figure:
-    """All panels, axes and traces without what moves."""
+    """All panels, axes and traces without the changing properties."""
     rows = [*(["error", "scale", "numbers"] if study.linears else []), *(["caches"] if study.caches else [])]
-    made = _subplots(study, rows)
+    figure = _subplots(study, rows)
     if study.linears:
-        _still_linears(made, study)
-        _still_numbers(made, study)
+        _still_linears(figure, study)
+        _still_numbers(figure, study)
     for name, shape in (("K", ""), ("V", "/")) if study.caches else ():
         places = [f"layer {row.layer}" for row in next(iter(study.caches.values()))]
         marker = {"color": COLOURS["attention.dense"], "pattern": {"shape": shape}}
         bars = go.Bar(
             name=f"{name} cache", x=places, marker=marker, textposition="outside", cliponaxis=False, showlegend=False
         )
-        made.add_trace(bars.update(hovertemplate="%{x}: %{y:.2f} bits<extra></extra>"), len(rows), 1)
-        made.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
-    made.update_layout(
+        figure.add_trace(bars.update(hovertemplate="%{x}: %{y:.2f} bits<extra></extra>"), len(rows), 1)
+        figure.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
+    figure.update_layout(
         template="plotly_white",
         font={"size": 12},
         height=_height(rows),
@@ -205,13 +218,13 @@ def _still(study: Study) -> go.Figure:
         },
     )
     if study.linears and study.caches:
-        for trace, side in zip(made.data[-2:], (-0.4, 0.0), strict=True):
+        for trace, side in zip(figure.data[-2:], (-0.4, 0.0), strict=True):
             trace.update(offset=side, width=0.38)
-    made.update_annotations(font={"size": 12})
-    for note in made.layout.annotations:
+    figure.update_annotations(font={"size": 12})
+    for note in figure.layout.annotations:
         if note.text in TITLES.values() or note.text == "largest |x| by channel":
             note.update(x=0, xanchor="left")
-    return made
+    return figure
 
 
 def _height(rows: Sequence[str]) -> int:
@@ -237,17 +250,17 @@ def _subplots(study: Study, rows: Sequence[str]) -> go.Figure:
     )
 
 
-def _still_linears(made: go.Figure, study: Study) -> None:
+def _still_linears(figure: go.Figure, study: Study) -> None:
     places = {linear.name: linear.layer * PLACES + LINEARS.index(linear.linear) for linear in study.linears}
     for kind in LINEARS:
         x = [places[linear.name] for linear in study.linears if linear.linear == kind]
         bars = go.Bar(name=kind, x=x, width=0.9, marker_line={"color": COLOURS[kind], "width": 1.5})
-        made.add_trace(bars.update(hovertemplate="%{hovertext}<extra></extra>"), 1, 1)
+        figure.add_trace(bars.update(hovertemplate="%{hovertext}<extra></extra>"), 1, 1)
     x = list(places.values())
     line = {"symbol": "line-ew", "size": 9, "line": {"width": 2, "color": "#000000"}}
-    made.add_trace(go.Scatter(name="as quantized", mode="markers", x=x, marker=line, hoverinfo="skip"), 1, 1)
+    figure.add_trace(go.Scatter(name="as quantized", mode="markers", x=x, marker=line, hoverinfo="skip"), 1, 1)
     signs = go.Scatter(mode="text", x=x, textposition="top center", showlegend=False, hoverinfo="skip")
-    made.add_trace(signs, 1, 1)
+    figure.add_trace(signs, 1, 1)
     scales = go.Scatter(
         mode="markers",
         x=x,
@@ -257,14 +270,14 @@ def _still_linears(made: go.Figure, study: Study) -> None:
         hovertemplate="<b>%{text}</b><br>median scale %{y:.2e}<extra></extra>",
         showlegend=False,
     )
-    made.add_trace(scales, 2, 1)
+    figure.add_trace(scales, 2, 1)
     rows = [trial.row for linear in study.linears for trial in linear.trials.values()]
-    made.update_yaxes({"range": [0, max(_finite(row.snr_db) for row in rows) * 1.2], "title": _small("dB")}, row=1)
+    figure.update_yaxes({"range": [0, max(_finite(row.snr_db) for row in rows) * 1.2], "title": _small("dB")}, row=1)
     low, high = math.log10(min(row.scale_min for row in rows)), math.log10(max(row.scale_max for row in rows))
-    made.update_yaxes({"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=2)
+    figure.update_yaxes({"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=2)
     layers = study.linears[-1].layer + 1
     for row in (1, 2):
-        made.update_xaxes(
+        figure.update_xaxes(
             tickvals=[layer * PLACES + (len(LINEARS) - 1) / 2 for layer in range(layers)],
             ticktext=[f"layer {layer}" if layers <= 16 else str(layer) for layer in range(layers)],
             range=[-1, layers * PLACES - 1],
@@ -274,7 +287,7 @@ def _still_linears(made: go.Figure, study: Study) -> None:
         )
 
 
-def _still_numbers(made: go.Figure, study: Study) -> None:
+def _still_numbers(figure: go.Figure, study: Study) -> None:
     panels = _panels(study)
     for place, panel in enumerate(panels):
         column = place * 6 // len(panels) + 1
@@ -283,15 +296,15 @@ def _still_numbers(made: go.Figure, study: Study) -> None:
             line = {"color": colour, "width": 2, "shape": "linear" if curve else "hvh", "dash": dash}
             x = list(range(CHANNELS)) if curve else SHARES
             trace = go.Scatter(name=name, mode="lines", x=x, line=line, legendgroup=name, hoverinfo="skip")
-            made.add_trace(trace.update(showlegend=place == 0), 3, column)
+            figure.add_trace(trace.update(showlegend=place == 0), 3, column)
         if curve:
-            made.update_xaxes(
+            figure.update_xaxes(
                 {"showticklabels": False, "title": _small("channels, the loudest first")}, row=3, col=column
             )
-            made.update_yaxes({"type": "log", "title": _small("times the median"), "dtick": 1}, row=3, col=column)
+            figure.update_yaxes({"type": "log", "title": _small("times the median"), "dtick": 1}, row=3, col=column)
         else:
-            made.update_xaxes({"title": _small("share of the range"), "range": [-1.05, 1.05]}, row=3, col=column)
-            made.update_yaxes({"type": "log", "range": [-4.5, 0], "tickformat": ".0e", "dtick": 2}, row=3, col=column)
+            figure.update_xaxes({"title": _small("share of the range"), "range": [-1.05, 1.05]}, row=3, col=column)
+            figure.update_yaxes({"type": "log", "range": [-4.5, 0], "tickformat": ".0e", "dtick": 2}, row=3, col=column)
 
 
 def _small(text: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""How wide a page lets a dashboard be: plotly's widget neither asks when it is drawn out of sight nor ever again."""
+"""A widget that reports the width of its place in the page; plotly's own widget does not notice when it changes."""
 
 from __future__ import annotations
 
 import anywidget
 import traitlets
 
-ASK = """
+SCRIPT = """
 function render({model, el}) {
     const watch = new ResizeObserver(() => {
         if (el.clientWidth > 0 && el.clientWidth !== model.get("width")) {
@@ -21,7 +21,7 @@ export default {render};
 
 
 class Width(anywidget.AnyWidget):
-    """Shows nothing; observe ``width``, in pixels, 0 until a page has shown it."""
+    """An invisible widget; observe ``width``, in pixels, which is 0 until a page shows it."""
 
-    _esm = ASK
+    _esm = SCRIPT
     width = traitlets.Int(0).tag(sync=True)

@@ -72,15 +72,15 @@ def test_what_needs_texts_says_which_step_reads_them(checkpoint, quant, step):
     ("texts", "message"),
     [
         ([], "no texts"),
-        ("one text", "several texts"),
+        ("one text", "needs a list of texts"),
         ([[1, 2], [5]], "text 1 is too short: 1 tokens"),
         ([[1, 99]], "text 0 has token id 99"),
         (["words"], "no tokenizer"),
-        ([None], "text 0 is neither a text nor token ids; got None"),
-        ([1, 2, 3], "text 0 is neither a text nor token ids; got 1"),
+        ([None], "text 0 is neither a string nor a list of token ids; got None"),
+        ([1, 2, 3], "text 0 is neither a string nor a list of token ids; got 1"),
         ([[1, 2], [0.5, 1.5]], "text 1 is neither"),
-        (5, "several texts"),
-        ({"text": "words"}, "several texts"),
+        (5, "needs a list of texts"),
+        ({"text": "words"}, "needs a list of texts"),
     ],
 )
 def test_useless_texts_are_refused(checkpoint, tmp_path, texts, message):
@@ -102,7 +102,7 @@ def test_texts_of_unknown_tokens_only_are_refused():
 
 def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint):
     made = checkpoint.quantize(QuantConfig(quant_algo="W8A16"))
-    with pytest.raises(QuantizeError, match=r"quantized already \(W8A16\)"):
+    with pytest.raises(QuantizeError, match=r"already quantized \(W8A16\)"):
         made.quantize(QuantConfig(quant_algo="W4A16"))
 
 

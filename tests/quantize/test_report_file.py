@@ -62,5 +62,5 @@ def test_a_report_that_is_not_understood_is_refused_with_what_to_do(quantized, t
     stored = json.loads((folder / REPORT).read_text())
     change(stored)
     (folder / REPORT).write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match="delete the file: the weights are whole without it"):
+    with pytest.raises(CheckpointError, match="delete the file; the checkpoint works without it"):
         Checkpoint.load(folder)

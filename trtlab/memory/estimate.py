@@ -1,8 +1,8 @@
-"""Bytes and FLOPs before you spend them: weights, KV and activations of each rank, from shapes alone. Reads no weight.
+"""Memory and FLOPs of a model, computed from shapes: weights, KV and activations of each rank. Reads no weight.
 
 An estimate counts what an executor keeps: the rank's tensors, a KV pool of ``max_batch_size * max_seq_len`` tokens, and
-the activations of its largest step. It leaves out what lies outside the model: the CUDA context, the libraries' own
-workspace, memory that an allocator holds back, and scratch space within an op.
+the activations of its largest step. It does not count memory outside the model: the CUDA context, the workspace of
+libraries, memory that an allocator reserves, and scratch space within an op.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trtlab.ops.table import OpTable, Span, TableOps
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, shared_where_possible
 from trtlab.storage.lazy import LazyTensor
 
-# The kind of a weight is that of the first fragment that its name holds. A static scale belongs to its linear.
+# A weight has the kind of the first fragment that occurs in its name. A static scale counts with its linear.
 WEIGHT_KINDS = {
     **{site.input_scale: site.block for site in SITES.values()},
     "embedding": "embedding",
@@ -41,20 +41,21 @@ WEIGHT_KINDS = {
 
 
 class HasConfig(Protocol):
-    """A checkpoint or an engine: anything that knows its model's shape."""
+    """A checkpoint, an engine, or any other object with a ``config``."""
 
     @property
     def config(self) -> ModelConfig:
-        """The model's shape."""
+        """The model's settings."""
         ...
 
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """What one rank takes. ``weights`` are bytes by kind: embedding, attention, mlp, norms, head.
+    """Memory and work of one rank. ``weights`` are bytes by kind: embedding, attention, mlp, norms, head.
 
-    ``step_weight_bytes`` are those that every step reads: all but the lookup table, unless it serves as the head too.
-    FLOPs are a token's share of one prompt of ``max_input_len`` tokens, and of the token generated after it.
+    ``step_weight_bytes`` are the bytes that every step reads: all weights except the embedding table, which counts only
+    if it is the head too. ``prefill_flops_per_token`` is the mean over a prompt of ``max_input_len`` tokens,
+    ``generation_flops_per_token`` is for the token generated after it.
     """
 
     rank: int
@@ -80,9 +81,9 @@ class RankEstimate:
 
 @dataclass(frozen=True, repr=False)
 class Estimate(Shown):
-    """Each rank's memory and work, and what follows from it. ``build_config`` is resolved for the model.
+    """Memory and work of every rank, and figures derived from them. ``build_config`` is resolved for the model.
 
-    ``whole`` is the same model on one rank with its embedding as ``layout`` keeps it.
+    ``whole`` is the same model on one rank, with the embedding in the same ``layout``.
     """
 
     config: ModelConfig
@@ -94,32 +95,32 @@ class Estimate(Shown):
 
     @property
     def largest(self) -> RankEstimate:
-        """The rank that needs most memory."""
+        """The rank that needs the most memory."""
         return max(self.ranks, key=lambda rank: rank.total_bytes)
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has learned; a tied table counts once."""
+        """The number of parameters of the model; a tied table counts once."""
         return sum(prod(spec.shape) for spec in tensor_specs(self.config).values())
 
     @property
     def kv_bytes_per_block(self) -> int:
-        """Bytes on the largest rank of one block of ``tokens_per_block`` tokens."""
+        """Bytes of one block of ``tokens_per_block`` tokens on the largest rank."""
         return self.build_config.tokens_per_block * self.largest.kv_bytes_per_token
 
     @property
     def divided_evenly_bytes(self) -> float:
         """The usual formula (weights + KV + activations) / ranks.
 
-        It is low where ranks keep the same thing: a replicated embedding, norms, a key head held twice, and the
-        activations between the linears.
+        It is too low where several ranks keep copies: of a replicated embedding, of norms, of a shared key head, and
+        of the activations between the linears.
         """
         return self.whole.total_bytes / len(self.ranks)
 
     def kv_tokens(self, memory_bytes: float, *, reserve_bytes: float | None = None) -> int:
-        """Tokens of KV that fit every rank's ``memory_bytes`` beside its weights, in whole blocks.
+        """Tokens of KV, in whole blocks, that fit beside the weights when every rank has ``memory_bytes``.
 
-        ``reserve_bytes`` is kept free for all else; None keeps the estimated activations.
+        ``reserve_bytes`` is kept free for everything else; None reserves the estimated activations.
         """
         block = self.build_config.tokens_per_block
         blocks = [
@@ -130,21 +131,21 @@ class Estimate(Shown):
         return max(0, min(blocks)) * block
 
     def step_seconds(self, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
-        """The least time of a generation step when memory of ``bandwidth`` bytes a second limits it.
+        """The least time of a generation step that is limited by memory of ``bandwidth`` bytes per second.
 
-        A step reads every weight once, whatever the batch, and the K and V of ``context`` tokens a request. The ranks
-        of a stage read side by side, stages follow one another; communication is not counted.
+        A step reads every weight once, at any batch size, and the K and V of ``context`` tokens for each request. The
+        ranks of a pipeline stage read at the same time, stages run one after another; communication is not counted.
         """
         tp = self.mapping.tp_size
         reads = [r.step_weight_bytes + batch * context * r.kv_bytes_per_token for r in self.ranks]
         return sum(max(reads[first : first + tp]) for first in range(0, len(reads), tp)) / bandwidth
 
     def tokens_per_second(self, bandwidth: float, *, batch: int = 1, context: int = 0) -> float:
-        """The ceiling on generated tokens a second that ``step_seconds`` sets."""
+        """The upper bound on generated tokens per second that follows from ``step_seconds``."""
         return batch / self.step_seconds(bandwidth, batch=batch, context=context)
 
     def require_fits(self, available_bytes: float, where: str = "this machine") -> None:
-        """EngineError when the largest rank needs more, with what it needs it for and what would fit."""
+        """Raise EngineError when the largest rank needs more memory; it lists the parts and what would fit."""
         if self.largest.total_bytes > available_bytes:
             self._refuse(available_bytes, where)
 
@@ -163,7 +164,7 @@ class Estimate(Shown):
             f"rank {need.rank} needs {size(need.total_bytes)}: {size(need.weight_bytes)} of weights, "
             f"{size(need.kv_pool_bytes)} of KV for max_batch_size {build.max_batch_size} x max_seq_len "
             f"{build.seq_len} tokens, {size(need.activation_bytes)} of activations",
-            expected=f"at most {size(available_bytes)}, what {where} has free",
+            expected=f"at most {size(available_bytes)}, which {where} has free",
             remedy=remedy,
         )
 
@@ -178,10 +179,10 @@ def estimate(
     group_size: GroupSize = 128,
     layout: EmbeddingLayout | None = None,
 ) -> Estimate:
-    """Memory and work of a model within these bounds, rank by rank.
+    """Memory and work of a model within the bounds of ``build_config``, rank by rank.
 
     ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's names; a quantized weight counts with its scales.
-    ``layout=None`` lays the embedding as ``build`` does. Raises ConfigError as ``build`` would.
+    ``layout=None`` takes the embedding layout that ``build`` takes. Raises ConfigError where ``build`` would.
 
     >>> estimate(SHAPES["LLaMA-2-7B"], quant_algo="W8A16").largest.weight_bytes / 2**30
     6.522...
@@ -195,7 +196,10 @@ def estimate(
     mapping = mapping or Mapping()
     layout = layout or shared_where_possible(config, mapping)
     if layout.use_embedding_sharing and not config.tie_word_embeddings:
-        raise ConfigError("use_embedding_sharing needs a tied model", remedy="leave use_embedding_sharing out")
+        raise ConfigError(
+            "use_embedding_sharing needs a tied model, and this one has a head of its own",
+            remedy="leave use_embedding_sharing out",
+        )
     ranks = tuple(_rank_estimate(config, build, mapping, rank, layout) for rank in mapping.ranks)
     whole = ranks[0] if len(ranks) == 1 else _rank_estimate(config, build, Mapping(), 0, layout)
     return Estimate(config, build, mapping, layout, ranks, whole)
@@ -210,7 +214,7 @@ def op_table(
     layout: EmbeddingLayout | None = None,
     every_token: bool = False,
 ) -> OpTable:
-    """One row an op of the step that these requests make on one rank."""
+    """The table of one step's ops on one rank, one row for each op; ``spans`` are the step's requests."""
     config = model if isinstance(model, ModelConfig) else model.config
     mapping = mapping or Mapping()
     layout = layout or shared_where_possible(config, mapping)
@@ -240,17 +244,17 @@ def _rank_estimate(
     weights = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for name, tensor in tensors.items():
         weights[_kind(name)] += tensor.nbytes
-    looked_up_only = not mapping.is_last_stage(rank) or HEAD in tensors
+    lookup_only = not mapping.is_last_stage(rank) or HEAD in tensors
     per_token = config.kv_bytes_per_token * len(stage) * mapping.kv_heads(config)
     per_token //= config.num_hidden_layers * config.num_key_value_heads
-    plain = config.replace(quantization=QuantConfig())  # activations are those of the model's dtype
+    plain = config.replace(quantization=QuantConfig())  # activations have the model's dtype
     model = _meta_weights(plain, mapping, rank, rank_tensors(plain, mapping, rank, layout))
     prompt, past = build.input_len, min(build.input_len, build.seq_len - 1)
     return RankEstimate(
         rank=rank,
         layers=stage,
         weights=weights,
-        step_weight_bytes=sum(weights.values()) - (weights["embedding"] if looked_up_only else 0),
+        step_weight_bytes=sum(weights.values()) - (weights["embedding"] if lookup_only else 0),
         kv_bytes_per_token=per_token,
         kv_pool_bytes=build.max_batch_size * build.seq_len * per_token,
         activation_bytes=_trace(plain, mapping, model, largest_step(build)).peak_bytes,
@@ -262,8 +266,8 @@ def _rank_estimate(
 def largest_step(build: BuildConfig) -> list[Span]:
     """The step whose activations are estimated: ``max_num_tokens`` new tokens over ``max_batch_size`` prompts.
 
-    There are fewer tokens where the prompts at ``max_input_len`` do not make as many. Logits are those of the last
-    tokens; asking for every token's takes ``tokens * vocab_size * 4`` bytes more.
+    It has fewer tokens if prompts of ``max_input_len`` do not add up to ``max_num_tokens``. Only the last token of each
+    prompt has logits; logits of every token take ``tokens * vocab_size * 4`` bytes more.
     """
     tokens = min(build.max_num_tokens, build.max_batch_size * build.input_len)
     rows = min(build.max_batch_size, tokens)

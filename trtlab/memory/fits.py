@@ -1,4 +1,4 @@
-"""Whether this machine can hold what is asked of it; asked before a weight is read, answered with the numbers."""
+"""Checks that this machine has enough memory for a build or a session. Reads no weight; errors show the numbers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BUILD_PEAK = 2.6  # peak memory of a build over the bytes of its rank's weights,
 
 
 def require_room_to_build(config: ModelConfig, build: BuildConfig, mapping: Mapping, layout: EmbeddingLayout) -> None:
-    """EngineError when building the plan of the largest rank takes more memory than this machine has."""
+    """Raise EngineError when building the largest rank's plan takes more memory than this machine has."""
     largest = estimate(config, build, mapping, layout=layout).largest
     memory, needed = memory_bytes(), int(BUILD_PEAK * largest.weight_bytes)
     if memory and needed > memory:
         raise EngineError(
             f"building the plan of rank {largest.rank} takes about {size(needed)}, {BUILD_PEAK} times its weights of "
             f"{size(largest.weight_bytes)}",
-            expected=f"at most {size(memory)}, what this machine has",
+            expected=f"at most {size(memory)}, which this machine has",
             remedy="split the weights over more ranks (tp_size), quantize them, or build with plan=False",
         )
 
@@ -40,11 +40,11 @@ def require_room_to_run(
     session: SessionConfig,
     device: torch.device,
 ) -> None:
-    """EngineError when weights, KV pool and activations of all ranks do not fit the device's memory.
+    """Raise EngineError when weights, KV pool and activations of all ranks do not fit the device's memory.
 
-    A CPU's pool is allocated whole, in float32; a GPU's takes what is left, so that one block must be.
+    A CPU's pool is allocated whole, in float32. A GPU's pool takes the memory that is left, so one block must fit.
     """
-    found = estimate(config, build, mapping, layout=layout)
+    expected = estimate(config, build, mapping, layout=layout)
     widening = compute_dtype(build, device).itemsize / config.torch_dtype.itemsize
     kv_widening = 1.0 if config.quantization.kv_cache_quant_algo else widening
     tokens = build.max_batch_size * build.seq_len
@@ -55,7 +55,7 @@ def require_room_to_run(
     else:
         memory = memory_bytes()
 
-    def held(rank: RankEstimate) -> RankEstimate:
+    def on_device(rank: RankEstimate) -> RankEstimate:
         per_token = round(rank.kv_bytes_per_token * kv_widening)
         return dataclasses.replace(
             rank,
@@ -64,6 +64,6 @@ def require_room_to_run(
             activation_bytes=round(rank.activation_bytes * widening),
         )
 
-    ranks = tuple(held(rank) for rank in found.ranks)
+    ranks = tuple(on_device(rank) for rank in expected.ranks)
     if memory:
-        dataclasses.replace(found, ranks=ranks).require_fits(memory / len(ranks))
+        dataclasses.replace(expected, ranks=ranks).require_fits(memory / len(ranks))

@@ -38,12 +38,12 @@ class LinearSite:
 
     @property
     def cuts_input(self) -> bool:
-        """Whether each rank holds some columns, so that the ranks' outputs are summed."""
+        """Whether each rank holds some of the input's columns, so that the outputs of all ranks are summed."""
         return self.split == "columns"
 
     @property
     def input_scale(self) -> str:
-        """The tensor with the static scale of its input (TensorRT-LLM's SmoothQuant), original to quantized."""
+        """The name of the tensor with the input's static scale in TensorRT-LLM's SmoothQuant, original to quantized."""
         return f"{self.norm_before}.scale_to_int" if self.norm_before else f"{self.block}.quantization_scaling_factor"
 
 
@@ -62,10 +62,11 @@ SITES = {site.part: site for site in (*ATTENTION, *GATED_MLP)}  # every linear t
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer of one model consists of.
+    """The parts of one layer of a model.
 
-    ``norm`` is ``"rms_norm"`` or ``"layer_norm"`` (which has a bias), ``attention`` and ``mlp`` list the linears of
-    the two blocks. Each block adds to the residual stream what it makes of the normed stream, attention first.
+    ``norm`` is ``"rms_norm"`` or ``"layer_norm"`` (which has a bias); ``attention`` and ``mlp`` list the linears of
+    the two blocks. Attention runs first. Each block reads the normalized residual stream and adds its output to the
+    residual stream.
     """
 
     norm: str
@@ -74,17 +75,17 @@ class LayerPlan:
 
     @property
     def linears(self) -> tuple[LinearSite, ...]:
-        """All linears, in the order in which they run."""
+        """All linears, in execution order."""
         return self.attention + self.mlp
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Their names within the layer."""
+        """The names of the linears within the layer."""
         return tuple(site.part for site in self.linears)
 
     @property
     def inputs(self) -> dict[str, tuple[LinearSite, ...]]:
-        """The linears by the activation that they read."""
+        """The linears, grouped by the activation that they read."""
         names = dict.fromkeys(site.reads for site in self.linears)
         return {name: tuple(site for site in self.linears if site.reads == name) for name in names}
 
@@ -95,5 +96,5 @@ class LayerPlan:
 
 
 def layer_plan(config: ModelConfig) -> LayerPlan:
-    """The layers of a model; all are alike."""
+    """The plan of a model's layers; all layers of a model have the same one."""
     return LayerPlan(config.norm, ATTENTION, GATED_MLP if config.gated_mlp else MLP)

@@ -1,4 +1,4 @@
-"""One decoder for every family, written once in the verbs of an op set: it runs, emits, tabulates or observes."""
+"""One decoder for all model families, written in the verbs of an op set that runs, emits, tabulates or observes it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from trtlab.model.weights import LayerWeights, ModelWeights
 
 
 def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) -> T:
-    """Token ids ``[...]`` to logits ``[..., vocab]`` in float32, for the rows whose logits are wanted.
+    """Token ids ``[...]`` to logits ``[..., vocab]`` in float32, for the rows that ``ops.last_tokens`` selects.
 
-    A rank that is not of the last pipeline stage gives its hidden states instead.
+    A rank before the last pipeline stage returns its hidden states instead.
     """
     x = residual_stream(ops, config, weights, _embed(ops, config, weights, tokens))
     if weights.final_norm is None or weights.lm_head is None:
@@ -20,19 +20,19 @@ def decoder(ops: Ops[T], config: ModelConfig, weights: ModelWeights, tokens: T) 
 
 
 def residual_stream(ops: Ops[T], config: ModelConfig, weights: ModelWeights, x: T) -> T:
-    """The hidden states ``[..., hidden]`` after all layers of a rank. Each block adds to what it was given."""
+    """The hidden states ``[..., hidden]`` after all layers of a rank; each block adds its output to the stream."""
     delta: T | None = None
     for index, layer in enumerate(weights.layers):
         x, normed = ops.add_norm(x, delta, layer.input_layernorm)
-        del delta  # nothing that is done with lives on while a block runs
+        del delta  # free it before the block runs: it would add to the peak
         x, normed = ops.add_norm(x, attention(ops, config, weights, index, layer, normed), layer.post_layernorm)
         delta = mlp(ops, config, layer, normed)
-    assert delta is not None, "every rank has a layer"
+    assert delta is not None, f"a rank needs at least one layer, got {len(weights.layers)}"
     return ops.add(x, delta)
 
 
 def attention(ops: Ops[T], config: ModelConfig, weights: ModelWeights, index: int, layer: LayerWeights, normed: T) -> T:
-    """What attention adds to the residual stream, from its norm ``[..., hidden]``."""
+    """Attention's addition to the residual stream, from the normalized stream ``[..., hidden]``."""
     norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     heads = (weights.heads, weights.kv_heads)
     context = ops.self_attention(index, ops.linear(normed, layer.qkv), heads, norms, rotary=config.uses_rotary)
@@ -40,7 +40,7 @@ def attention(ops: Ops[T], config: ModelConfig, weights: ModelWeights, index: in
 
 
 def mlp(ops: Ops[T], config: ModelConfig, layer: LayerWeights, normed: T) -> T:
-    """What the MLP adds to the residual stream, from its norm ``[..., hidden]``."""
+    """The MLP's addition to the residual stream, from the normalized stream ``[..., hidden]``."""
     if layer.gate is None:
         inner = ops.activation(config.hidden_act, ops.linear(normed, layer.fc))
     else:

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM calls the tensors of a model: those of a layer, and those outside the layers."""
+"""TensorRT-LLM's names of a model's tensors, inside the layers and outside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that a decoder is written in; each op set gives them another meaning. Knows tensors and typed weights."""
+"""The verbs in which the decoder is written; each op set implements them. Knows tensors and typed weights."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ T = TypeVar("T")
 
 
 class Ops(ABC, Generic[T]):
-    """What a decoder may ask for, in the tensor type ``T``.
+    """The operations that the decoder calls, on the tensor type ``T``.
 
     ``...`` in a shape stands for the op set's own token dimensions: ``[tokens]`` packed in torch, ``[batch, tokens]``
-    padded in TensorRT. Head tensors are the op set's own affair between ``split_heads`` and ``attention``. Positions,
-    masks and the KV cache belong to the op set too; a decoder never sees them.
+    padded in TensorRT. Between ``split_heads`` and ``attention`` each op set chooses its own layout of head tensors.
+    Positions, masks and the KV cache belong to the op set too; the decoder never sees them.
 
-    The abstract verbs are what an op set must give. The others follow from them, and an op set that has one kernel for
-    several verbs overrides these.
+    An op set must implement the abstract verbs. The others are built from them; an op set with one kernel for several
+    verbs overrides these.
     """
 
     @abstractmethod
     def embedding(self, tokens: T, weight: Embedding) -> T:
         """Token ids ``[...]`` to rows of the table ``[..., hidden]``, in the table's dtype.
 
-        A table cut by rows (``weight.first_row``) gives zero rows for ids it does not hold.
+        A table cut by rows (``weight.first_row``) gives zero rows for ids that it does not hold.
         """
 
     @abstractmethod
     def position_embedding(self, tokens: T, weight: Embedding) -> T:
-        """The rows of a learned table that belong to the tokens' positions: ``[..., hidden]``."""
+        """The rows of a learned table for the positions of the tokens: ``[..., hidden]``."""
 
     @abstractmethod
     def rms_norm(self, x: T, weight: Norm) -> T:
@@ -48,7 +48,7 @@ class Ops(ABC, Generic[T]):
 
     @abstractmethod
     def linear(self, x: T, weight: Linear) -> T:
-        """``x W^T + b``: ``[..., in]`` to ``[..., out]``, by the type of the weight."""
+        """``x W^T + b``: ``[..., in]`` to ``[..., out]``; the type of the weight decides the arithmetic."""
 
     @abstractmethod
     def split_heads(self, qkv: T, heads: int, kv_heads: int) -> tuple[T, T, T]:
@@ -56,11 +56,11 @@ class Ops(ABC, Generic[T]):
 
     @abstractmethod
     def rotary(self, q: T, k: T) -> tuple[T, T]:
-        """Queries and keys turned by their positions: the half-split rotation of Hugging Face (arXiv:2104.09864)."""
+        """Queries and keys rotated by their positions: Hugging Face's half-split rotation (arXiv:2104.09864)."""
 
     @abstractmethod
     def attention(self, layer: int, q: T, k: T, v: T) -> T:
-        """Keys and values join the cache of ``layer``; each query sees its own past. Gives ``[..., heads head_size]``.
+        """Append keys and values to the cache of ``layer``, then attend causally: ``[..., heads head_size]``.
 
         The softmax is scaled by ``head_size ** -0.5``. ``layer`` counts from 0 within the rank's own layers.
         """
@@ -83,30 +83,30 @@ class Ops(ABC, Generic[T]):
 
     @abstractmethod
     def all_gather(self, x: T) -> T:
-        """The parts of the tensor-parallel group side by side along the last dimension, by rank."""
+        """The parts of all tensor-parallel ranks, concatenated along the last dimension in rank order."""
 
     @abstractmethod
     def receive(self, tokens: T, hidden_size: int) -> T:
-        """The hidden states ``[..., hidden]`` that the stage before sent for these tokens."""
+        """The hidden states ``[..., hidden]`` that the previous pipeline stage sent for these tokens."""
 
     @abstractmethod
     def send(self, x: T) -> T:
-        """Hidden states to the next stage; what it returns is the rank's output."""
+        """Send hidden states to the next pipeline stage; the return value is the rank's output."""
 
     @abstractmethod
     def last_tokens(self, x: T) -> T:
-        """Those rows of ``[..., hidden]`` whose logits are wanted."""
+        """The rows of ``[..., hidden]`` whose logits the step asks for."""
 
     @abstractmethod
     def logits(self, x: T, vocab_size: int) -> T:
-        """The first ``vocab_size`` columns, in float32: the padding of a split vocabulary goes."""
+        """The first ``vocab_size`` columns in float32, without the padding of a split vocabulary."""
 
     def norm(self, x: T, weight: Norm) -> T:
         """``rms_norm`` or ``layer_norm``, by the type of the weight."""
         return self.layer_norm(x, weight) if isinstance(weight, LayerNorm) else self.rms_norm(x, weight)
 
     def add_norm(self, x: T, delta: T | None, weight: Norm) -> tuple[T, T]:
-        """The residual stream plus what a block adds to it (None for nothing), and the norm of the sum."""
+        """The residual stream plus ``delta``, a block's output (None for nothing), and the norm of the sum."""
         total = x if delta is None else self.add(x, delta)
         return total, self.norm(total, weight)
 
@@ -121,7 +121,8 @@ class Ops(ABC, Generic[T]):
     ) -> T:
         """From a fused projection to attention: heads, norms of queries and keys, rotary embedding, cache, softmax.
 
-        ``heads`` counts query and key/value heads; ``norms`` are those of queries and keys, if they have any.
+        ``heads`` are the numbers of query and of key/value heads; ``norms`` are the norms of queries and of keys, or
+        None.
         """
         q, k, v = self.split_heads(qkv, *heads)
         if norms is not None:

@@ -1,4 +1,4 @@
-"""The tensors that a quantized linear and a quantized cache are stored in, by algorithm. Knows no data."""
+"""Names, shapes and dtypes of the tensors of quantized linears and caches, by algorithm. Knows no data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from trtlab.model.scales import FLOAT8
 class TensorSpec:
     """Shape of a whole (unsplit) tensor and how tensor parallelism cuts it.
 
-    ``split`` is ``"qkv"`` (q, k and v rows each by heads), ``"rows"``, ``"columns"``, ``"embedding"`` (by choice),
-    ``"head"`` (rows of the padded vocabulary), ``"kv_heads"`` or None (every rank holds it whole). ``dim`` is where
-    those rows, columns or heads lie. ``dtype`` None follows the model's; ``per_byte`` rows share a byte.
+    ``split`` is ``"qkv"`` (q, k and v rows each by heads), ``"rows"``, ``"columns"``, ``"embedding"`` (as the
+    EmbeddingLayout says), ``"head"`` (rows of the padded vocabulary), ``"kv_heads"`` or None (every rank holds the
+    whole tensor). ``dim`` is the dimension of those rows, columns or heads. With ``dtype=None`` the tensor has the
+    model's dtype. ``per_byte`` is the number of rows that share a byte.
     """
 
     shape: tuple[int, ...]
@@ -34,7 +35,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class _Linear:
-    """One linear to be stored: where it stands, its sizes, and how its output and its input are cut over ranks."""
+    """One linear to be stored: its place in the model, its sizes, and how output and input are cut over ranks."""
 
     site: LinearSite
     layer: int
@@ -56,19 +57,19 @@ class _Linear:
         return self.site.split if self.site.cuts_input else None
 
     def by_row(self, shape: tuple[int, ...], dim: int = 0, dtype: torch.dtype | None = None) -> TensorSpec:
-        """A tensor with something for each output at ``dim``."""
+        """A tensor with one entry for each output along ``dim``."""
         return TensorSpec(shape, self.out_split, dim, dtype)
 
     def by_column(self, shape: tuple[int, ...], dim: int = 0, dtype: torch.dtype | None = None) -> TensorSpec:
-        """A tensor with something for each input at ``dim``."""
+        """A tensor with one entry for each input along ``dim``."""
         return TensorSpec(shape, self.in_split, dim, dtype)
 
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype | None = None, per_byte: int = 1) -> TensorSpec:
-        """A tensor ``[out, in]``, cut as the weight is."""
+        """A tensor ``[out, in]`` that is cut in the same way as the weight."""
         return TensorSpec(shape, self.site.split, int(self.site.cuts_input), dtype, per_byte)
 
     def integers(self) -> TensorSpec:
-        """int8 ``[out, in]``, or two rows to a byte along out."""
+        """int8 ``[out, in]``, or uint8 with two INT4 rows in a byte."""
         if not self.algorithm.packed:
             return self.matrix((self.out, self.width), torch.int8)
         return self.matrix((-(-self.out // 2), self.width), torch.uint8, per_byte=2)
@@ -81,7 +82,10 @@ ONE = TensorSpec((1,), dtype=torch.float32)
 def quantized_specs(
     config: ModelConfig, layer: int, site: LinearSite, plain: TensorSpec, algorithm: Algorithm
 ) -> Specs:
-    """The tensors of one linear by their names within the layer, in the place of the ``plain`` weight."""
+    """The tensors that replace one linear's ``plain`` weight, by their names within the layer.
+
+    Raises ConfigError when quantization groups do not divide the linear's inputs.
+    """
     out, width = plain.shape
     if algorithm.grouped:
         check_groups(layer_name(layer, site.part), width, config.quantization.group_size)
@@ -128,7 +132,7 @@ def _fp8(linear: _Linear, plain: TensorSpec) -> Specs:
 
 
 def _fp8_by_row(linear: _Linear, plain: TensorSpec) -> Specs:
-    """TensorRT-LLM quantizes the MLPs alone, and neither the first nor the last layer's."""
+    """TensorRT-LLM quantizes only the MLPs, without those of the first and the last layer."""
     if linear.site.block != "mlp" or linear.layer in (0, linear.config.num_hidden_layers - 1):
         return {f"{linear.part}.weight": plain}
     return {
@@ -175,7 +179,7 @@ _SPECS: dict[str, Callable[[_Linear, TensorSpec], Specs]] = {
 
 
 def kv_scale_specs(config: ModelConfig) -> Specs:
-    """The scales of one layer's cache by their names within the layer."""
+    """The scales of one layer's KV cache, by their names within the layer."""
     algorithm = config.quantization.kv_algorithm
     if algorithm is None:
         return {}
@@ -185,11 +189,11 @@ def kv_scale_specs(config: ModelConfig) -> Specs:
 
 
 def check_groups(what: str, width: int, group_size: int) -> None:
-    """ConfigError when groups do not divide the inputs of a linear, naming the sizes that do."""
+    """Raise ConfigError when ``group_size`` does not divide the inputs of a linear; it names the sizes that do."""
     if width % group_size == 0:
         return
-    fits = [str(size) for size in GROUP_SIZES if width % size == 0]
+    sizes = [str(size) for size in GROUP_SIZES if width % size == 0]
     raise ConfigError(
         f"{what} has {width} inputs, which groups of {group_size} do not divide",
-        remedy=f"use group_size={' or '.join(fits)}" if fits else "exclude it with exclude_modules, or use W8A16",
+        remedy=f"use group_size={' or '.join(sizes)}" if sizes else "exclude it with exclude_modules, or use W8A16",
     )

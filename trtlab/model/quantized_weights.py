@@ -1,4 +1,4 @@
-"""The typed weights of quantized linears and caches, as op sets meet them. Knows no files and no arithmetic."""
+"""The typed weights of quantized linears and caches that op sets receive. Knows no files and no arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trtlab.model.scales import FLOAT8, ToOriginal, ToQuantized, unpack_int4
 
 
 def tensor_bytes(part: object) -> int:
-    """Bytes of all tensors in a weight, its scales and bias among them."""
+    """Bytes of all tensors in a weight, with its scales and bias."""
     if isinstance(part, Tensor):
         return part.nbytes
     if not dataclasses.is_dataclass(part):
@@ -25,7 +25,7 @@ def tensor_bytes(part: object) -> int:
 
 
 class _Sized:
-    """What every quantized linear tells of its size."""
+    """Shape and bytes of a quantized linear."""
 
     weight: Tensor
 
@@ -42,10 +42,10 @@ class _Sized:
 
 @dataclass(frozen=True)
 class WeightOnly(_Sized):
-    """Integers and scales; activations stay as they are: ``y = (x * prequant) W^T + b``.
+    """Integer weight with scales and an unquantized input: ``y = (x * prequant) W^T + b``.
 
     ``weight`` is int8 ``[out, in]``, or uint8 ``[ceil(out / 2), in]`` with two INT4 rows a byte; ``scale`` is
-    ``[out, groups]`` to the original; ``prequant`` ``[in]`` belongs to AWQ.
+    ``[out, groups]`` to the original; ``prequant`` ``[in]`` is AWQ's factor on the input, None for other algorithms.
     """
 
     name: str
@@ -69,8 +69,9 @@ class WeightOnly(_Sized):
 class Int8Linear(_Sized):
     """INT8 weight and INT8 input: the INT32 product times ``output_scale`` ``[out]`` or ``[1]``.
 
-    The input is divided by ``smoother`` or multiplied by ``prequant`` ``[in]`` and quantized with ``input_scale``;
-    with None each token has its own scale at run time, and multiplies the product too.
+    The input is divided by ``smoother`` or multiplied by ``prequant`` ``[in]`` and then quantized with
+    ``input_scale``. With ``input_scale=None`` each token gets its own scale at run time, which multiplies the product
+    too.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Int8Linear(_Sized):
 
 @dataclass(frozen=True)
 class Float8Linear(_Sized):
-    """E4M3 weight ``[out, in]`` and E4M3 input, one scale each."""
+    """E4M3 weight ``[out, in]`` and E4M3 input, with one scale for each of the two."""
 
     name: str
     weight: Tensor
@@ -95,7 +96,7 @@ class Float8Linear(_Sized):
 
 @dataclass(frozen=True)
 class Int4Float8Linear(_Sized):
-    """AWQ's INT4 groups, read as E4M3 with ``weight_scale``; the input, times ``prequant``, is E4M3 too."""
+    """AWQ's INT4 groups, converted to E4M3 with ``weight_scale``; the input times ``prequant`` is E4M3 too."""
 
     name: str
     groups: WeightOnly
@@ -114,7 +115,7 @@ Quantized = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear
 
 @dataclass(frozen=True)
 class KvScales:
-    """How one layer's K and V are stored: ``dtype`` int8 or E4M3, scales ``[1]`` or ``[kv_heads]``."""
+    """Storage of one layer's K and V: ``dtype`` int8 or E4M3, and scales ``[1]`` or ``[kv_heads]``."""
 
     dtype: torch.dtype
     keys: ToOriginal
@@ -122,15 +123,15 @@ class KvScales:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """One linear's tensors: ``of(suffix)`` is its own, ``layer(name)`` one that it shares with its layer."""
+class _LinearTensors:
+    """One linear's tensors: ``own(suffix)`` belongs to the linear, ``layer(name)`` to the layer."""
 
     name: str
     linear: str
     layer: Callable[[str], Tensor]
     bias: Tensor | None
 
-    def of(self, suffix: str) -> Tensor:
+    def own(self, suffix: str) -> Tensor:
         return self.layer(f"{self.linear}.{suffix}")
 
 
@@ -138,61 +139,61 @@ def quantized_linear(
     algorithm: Algorithm, linear: str, name: str, layer: Callable[[str], Tensor], bias: Tensor | None
 ) -> Quantized:
     """The typed weight of one linear; ``layer`` gives a tensor by its name within the layer."""
-    return _LINEARS[algorithm.family](algorithm, _Found(name, linear, layer, bias))
+    return _LINEARS[algorithm.family](algorithm, _LinearTensors(name, linear, layer, bias))
 
 
-def _weight_only(algorithm: Algorithm, found: _Found) -> Quantized:
-    scale = ToOriginal(found.of("per_channel_scale")[:, None])
-    return WeightOnly(found.name, found.of("weight"), scale, found.bias)
+def _weight_only(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
+    scale = ToOriginal(tensors.own("per_channel_scale")[:, None])
+    return WeightOnly(tensors.name, tensors.own("weight"), scale, tensors.bias)
 
 
-def _smoothquant(algorithm: Algorithm, found: _Found) -> Quantized:
-    to_float = found.of("per_channel_scale")[0]
-    static = None if algorithm.per_token else ToQuantized(found.layer(SITES[found.linear].input_scale))
+def _smoothquant(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
+    to_float = tensors.own("per_channel_scale")[0]
+    static = None if algorithm.per_token else ToQuantized(tensors.layer(SITES[tensors.linear].input_scale))
     if not algorithm.per_token:
-        to_float = to_float * found.of("act_scale")[0]
-    smoother = None if SITES[found.linear].norm_before is not None else found.of("smoother")[0]
-    return Int8Linear(found.name, found.of("weight"), ToOriginal(to_float), static, found.bias, smoother)
+        to_float = to_float * tensors.own("act_scale")[0]
+    smoother = None if SITES[tensors.linear].norm_before is not None else tensors.own("smoother")[0]
+    return Int8Linear(tensors.name, tensors.own("weight"), ToOriginal(to_float), static, tensors.bias, smoother)
 
 
-def _smoothquant_modelopt(algorithm: Algorithm, found: _Found) -> Quantized:
-    activation = found.of("activation_scaling_factor")
+def _smoothquant_modelopt(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
+    activation = tensors.own("activation_scaling_factor")
     return Int8Linear(
-        found.name,
-        found.of("weight"),
-        ToOriginal(activation * found.of("weights_scaling_factor")),
+        tensors.name,
+        tensors.own("weight"),
+        ToOriginal(activation * tensors.own("weights_scaling_factor")),
         ToOriginal(activation),
-        found.bias,
-        prequant=found.of("prequant_scaling_factor"),
+        tensors.bias,
+        prequant=tensors.own("prequant_scaling_factor"),
     )
 
 
-def _fp8(algorithm: Algorithm, found: _Found) -> Quantized:
+def _fp8(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
     return Float8Linear(
-        found.name,
-        found.of("weight"),
-        ToOriginal(found.of("weights_scaling_factor")),
-        ToOriginal(found.of("activation_scaling_factor")),
-        found.bias,
+        tensors.name,
+        tensors.own("weight"),
+        ToOriginal(tensors.own("weights_scaling_factor")),
+        ToOriginal(tensors.own("activation_scaling_factor")),
+        tensors.bias,
     )
 
 
-def _awq(algorithm: Algorithm, found: _Found) -> WeightOnly:
-    scale = ToOriginal(found.of("weights_scaling_factor"))
-    return WeightOnly(found.name, found.of("weight"), scale, found.bias, found.of("prequant_scaling_factor"))
+def _awq(algorithm: Algorithm, tensors: _LinearTensors) -> WeightOnly:
+    scale = ToOriginal(tensors.own("weights_scaling_factor"))
+    return WeightOnly(tensors.name, tensors.own("weight"), scale, tensors.bias, tensors.own("prequant_scaling_factor"))
 
 
-def _awq_fp8(algorithm: Algorithm, found: _Found) -> Quantized:
+def _awq_fp8(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
     return Int4Float8Linear(
-        found.name,
-        dataclasses.replace(_awq(algorithm, found), bias=None),
-        ToOriginal(found.of("weights_scaling_factor_2")),
-        ToOriginal(found.of("activation_scaling_factor")),
-        found.bias,
+        tensors.name,
+        dataclasses.replace(_awq(algorithm, tensors), bias=None),
+        ToOriginal(tensors.own("weights_scaling_factor_2")),
+        ToOriginal(tensors.own("activation_scaling_factor")),
+        tensors.bias,
     )
 
 
-_LINEARS: dict[str, Callable[[Algorithm, _Found], Quantized]] = {
+_LINEARS: dict[str, Callable[[Algorithm, _LinearTensors], Quantized]] = {
     "weight_only": _weight_only,
     "smoothquant": _smoothquant,
     "smoothquant_modelopt": _smoothquant_modelopt,

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angle of each pair of dimensions at each position, for every scaling."""
+"""Rotary position embedding: the angle of each pair of dimensions at each position, for every kind of scaling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtlab.config.model import ModelConfig, RotaryScaling
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines ``[positions, head_size / 2]`` in float32, the attention factor multiplied in."""
+    """Cosines and sines ``[positions, head_size / 2]`` in float32, multiplied by the attention factor."""
 
     cos: Tensor
     sin: Tensor
@@ -42,22 +42,22 @@ def _linear(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) ->
 
 
 def _llama3(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
-    """Long wavelengths are stretched, short ones kept, those between blended."""
+    """Long wavelengths are divided by the factor, short ones are kept, those between are blended (Llama 3.1)."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     trained = scaling.original_max_position_embeddings
-    assert low is not None and high is not None and trained is not None, "RotaryScaling asks for them"
+    assert low is not None and high is not None and trained is not None, f"llama3 scaling lacks a value: {scaling}"
     turns = trained * frequencies / (2 * math.pi)  # full turns over the trained length
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies, 1.0
 
 
 def _yarn(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
-    """Fast dimensions keep their frequency, slow ones are interpolated, a linear ramp between (arXiv:2309.00071)."""
+    """High frequencies are kept, low ones are interpolated, with a linear ramp between them (arXiv:2309.00071)."""
     trained = scaling.original_max_position_embeddings or config.max_position_embeddings
     half = config.head_size // 2
 
     def dimension(turns: float) -> float:
-        """The pair that makes this many turns over the trained length."""
+        """The index of the pair that makes this many turns over the trained length."""
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(config.rotary_base)
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)

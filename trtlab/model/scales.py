@@ -1,4 +1,4 @@
-"""The arithmetic that every algorithm shares: largest magnitudes, rounding, ranges, scales, packing. Knows no model."""
+"""Arithmetic that all algorithms share: largest magnitudes, rounding, ranges, scales, packing. Knows no model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 Rounding = Callable[[Tensor], Tensor]
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
-EXACT_TERMS = 1024  # so many products of two INT8 numbers sum to at most 2^24, which float32 still holds exactly
+EXACT_TERMS = 1024  # the sum of 1,024 products of two INT8 numbers is at most 2^24, which float32 holds exactly
 
 
 @dataclass(frozen=True)
 class ToOriginal:
-    """A scale that an integer is multiplied by to give the number back (TensorRT's direction: ``x = q * scale``)."""
+    """A scale from the quantized to the original number, ``x = q * scale`` (TensorRT's direction)."""
 
     value: Tensor
 
@@ -29,7 +29,7 @@ class ToOriginal:
         return q.to(self.value.dtype) * self.value
 
     def stored(self, dtype: torch.dtype) -> Tensor:
-        """The scale in a storage dtype; one too small for float16 becomes its smallest normal number, never zero."""
+        """The scale in a storage dtype; a scale too small for it becomes its smallest normal number, never zero."""
         return self.value.clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
     @property
@@ -40,7 +40,7 @@ class ToOriginal:
 
 @dataclass(frozen=True)
 class ToQuantized:
-    """A scale that a number is multiplied by to give its integer (TensorRT-LLM's ``scale_to_int`` and its like)."""
+    """A scale from the original to the quantized number, ``q = x * scale`` (as TensorRT-LLM's ``scale_to_int``)."""
 
     value: Tensor
 
@@ -56,7 +56,7 @@ class ToQuantized:
 
 @dataclass(frozen=True)
 class IntRange:
-    """The integers that a format may hold, ends included."""
+    """The range of integers that a format holds, both ends included."""
 
     low: int
     high: int
@@ -65,11 +65,6 @@ class IntRange:
         """``x`` saturated to the range."""
         return x.clamp(self.low, self.high)
 
-    def clipped(self, x: Tensor) -> Tensor:
-        """Which entries lie outside once they are rounded."""
-        rounded = half_even(x)
-        return (rounded < self.low) | (rounded > self.high)
-
 
 INT8 = IntRange(-128, 127)
 INT8_SYMMETRIC = IntRange(-127, 127)
@@ -77,52 +72,55 @@ INT4 = IntRange(-8, 7)
 
 
 def amax(x: Tensor, dim: int | tuple[int, ...] | None = None, *, keepdim: bool = False) -> Tensor:
-    """The largest magnitude along ``dim``, or of all; NaN where there is one. Makes no copy of ``x``."""
+    """The largest magnitude along ``dim``, or of the whole tensor; NaN if there is one. Makes no copy of ``x``."""
     dims: tuple[int, ...] = () if dim is None else (dim,) if isinstance(dim, int) else dim
     return torch.maximum(x.amax(dims, keepdim=keepdim), -x.amin(dims, keepdim=keepdim))
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; much faster on a CPU than ``isfinite(x).all()``."""
+    """Whether ``x`` holds neither NaN nor infinity; much faster on a CPU than ``isfinite(x).all()``."""
     return bool(torch.isfinite(amax(x)))
 
 
 def positive(largest: Tensor) -> Tensor:
-    """Magnitudes with 1 in the place of 0: what is all zero quantizes to zeros under any scale but 0."""
+    """Magnitudes with 1 in place of 0, because a scale of 0 would divide by zero; zeros quantize to zeros anyway."""
     return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def half_even(x: Tensor) -> Tensor:
-    """To the nearest integer, ties to the even one (torch.round, CUDA's ``cvt.rni``, TensorRT's quantize layer)."""
+    """Round to the nearest integer, ties to even (torch.round, CUDA's ``cvt.rni``, TensorRT's quantize layer)."""
     return torch.round(x)
 
 
 def half_away(x: Tensor) -> Tensor:
-    """To the nearest integer, ties away from zero (C's ``round``, in TensorRT-LLM's weight-only quantizer)."""
+    """Round to the nearest integer, ties away from zero (C's ``round``, TensorRT-LLM's weight-only quantizer)."""
     whole = torch.trunc(x)
     return torch.where((x - whole).abs() >= 0.5, whole + torch.sign(x), whole)
 
 
 def to_int(x: Tensor, scale: ToOriginal | ToQuantized, limits: IntRange, rounding: Rounding = half_even) -> Tensor:
-    """``x`` in int8 storage: scaled, rounded, saturated to ``limits``."""
+    """``x`` scaled, rounded and saturated to ``limits``, in int8 storage."""
     return limits.clamp(rounding(scale.quantize(x))).to(torch.int8)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations ``[tokens, in]`` to int8 with a scale a token ``[tokens, 1]`` to the original (floor 1e-6 / 127)."""
+    """Activations ``[tokens, in]`` to int8, with one scale for each token ``[tokens, 1]`` to the original.
+
+    A scale is at least 1e-6 / 127.
+    """
     largest = amax(x, -1, keepdim=True).clamp(min=1e-6)
     return to_int(x, ToQuantized(INT8.high / largest), INT8), largest / INT8.high
 
 
 def to_float8(x: Tensor, scale: ToOriginal) -> Tensor:
-    """``x / scale`` in E4M3, ties to even; what is beyond 448 becomes 448, where a plain cast gives NaN."""
+    """``x / scale`` in E4M3, ties to even; magnitudes above 448 become 448, where a plain cast gives NaN."""
     return scale.quantize(x).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Integers -8 to 7 ``[out, in]`` two to a byte along out: uint8 ``[ceil(out / 2), in]``.
+    """Pack integers -8 to 7 ``[out, in]`` two in a byte along out: uint8 ``[ceil(out / 2), in]``.
 
-    The low nibble is the even row; an odd last row is paired with zeros. ModelOpt's and TensorRT-LLM's order.
+    The low nibble is the even row; an odd last row is paired with zeros. The order is ModelOpt's and TensorRT-LLM's.
     """
     if q.shape[0] % 2:
         q = torch.cat([q, q.new_zeros(1, q.shape[1])])
@@ -135,7 +133,7 @@ def unpack_int4(packed: Tensor, rows: int) -> Tensor:
     low = (packed & 15).to(torch.int8)
     high = (packed >> 4).to(torch.int8)
     nibbles = torch.stack([low, high], 1).flatten(0, 1)[:rows]  # [rows, in], 0 to 15
-    return (nibbles << 4) >> 4  # the shift back brings the sign along
+    return (nibbles << 4) >> 4  # the arithmetic shift back extends the sign
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:
@@ -144,14 +142,15 @@ def by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """Integers ``[out, in]`` times scales ``[out, groups]`` that convert to the original: ``[out, in]``."""
+    """Integers ``[out, in]`` times scales ``[out, groups]`` to the original: ``[out, in]``."""
     return (by_group(q.to(scale.dtype), scale.shape[1]) * scale[..., None]).flatten(1)
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a b^T`` of INT8 matrices with exact INT32 sums: ``[m, k]`` and ``[n, k]`` to ``[m, n]``.
 
-    On every device alike: float32 products over slices of k short enough to be exact, added in INT32.
+    It works in the same way on every device: float32 products over slices of k that are short enough to be exact,
+    added in INT32.
     """
     slices = zip(torch.split(a, EXACT_TERMS, 1), torch.split(b, EXACT_TERMS, 1), strict=True)
     products = [(left.float() @ right.float().T).to(torch.int32) for left, right in slices]

@@ -1,4 +1,4 @@
-"""Shape and dtype of every tensor of a whole model, plain or quantized, and how it is cut over ranks. Knows no data."""
+"""Shape, dtype and split of every tensor of a whole model, plain or quantized. Knows no data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trtlab.model.quantized_specs import TensorSpec, check_groups, kv_scale_spec
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a whole model by name, embedding first, head last; a tied model has no head of its own."""
-    from_vocabulary = (config.vocab_size, config.hidden_size)
-    specs = {EMBEDDING: TensorSpec(from_vocabulary, "embedding")}
+    """Every tensor of a whole model by name, embedding first, head last; a tied model has no separate head."""
+    table_shape = (config.vocab_size, config.hidden_size)
+    specs = {EMBEDDING: TensorSpec(table_shape, "embedding")}
     if not config.uses_rotary:
         specs[POSITIONS] = TensorSpec((config.max_position_embeddings, config.hidden_size))
     for layer in range(config.num_hidden_layers):
@@ -22,12 +22,12 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     if layer_plan(config).norm == "layer_norm":
         specs[f"{FINAL_NORM}.bias"] = TensorSpec((config.hidden_size,))
     if not config.tie_word_embeddings:
-        specs[HEAD] = TensorSpec(from_vocabulary, "head")
+        specs[HEAD] = TensorSpec(table_shape, "head")
     return specs
 
 
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
-    """The tensors of one layer by their names within it; a quantized linear's own are in the place of its weight."""
+    """The tensors of one layer by their names within it; those of a quantized linear replace its plain weight."""
     specs = _plain_specs(config)
     for site in layer_plan(config).linears:
         algorithm = config.quantization.algorithm_of(layer_name(layer, site.part))
@@ -57,7 +57,7 @@ def _plain_specs(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 def linear_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
-    """Outputs and inputs of a linear."""
+    """The number of outputs and of inputs of a linear."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
     shapes = {
@@ -77,14 +77,15 @@ def _has_bias(config: ModelConfig, site: LinearSite) -> bool:
 
 
 def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
-    """ConfigError when packed rows or groups cannot be cut over ``mapping``, naming the sizes that would work."""
+    """Raise ConfigError when packed rows or groups cannot be cut over the ranks of ``mapping``."""
     algorithm, tp = config.quantization.algorithm, mapping.tp_size
     if algorithm is None or tp == 1:
         return
     if algorithm.packed and config.intermediate_size % (2 * tp):
         raise ConfigError(
-            f"intermediate size {config.intermediate_size} over tp_size={tp} leaves an odd number of rows a rank",
-            remedy="INT4 packs two rows a byte: use a smaller tp_size",
+            f"intermediate size {config.intermediate_size} over tp_size={tp} leaves an odd number of rows on a rank; "
+            "INT4 packs two rows in a byte",
+            remedy="use a smaller tp_size",
         )
     if not algorithm.grouped:
         return

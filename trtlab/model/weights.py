@@ -1,4 +1,4 @@
-"""The typed weights of a decoder as op sets meet them, and how they are made of a rank's tensors. Knows no files."""
+"""The typed weights of a decoder, and how they are built from the tensors of one rank. Knows no files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trtlab.model.quantized_weights import KvScales, Quantized, kv_cache_scales,
 
 @dataclass(frozen=True)
 class Embedding:
-    """A table ``[rows, columns]`` of tokens or positions; ``first_row`` is the first row's id when cut by rows."""
+    """A table ``[rows, columns]`` of tokens or positions; ``first_row`` is the id of its first row if cut by rows."""
 
     name: str
     weight: Tensor
@@ -43,7 +43,7 @@ class LayerNorm(Norm):
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer's weight ``[out, in]`` and bias ``[out]`` as they are stored."""
+    """An unquantized linear: weight ``[out, in]`` and bias ``[out]`` in their stored dtype."""
 
     name: str
     weight: Tensor
@@ -65,7 +65,7 @@ Linear = Dense | Quantized
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; the linears bear the names of ``model.blocks``. An MLP that is not gated has no ``gate``."""
+    """The weights of one decoder layer; fields are named as in ``model.blocks``. Only a gated MLP has a ``gate``."""
 
     input_layernorm: Norm
     qkv: Linear
@@ -81,10 +81,11 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """What one rank holds. ``heads`` and ``kv_heads`` are the rank's own; the ends are None on inner stages.
+    """The weights of one rank. ``heads`` and ``kv_heads`` count the rank's own heads.
 
-    ``positions`` is the table of a model that learned its positions. ``gather_embedding`` and ``reduce_embedding`` say
-    how a token table cut by columns or by rows is put together.
+    ``embedding`` is None after the first pipeline stage, ``final_norm`` and ``lm_head`` are None before the last one.
+    ``positions`` is the table of a model with learned positions. ``gather_embedding`` is set when the token table is
+    cut by columns, ``reduce_embedding`` when it is cut by rows.
     """
 
     heads: int
@@ -99,10 +100,11 @@ class ModelWeights:
 
 
 def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Mapping[str, Tensor]) -> ModelWeights:
-    """The parts of one rank from its tensors, whose layer numbers count from 0 within the stage.
+    """The typed weights of one rank from its tensors, whose layer numbers count from 0 within the stage.
 
-    How an embedding was cut is read from its shape. A row-parallel bias is kept by the group's first rank alone, so
-    that the sum over ranks adds it once. A rank without a head of its own uses its embedding rows (tied weights).
+    The shape of an embedding tells how it was cut. Where the input of a linear is cut, only the first rank of the
+    group keeps the bias, so that the sum over ranks adds it once. A rank without a head tensor uses its embedding rows
+    (tied weights).
     """
     stage = mapping.layers(rank, config.num_hidden_layers)
     embedding = _embedding(config, mapping, rank, tensors) if mapping.is_first_stage(rank) else None
@@ -124,9 +126,9 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.
 
 
 def map_linears(weights: ModelWeights, function: Callable[[Linear], Any]) -> ModelWeights:
-    """The same weights with a function applied to every linear layer, the head among them.
+    """The same weights with ``function`` applied to every linear, the head included.
 
-    The function may give a weight type of an op set's own, such as one laid out for a kernel.
+    The function may return a weight type of an op set, such as one that is laid out for a kernel.
     """
 
     def mapped(layer: LayerWeights) -> LayerWeights:
@@ -155,7 +157,7 @@ def _head(tensors: abc.Mapping[str, Tensor]) -> Dense:
 def layer_weights(
     config: ModelConfig, tensors: abc.Mapping[str, Tensor], layer: int, number: int, *, keep_bias: bool = True
 ) -> LayerWeights:
-    """Layer ``layer`` of these tensors, which is layer ``number`` of the model."""
+    """The typed weights of layer ``layer`` of these tensors, which is layer ``number`` of the whole model."""
 
     def tensor(part: str) -> Tensor:
         return tensors[layer_name(layer, part)]
@@ -188,7 +190,7 @@ def layer_weights(
 
 
 def _norm(config: ModelConfig, tensors: abc.Mapping[str, Tensor], module: str) -> Norm:
-    """An RMSNorm, or a LayerNorm where there is a bias."""
+    """An RMSNorm, or a LayerNorm if there is a bias."""
     name, bias = f"{module}.weight", tensors.get(f"{module}.bias")
     if bias is None:
         return Norm(name, tensors[name], config.norm_epsilon)

@@ -1,4 +1,4 @@
-"""AWQ (arXiv:2306.00978) as ModelOpt computes it: INT4 by groups, with the channels that matter scaled up first."""
+"""AWQ (arXiv:2306.00978) as ModelOpt computes it: INT4 by groups, with important channels scaled up first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtlab.quantize.layer import GRAM_BLOCK, CalibratedLayer, InputStatistics, 
 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
-CACHED = 2**18  # elements of a weight whose errors are found together: 1 MiB
+CHUNK = 2**18  # elements of a weight whose errors are computed together: 1 MiB, which fits a processor's cache
 
 
 def group_scales(weight: Tensor, group_size: int) -> ToOriginal:
@@ -30,37 +30,38 @@ def int4_groups(weight: Tensor, scale: ToOriginal) -> Tensor:
 
 
 def importance(weight: Tensor, group_size: int) -> Tensor:
-    """How large each input channel's weights are within their groups, mean over outputs ``[in]``."""
+    """The magnitude of each input channel's weights relative to their group's largest, mean over outputs ``[in]``."""
     grouped = by_group(weight.abs(), weight.shape[1] // group_size)
     tiny = torch.finfo(torch.float32).tiny
     return (grouped / (grouped.amax(-1, keepdim=True) + tiny)).flatten(1).mean(0)
 
 
 def awq_scale(x_mean: Tensor, w_mean: Tensor, alpha: float) -> Tensor:
-    """What each weight column is multiplied by: ``x_mean^alpha / w_mean^(1 - alpha)``, its extremes centred on 1."""
+    """The factor on each weight column: ``x_mean^alpha / w_mean^(1 - alpha)``, with its extremes centred on 1."""
     tiny = torch.finfo(torch.float32).tiny
     scale = (x_mean.pow(alpha) / (w_mean.pow(1 - alpha) + tiny)).clamp(*LIMITS)
     return scale / (scale.amax() * scale.amin()).sqrt()
 
 
-def search_alpha(weight: Tensor, seen: InputStatistics, group_size: int) -> float:
+def search_alpha(weight: Tensor, inputs: InputStatistics, group_size: int) -> float:
     """The alpha of ALPHAS with the smallest mean squared output error.
 
-    With the Gram matrix ``G`` of the inputs the error of every token together is ``sum(D G * D)``, where ``D`` is
-    the weight's error: no token is read again for any alpha. Some rows at a time, so that they stay in the caches.
+    With the Gram matrix ``G`` of the inputs the error over all tokens is ``sum(D G * D)``, where ``D`` is the error of
+    the weight, so no token is read again for another alpha. The weight is processed in chunks of rows that fit the
+    processor's cache.
     """
-    assert seen.gram is not None, "AWQ calibration keeps the Gram matrix"
+    assert inputs.gram is not None, "AWQ's search needs the Gram matrix of the inputs"
     w_mean = importance(weight, group_size)
-    scales = {alpha: awq_scale(seen.mean, w_mean, alpha) for alpha in ALPHAS}
+    scales = {alpha: awq_scale(inputs.mean, w_mean, alpha) for alpha in ALPHAS}
     losses = dict.fromkeys(ALPHAS, 0.0)
-    for rows in torch.split(weight, max(1, CACHED // weight.shape[1])):
+    for rows in torch.split(weight, max(1, CHUNK // weight.shape[1])):
         for alpha, s in scales.items():
-            losses[alpha] += _loss(_error(rows, s, group_size), seen.gram)
+            losses[alpha] += _loss(_error(rows, s, group_size), inputs.gram)
     return min(losses, key=losses.__getitem__)
 
 
 def _error(weight: Tensor, s: Tensor, group_size: int) -> Tensor:
-    """What rounding leaves of a weight that is multiplied by ``s`` and divided again ``[out, in]``."""
+    """The error of a weight that is multiplied by ``s``, rounded and divided by ``s`` again ``[out, in]``."""
     scaled = weight * s
     scale = group_scales(scaled, group_size).value[..., None]  # [out, groups, 1]
     grouped = by_group(scaled, scale.shape[1])  # a view
@@ -69,7 +70,7 @@ def _error(weight: Tensor, s: Tensor, group_size: int) -> Tensor:
 
 
 def _loss(error: Tensor, gram: Tensor) -> float:
-    """``sum(error gram * error)`` of a symmetric ``gram``, whose upper blocks count twice: half the products."""
+    """``sum(error gram * error)``; ``gram`` is symmetric, so its upper blocks count twice and halve the work."""
     loss = 0.0
     for start in range(0, error.shape[1], GRAM_BLOCK):
         block = slice(start, start + GRAM_BLOCK)
@@ -81,8 +82,8 @@ def _loss(error: Tensor, gram: Tensor) -> float:
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear packed along out, with ``weights_scaling_factor`` by group and ``prequant_scaling_factor``.
 
-    Query, key and value, and fc and gate, are searched apart; their prequant scales are averaged because they read
-    one input, and every weight is smoothed by the average.
+    Query, key and value are searched separately, and so are fc and gate. Their prequant scales are averaged because
+    they read one input, and every weight is divided by the average.
     """
     result = QuantizedLayer({})
     dtype = layer.config.torch_dtype
@@ -102,7 +103,7 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
 
 
 def quantize_layer_fp8(layer: CalibratedLayer) -> QuantizedLayer:
-    """W4A8: the same, and what the INT4 weights stand for becomes FP8, as the input does."""
+    """W4A8: as ``quantize_layer``, with FP8 scales for the dequantized INT4 weight and for the input."""
     result = quantize_layer(layer)
     for linear in layer.linears:
         prequant = result.tensors[f"{linear}.prequant_scaling_factor"].float()
@@ -115,13 +116,14 @@ def quantize_layer_fp8(layer: CalibratedLayer) -> QuantizedLayer:
 
 def _shared_prequant(layer: CalibratedLayer, linears: Sequence[str], result: QuantizedLayer) -> Tensor:
     group_size = layer.config.quantization.group_size
-    prequants, alphas = [], []
+    prequants: list[Tensor] = []
+    alphas: list[float] = []
     for linear in linears:
-        seen = layer.observed.input_of(linear)
+        inputs = layer.observed.input_of(linear)
         for part in layer.parts(linear):
-            alpha = search_alpha(part, seen, group_size)
+            alpha = search_alpha(part, inputs, group_size)
             alphas.append(alpha)
-            prequants.append(1 / awq_scale(seen.mean, importance(part, group_size), alpha))
+            prequants.append(1 / awq_scale(inputs.mean, importance(part, group_size), alpha))
     for linear in linears:
         result.alphas[linear] = sum(alphas) / len(alphas)
     return torch.stack(prequants).mean(0)

@@ -1,4 +1,4 @@
-"""Calibration is an op set: it runs the decoder one block at a time and records what each linear reads and writes."""
+"""Calibration: an op set that runs the decoder one layer at a time and records inputs and outputs of its linears."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ CPU = torch.device("cpu")
 
 
 class ObservingOps(TorchOps):
-    """TorchOps that hands what passes through linears and attention to a recorder. No hooks."""
+    """TorchOps that passes inputs and outputs of linears, and K and V, to a recorder. Uses no hooks."""
 
     def __init__(self, batch: PackedBatch, cache: PagedCache, recorder: Recorder) -> None:
         super().__init__(batch, cache, Solo())
         self._recorder = recorder
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        assert isinstance(weight, Dense), "what is calibrated is not quantized yet"
+        assert isinstance(weight, Dense), f"calibration needs an unquantized {weight.name}, got {type(weight).__name__}"
         y = super().linear(x, weight)
         self._recorder.linear(weight, x, y)
         return y
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # K comes after rotary, as a cache would store it.
+        # K is recorded after rotary, because the cache stores it so.
         self._recorder.cached(k, v)
         return super().attention(layer, q, k, v)
 
@@ -56,7 +56,7 @@ class _Input:
 
 
 class Recorder:
-    """Running statistics of one layer over all batches. Linears that share an input are recorded once."""
+    """Running statistics of one layer over all batches. An input that several linears share is recorded once."""
 
     def __init__(self, plan: LayerPlan, *, gram: bool) -> None:
         self._gram = gram
@@ -69,8 +69,8 @@ class Recorder:
         self.batch: TextBatch | None = None
 
     def linear(self, weight: Dense, x: Tensor, y: Tensor) -> None:
-        """Input ``[tokens, in]`` and output ``[tokens, out]`` of a linear."""
-        assert self.batch is not None, "the batch is set before it runs"
+        """Record input ``[tokens, in]`` and output ``[tokens, out]`` of a linear."""
+        assert self.batch is not None, "the recorder has no batch"
         linear = _part(weight.name)
         self._outputs[linear] = _larger(self._outputs.get(linear), amax(y, 0))
         sampled = y[self.batch.sampled]
@@ -79,37 +79,37 @@ class Recorder:
             self._input(self._first_readers[linear], x)
 
     def _input(self, reads: str, x: Tensor) -> None:
-        assert self.batch is not None, "the batch is set before it runs"
+        assert self.batch is not None, "the recorder has no batch"
         shares = self.batch.shares
         if reads not in self._inputs:
             width = x.shape[1]
             gram = torch.zeros(width, width) if self._gram else None
             self._inputs[reads] = _Input(torch.zeros(width), torch.zeros(width), [], gram)
-        seen = self._inputs[reads]
+        running = self._inputs[reads]
         magnitudes = x.abs()
-        seen.amax = torch.maximum(seen.amax, magnitudes.amax(0))
-        seen.mean += shares @ magnitudes
-        seen.sample.append(x[self.batch.sampled].clone())
-        if seen.gram is not None:
+        running.amax = torch.maximum(running.amax, magnitudes.amax(0))
+        running.mean += shares @ magnitudes
+        running.sample.append(x[self.batch.sampled].clone())
+        if running.gram is not None:
             weighted = x * shares.sqrt()[:, None]
-            for start in range(0, x.shape[1], GRAM_BLOCK):  # the upper triangle alone, see statistics()
+            for start in range(0, x.shape[1], GRAM_BLOCK):  # only the upper triangle; statistics() mirrors it
                 block = slice(start, start + GRAM_BLOCK)
-                seen.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, weighted[:, block])
+                running.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, weighted[:, block])
 
     def cached(self, k: Tensor, v: Tensor) -> None:
-        """Keys and values ``[tokens, kv_heads, head_size]``."""
+        """Record keys and values ``[tokens, kv_heads, head_size]``."""
         self._keys = _larger(self._keys, amax(k, (0, 2)))
         self._values = _larger(self._values, amax(v, (0, 2)))
 
     def statistics(self) -> LayerStatistics:
-        """All that was seen of the layer."""
-        assert self._keys is not None and self._values is not None, "a layer has attention"
-        for seen in self._inputs.values():
-            if seen.gram is not None:
-                _mirror(seen.gram)
+        """The statistics of the layer over all recorded batches."""
+        assert self._keys is not None and self._values is not None, "no batch has run through the layer"
+        for running in self._inputs.values():
+            if running.gram is not None:
+                _mirror(running.gram)
         inputs = {
-            reads: InputStatistics(seen.amax, seen.mean, torch.cat(seen.sample), seen.gram)
-            for reads, seen in self._inputs.items()
+            reads: InputStatistics(running.amax, running.mean, torch.cat(running.sample), running.gram)
+            for reads, running in self._inputs.items()
         }
         sampled = {linear: torch.cat(rows) for linear, rows in self._sampled.items()}
         return LayerStatistics(inputs, self._outputs, sampled, self._keys, self._values)
@@ -118,7 +118,7 @@ class Recorder:
 def _part(name: str) -> str:
     """``mlp.fc`` from the name of its weight."""
     split = split_layer_name(name)
-    assert split is not None, f"{name} belongs to no layer"
+    assert split is not None, f"{name} is not a tensor of a layer"
     return split[1].removesuffix(".weight")
 
 
@@ -134,7 +134,7 @@ def _larger(before: Tensor | None, now: Tensor) -> Tensor:
 
 
 class Calibration:
-    """Carries the hidden states of all texts from block to block; one block's weights are in memory at a time."""
+    """Runs all texts through the model layer by layer; the weights of only one layer are in memory at a time."""
 
     def __init__(
         self,
@@ -160,13 +160,18 @@ class Calibration:
 
     @torch.inference_mode()
     def block(self, layer: int, weights: dict[str, Tensor]) -> LayerStatistics:
-        """Run one layer over all texts and give what was seen; ``weights`` are float32 by the names in a layer.
+        """Run one layer over all texts and return its statistics.
 
-        Raises QuantizeError when hidden states become NaN or infinite.
+        Args:
+            layer: The number of the layer; layers run in order, each once.
+            weights: Its tensors in float32, by their names within a layer.
+
+        Raises:
+            QuantizeError: The hidden states became NaN or infinite.
         """
         named = {layer_name(layer, part): tensor for part, tensor in weights.items()}
         parts = layer_weights(self._config, named, layer, layer)
-        heads = ModelWeights(
+        model = ModelWeights(
             self._config.num_attention_heads, self._config.num_key_value_heads, (parts,), None, None, None
         )
         recorder = Recorder(layer_plan(self._config), gram=self._gram)
@@ -174,11 +179,11 @@ class Calibration:
             recorder.batch = batch
             sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
             ops = ObservingOps(PackedBatch(sequences, self._rotary, self._tables, CPU), self._cache, recorder)
-            x = residual_stream(ops, self._config, heads, self.hidden[number])
+            x = residual_stream(ops, self._config, model, self.hidden[number])
             if not all_finite(x):
                 raise QuantizeError(
                     f"the activations of layer {layer} hold NaN or infinity on the calibration texts",
-                    remedy="check the source's weights and config: nothing was written",
+                    remedy="check weights and config of the source; nothing was written",
                 )
             self.hidden[number] = x
         return recorder.statistics()

@@ -1,4 +1,4 @@
-"""FP8 E4M3: one scale for a weight and one for its input, largest magnitude over 448."""
+"""FP8 E4M3: one scale for a weight and one for its input, each the largest magnitude over 448."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def float8_scale(largest: Tensor) -> ToOriginal:
 def float8_weight(weight: Tensor) -> tuple[Tensor, ToOriginal]:
     """``[out, in]`` to E4M3 and one scale.
 
-    Query, key and value share one matrix product, so the fused weight takes one scale: the largest of the three.
+    Query, key and value share one matrix product, so the fused weight has one scale, the largest of the three.
     """
     scale = float8_scale(amax(weight.float()))
     return to_float8(weight.float(), scale), scale

@@ -1,4 +1,4 @@
-"""Scales of a quantized KV cache: TensorRT-LLM's merged one, K and V apart, or one a head."""
+"""Scales of a quantized KV cache: TensorRT-LLM's merged scale, one each for K and V, or one for each head."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from trtlab.model.scales import INT8, ToOriginal, positive
 from trtlab.quantize.layer import LayerStatistics
 
 
-def kv_scales(algorithm: str, granularity: str, seen: LayerStatistics | None) -> dict[str, Tensor]:
-    """A layer's scale tensors by name, each to the original; INT8 needs what calibration saw.
+def kv_scales(algorithm: str, granularity: str, statistics: LayerStatistics | None) -> dict[str, Tensor]:
+    """A layer's scale tensors by name, each to the original.
 
-    ``merged`` takes the largest of Q, K and V before rotary, as TensorRT-LLM does: Q is never cached, yet counts, and
-    rotary may still raise an element of K by up to the square root of 2. ``split`` and ``per_head`` look at K and V
-    as they are cached. FP8 always takes 1.
+    ``merged`` takes the largest magnitude of Q, K and V before rotary, as TensorRT-LLM does. Q counts although it is
+    never cached, and rotary can still raise an element of K by up to the square root of 2. ``split`` and ``per_head``
+    take K and V as they are cached. FP8 scales are always 1.
+
+    Args:
+        algorithm: ``"INT8"`` or ``"FP8"``.
+        granularity: ``"merged"``, ``"split"`` or ``"per_head"``.
+        statistics: The layer's calibration statistics, which INT8 needs.
     """
     if algorithm == "FP8":
         return {"attention.kv_cache_scaling_factor": torch.ones(1)}
-    assert seen is not None, "INT8 caches are calibrated"
-    return {name: scale.value for name, scale in _INT8[granularity](seen).items()}
+    assert statistics is not None, "an INT8 cache needs calibration statistics"
+    return {name: scale.value for name, scale in _INT8[granularity](statistics).items()}
 
 
 def int8_scale(largest: Tensor) -> ToOriginal:
@@ -31,21 +36,21 @@ def int8_scale(largest: Tensor) -> ToOriginal:
 
 
 def effective_bits(largest: float, scale: float) -> float:
-    """How many of the eight bits numbers up to ``largest`` use: log2 of the levels from ``-amax`` to ``amax``."""
+    """How many of the eight bits numbers up to ``largest`` use: log2 of the levels from ``-largest`` to ``largest``."""
     levels = 2 * min(largest / scale, float(INT8.high)) + 1
     return math.log2(levels)
 
 
-def _merged(seen: LayerStatistics) -> dict[str, ToOriginal]:
-    return {"attention.kv_cache_scaling_factor": int8_scale(seen.outputs["attention.qkv"].amax().reshape(1))}
+def _merged(statistics: LayerStatistics) -> dict[str, ToOriginal]:
+    return {"attention.kv_cache_scaling_factor": int8_scale(statistics.outputs["attention.qkv"].amax().reshape(1))}
 
 
-def _split(seen: LayerStatistics) -> dict[str, ToOriginal]:
-    return _two(seen.keys.amax().reshape(1), seen.values.amax().reshape(1))
+def _split(statistics: LayerStatistics) -> dict[str, ToOriginal]:
+    return _two(statistics.keys.amax().reshape(1), statistics.values.amax().reshape(1))
 
 
-def _per_head(seen: LayerStatistics) -> dict[str, ToOriginal]:
-    return _two(seen.keys, seen.values)
+def _per_head(statistics: LayerStatistics) -> dict[str, ToOriginal]:
+    return _two(statistics.keys, statistics.values)
 
 
 def _two(keys: Tensor, values: Tensor) -> dict[str, ToOriginal]:

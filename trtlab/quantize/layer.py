@@ -1,4 +1,4 @@
-"""What an algorithm is given of one decoder layer, and what it gives back. Knows no algorithm."""
+"""Input and output of a quantization algorithm for one decoder layer. Knows no algorithm."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trtlab.model.blocks import SITES, layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import all_finite
 
-GRAM_BLOCK = 384  # columns of a Gram matrix that are computed together: it is symmetric, one triangle of blocks will do
+GRAM_BLOCK = 384  # columns of a Gram matrix computed together; it is symmetric, so one triangle of blocks is enough
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What calibration saw at the input ``[tokens, in]`` of a linear; each text counts alike in means.
+    """Calibration statistics of a linear's input ``[tokens, in]``; every text has the same weight in means.
 
-    ``gram`` is the mean of ``x^T x`` over tokens ``[in, in]``, None unless the recipe searches with it; ``sample``
-    holds rows of the input itself.
+    ``gram`` is the mean of ``x^T x`` over tokens ``[in, in]``, None unless the recipe's search needs it; ``sample``
+    holds some rows of the input.
     """
 
     amax: Tensor  # [in]: max over tokens of |x|
@@ -32,25 +32,25 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration saw in one layer: inputs by ``LinearSite.reads``, outputs by linear, K and V as cached, by head.
+    """Calibration statistics of one layer: inputs by ``LinearSite.reads``, outputs by linear, cached K and V by head.
 
-    ``sampled`` are the outputs that belong to the rows of ``InputStatistics.sample``.
+    ``sampled`` are the outputs for the rows of ``InputStatistics.sample``.
     """
 
     inputs: dict[str, InputStatistics]
     outputs: dict[str, Tensor]  # [out]: max over tokens of |y|
     sampled: dict[str, Tensor]  # [rows, out]: x W^T, without the bias
-    keys: Tensor  # [kv_heads], after rotary
-    values: Tensor  # [kv_heads]
+    keys: Tensor  # [kv_heads]: max of |k| after rotary
+    values: Tensor  # [kv_heads]: max of |v|
 
     def input_of(self, linear: str) -> InputStatistics:
-        """The statistics of the tensor that a linear reads."""
+        """The statistics of a linear's input."""
         return self.inputs[SITES[linear].reads]
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One decoder layer in float32, by the names within a layer (``attention.qkv.weight``)."""
+    """One decoder layer's weights in float32, by their names within a layer (``attention.qkv.weight``)."""
 
     config: ModelConfig
     index: int
@@ -59,11 +59,11 @@ class CalibratedLayer:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears that are quantized, without those excluded."""
+        """The linears that are quantized, without those that ``exclude_modules`` names."""
         return tuple(part for part in layer_plan(self.config).parts if self.quantizes(part))
 
     def quantizes(self, linear: str) -> bool:
-        """Whether a linear is quantized at all."""
+        """Whether a linear is quantized."""
         return self.config.quantization.algorithm_of(layer_name(self.index, linear)) is not None
 
     def weight(self, linear: str) -> Tensor:
@@ -71,11 +71,11 @@ class CalibratedLayer:
         return self.weights[f"{linear}.weight"]
 
     def parts(self, linear: str) -> list[Tensor]:
-        """The weight as the source had it: query, key and value rows apart ``[out, in]`` each."""
+        """The weight before fusion: query, key and value rows separately, each ``[out, in]``."""
         return self.split(linear, self.weight(linear))
 
     def split(self, linear: str, rows: Tensor) -> list[Tensor]:
-        """Something with a row an output, cut where query, key and value rows were put together."""
+        """A tensor with one row for each output, split into query, key and value rows if the linear is fused."""
         if SITES[linear].split != "qkv":
             return [rows]
         heads, kv_heads, size = (
@@ -87,17 +87,17 @@ class CalibratedLayer:
 
     @property
     def observed(self) -> LayerStatistics:
-        """The statistics, which an algorithm that reads texts has."""
-        assert self.statistics is not None, "a recipe that reads texts is given statistics"
+        """The calibration statistics, for an algorithm that needs them."""
+        assert self.statistics is not None, f"layer {self.index} has no calibration statistics"
         return self.statistics
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's new tensors by name; weights that stay as they are may be left out.
+    """A layer's new tensors by name; unchanged weights may be missing.
 
-    ``smoothing`` is what each input channel is divided by before it is quantized ``[in]``, ``alphas`` the strength
-    that was used, both by linear and for the report alone.
+    ``smoothing`` is the divisor ``[in]`` of each input channel before it is quantized, ``alphas`` the strength that
+    was used. Both are by linear, and only the report reads them.
     """
 
     tensors: dict[str, Tensor]
@@ -106,10 +106,10 @@ class QuantizedLayer:
 
 
 def require_finite(name: str, x: Tensor) -> None:
-    """QuantizeError when a tensor holds NaN or infinity, which would poison every scale."""
+    """Raise QuantizeError when a tensor holds NaN or infinity, because no scale can be computed from it."""
     if not all_finite(x):
-        bad = int((~torch.isfinite(x)).sum())
+        count = int((~torch.isfinite(x)).sum())
         raise QuantizeError(
-            f"{name} holds {bad} values that are NaN or infinite",
-            remedy="the source is damaged, or overflows in its dtype: nothing was written",
+            f"{name} holds {count} values that are NaN or infinite",
+            remedy="the source is damaged, or overflows in its dtype; nothing was written",
         )

@@ -1,4 +1,4 @@
-"""The other route, as TensorRT-LLM has it: NVIDIA's ModelOpt quantizes and exports, and we read the result."""
+"""Quantization by NVIDIA's ModelOpt, as in TensorRT-LLM: ModelOpt quantizes and exports, trtlab reads the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ModeloptConfig = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Route:
-    """ModelOpt's name of a configuration, and what ours changes in it."""
+    """ModelOpt's name of a configuration, and the changes that a QuantConfig makes in it."""
 
     name: str
     adapt: Callable[[ModeloptConfig, QuantConfig], None] = lambda config, quant: None
@@ -38,7 +38,7 @@ def _with_group_size(config: ModeloptConfig, quant: QuantConfig) -> None:
 
 def _with_alpha(config: ModeloptConfig, quant: QuantConfig) -> None:
     if quant.smoothquant_val is None:
-        raise QuantizeError("ModelOpt does not search alpha", remedy="set smoothquant_val (its default is 1.0)")
+        raise QuantizeError("ModelOpt does not search alpha", remedy="set smoothquant_val (ModelOpt's default is 1.0)")
     config["algorithm"] = {"method": "smoothquant", "alpha": quant.smoothquant_val}
 
 
@@ -51,13 +51,18 @@ ROUTES = {
 
 
 def check_modelopt(quant: QuantConfig) -> None:
-    """QuantizeError for an algorithm that does not go this way, MissingDependency when ModelOpt is not installed."""
+    """Check that ModelOpt can take this recipe.
+
+    Raises:
+        QuantizeError: The recipe is not one of ModelOpt's.
+        MissingDependency: ModelOpt is not installed.
+    """
     if quant.quant_algo not in ROUTES or quant.kv_cache_quant_algo is not None or quant.exclude_modules:
         raise QuantizeError(
-            "ModelOpt's route takes one weight algorithm, with no cache and no excluded modules",
+            "ModelOpt takes one weight algorithm, without KV cache quantization and without excluded modules",
             got=quant,
             expected=" | ".join(ROUTES),
-            remedy="checkpoint.quantize() does the rest",
+            remedy="use checkpoint.quantize(), which takes every recipe",
         )
     _modelopt()
 
@@ -65,9 +70,16 @@ def check_modelopt(quant: QuantConfig) -> None:
 def export_with_modelopt(
     model_dir: Path, config: ModelConfig, quant: QuantConfig, rows: Sequence[Sequence[int]], folder: Path
 ) -> None:
-    """Quantize a Hugging Face folder with ModelOpt on these token ids and export it for TensorRT-LLM, one rank.
+    """Quantize a Hugging Face folder with ModelOpt and export it as a TensorRT-LLM checkpoint of one rank.
 
-    ModelOpt leaves rotary settings out of config.json; they are added from ``config``. The whole model is in memory.
+    The whole model is in memory. ModelOpt does not write rotary settings to config.json; ``config`` gives them.
+
+    Args:
+        model_dir: The Hugging Face folder.
+        config: The settings of its model.
+        quant: The recipe; ``check_modelopt`` accepts it.
+        rows: Token ids of the calibration texts.
+        folder: Where the checkpoint is written.
     """
     from transformers import AutoModelForCausalLM
 

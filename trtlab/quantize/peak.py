@@ -1,4 +1,4 @@
-"""How much memory a quantization takes, told before it starts."""
+"""Prediction of the memory that a quantization takes. Reads no weight."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ WORKING_COPIES = 4  # of the largest linear, while its scales are searched
 
 @dataclass(frozen=True)
 class Peak:
-    """Predicted bytes above what the process holds already.
+    """Predicted bytes in addition to what the process already holds.
 
-    ``usual`` is what the common way takes: the whole model in its own dtype and its quantized copy at once.
+    ``block`` is one layer in both forms, ``hidden`` the hidden states of all texts, ``statistics`` those of one layer,
+    ``kept`` the result if it stays in memory. ``usual`` is for comparison: the whole model in its own dtype and its
+    quantized copy at once.
     """
 
     block: int
@@ -34,7 +36,7 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return self.block + self.hidden + self.statistics + self.kept
 
     def __str__(self) -> str:
@@ -51,30 +53,33 @@ class Peak:
 def predict(
     config: ModelConfig, tensors: Mapping[str, LazyTensor], texts: Sequence[TextBatch], *, in_memory: bool
 ) -> Peak:
-    """The peak of quantizing ``tensors`` into ``config``; in memory the quantized tensors stay, on disk they go."""
+    """The peak of quantizing ``tensors`` to the recipe in ``config``.
+
+    With ``in_memory`` the quantized tensors stay in memory; otherwise each layer is written to disk and freed.
+    """
     specs = tensor_specs(config)
     sizes = {
         name: torch.Size(spec.shape).numel() * (spec.dtype or config.torch_dtype).itemsize
         for name, spec in specs.items()
     }
-    produced = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
+    results = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
     prefix = layer_name(0, "")
     source = sum(t.nbytes // t.dtype.itemsize * FLOAT for name, t in tensors.items() if name.startswith(prefix))
     linears = {linear: tensors[layer_name(0, f"{linear}.weight")].shape for linear in layer_plan(config).parts}
     largest = max(rows * width for rows, width in linears.values()) * FLOAT
-    result = sum(nbytes for name, nbytes in produced.items() if name.startswith(prefix))
+    result = sum(nbytes for name, nbytes in results.items() if name.startswith(prefix))
     tokens = sum(len(batch.ids) for batch in texts)
     return Peak(
         block=max(source + result + WORKING_COPIES * largest, tensors[EMBEDDING].nbytes),
         hidden=tokens * config.hidden_size * FLOAT + _activations(config, texts),
         statistics=_statistics(config, linears, texts),
-        kept=sum(produced.values()) if in_memory else 0,
-        usual=sum(tensor.nbytes for tensor in tensors.values()) + sum(produced.values()),
+        kept=sum(results.values()) if in_memory else 0,
+        usual=sum(tensor.nbytes for tensor in tensors.values()) + sum(results.values()),
     )
 
 
 def _activations(config: ModelConfig, texts: Sequence[TextBatch]) -> int:
-    """One batch inside a block: the MLP's three wide tensors, or attention's, whichever is larger."""
+    """Bytes of one batch inside a layer: the MLP's three wide tensors or attention's four, whichever is larger."""
     tokens = max((len(batch.ids) for batch in texts), default=0)
     return tokens * max(3 * config.intermediate_size, 4 * config.hidden_size) * FLOAT
 

@@ -1,4 +1,4 @@
-"""How far each quantized linear is from the original, and how well each cache scale uses its bits."""
+"""The error of each quantized linear, and how many bits each cache scale uses."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear. ``snr_db`` and ``cosine`` compare its output on sampled calibration rows with the original's.
+    """Scales, errors and bytes of one linear.
 
-    Without texts they compare the weights. ``saturation`` is the share of weights at the ends of the integer range;
-    the outlier ratios are the largest input channel over the median one, before and after smoothing.
+    ``snr_db`` and ``cosine`` compare its output with the original's on sampled calibration rows, or the weights if
+    there are no texts. ``saturation`` is the share of weights at the ends of the integer range. The outlier ratios are
+    the largest input channel over the median one, before and after smoothing.
     """
 
     name: str
@@ -49,13 +50,13 @@ class LinearReport:
 
     @property
     def bytes_saved(self) -> int:
-        """Bytes of the original weight less those of all tensors that replace it."""
+        """Bytes of the original weight minus the bytes of all tensors that replace it."""
         return self.bytes_before - self.bytes_after
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """One layer's cache: scales (largest over heads) and the bits of eight that K and V use (fewest over heads)."""
+    """One layer's cache: scales (largest over heads), and how many of eight bits K and V use (fewest over heads)."""
 
     layer: int
     k_scale: float
@@ -66,7 +67,7 @@ class CacheReport:
 
 @dataclass(frozen=True, repr=False)
 class QuantizationReport(Shown):
-    """A row for each quantized linear and for each layer's cache, in the model's order."""
+    """One row for each quantized linear and one for each layer's cache, in the model's order."""
 
     config: QuantConfig
     linears: tuple[LinearReport, ...]
@@ -78,12 +79,12 @@ class QuantizationReport(Shown):
 
     @property
     def bytes_saved(self) -> int:
-        """Bytes that all linears together save."""
+        """Bytes that are saved over all linears."""
         return sum(row.bytes_saved for row in self.linears)
 
 
 def report_linears(layer: CalibratedLayer, result: QuantizedLayer) -> list[LinearReport]:
-    """The rows of one layer."""
+    """The reports of one layer's quantized linears."""
     return [_row(layer, result, linear) for linear in layer.linears]
 
 
@@ -91,9 +92,9 @@ def _row(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> LinearR
     weight = typed_linear(layer, result, linear)
     expected, got = _outputs(layer, result, linear, weight)
     signal, noise, power, both = _products(expected, got)
-    own = [tensor for name, tensor in result.tensors.items() if name.startswith(f"{linear}.")]
+    stored = [tensor for name, tensor in result.tensors.items() if name.startswith(f"{linear}.")]
     s = result.smoothing.get(linear)
-    seen = None if layer.statistics is None else layer.statistics.input_of(linear).amax
+    channels = None if layer.statistics is None else layer.statistics.input_of(linear).amax
     scale = _scale(weight)
     return LinearReport(
         name=layer_name(layer.index, linear),
@@ -103,16 +104,16 @@ def _row(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> LinearR
         snr_db=10 * math.log10(signal / noise) if signal and noise else math.inf,
         cosine=both / math.sqrt(signal * power) if signal and power else 0.0,
         saturation=_saturation(weight),
-        outliers_before=None if seen is None else outlier_ratio(seen),
-        outliers_after=None if seen is None else outlier_ratio(seen if s is None else seen / s),
+        outliers_before=None if channels is None else outlier_ratio(channels),
+        outliers_after=None if channels is None else outlier_ratio(channels if s is None else channels / s),
         alpha=result.alphas.get(linear),
         bytes_before=layer.weight(linear).numel() * layer.config.torch_dtype.itemsize,
-        bytes_after=sum(tensor.nbytes for tensor in own),
+        bytes_after=sum(tensor.nbytes for tensor in stored),
     )
 
 
 def _products(expected: Tensor, got: Tensor) -> tuple[float, float, float, float]:
-    """Sums of squares of what was expected, of the error and of what came out; and of expected times got."""
+    """The sums of squares of ``expected``, of the error and of ``got``, and the sum of ``expected * got``."""
     error, a, b = (expected - got).flatten(), expected.flatten(), got.flatten()
     return float(a @ a), float(error @ error), float(b @ b), float(a @ b)
 
@@ -124,9 +125,9 @@ def outlier_ratio(channels: Tensor) -> float:
 
 
 def typed_linear(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> Quantized:
-    """One linear as the op sets meet it."""
+    """One linear's quantized tensors as the typed weight that op sets receive."""
     algorithm = layer.config.quantization.algorithm
-    assert algorithm is not None, "a quantized linear has an algorithm"
+    assert algorithm is not None, f"{linear} has no algorithm"
 
     def tensor(name: str) -> Tensor:
         stored = result.tensors[name]
@@ -136,13 +137,13 @@ def typed_linear(layer: CalibratedLayer, result: QuantizedLayer, linear: str) ->
 
 
 def _outputs(layer: CalibratedLayer, result: QuantizedLayer, linear: str, weight: Quantized) -> tuple[Tensor, Tensor]:
-    """What the linear gives without its bias, and what the quantized one gives."""
+    """The outputs of the original linear and of the quantized one, without bias; the weights if there are no texts."""
     if layer.statistics is None:
-        assert isinstance(weight, WeightOnly), "only weight-only recipes need no texts"
+        assert isinstance(weight, WeightOnly), f"{type(weight).__name__} of {linear} needs calibration statistics"
         return layer.weight(linear), dequantize(weight.integers, weight.scale.value)
     x = layer.statistics.input_of(linear).sample
     folded = SITES[linear].norm_before is not None and isinstance(weight, Int8Linear) and weight.prequant is None
-    smoothed = x / result.smoothing[linear] if folded else x  # the norm in front divides already
+    smoothed = x / result.smoothing[linear] if folded else x  # there the norm before the linear already divides
     return layer.statistics.sampled[linear], run_linear(weight, smoothed)
 
 
@@ -156,14 +157,14 @@ def _scale(weight: Quantized) -> Tensor:
 
 def _saturation(weight: Quantized) -> float:
     numbers, end = stored_numbers(weight)
-    if numbers.dtype == FLOAT8:  # without its sign, the largest number has the largest bits
+    if numbers.dtype == FLOAT8:  # without the sign bit, larger numbers have larger bit patterns
         numbers, end = numbers.view(torch.int8) & 0x7F, int(torch.tensor(float(end)).to(FLOAT8).view(torch.int8))
     beyond = torch.count_nonzero(numbers >= end) + torch.count_nonzero(numbers <= -end)
     return float(beyond / numbers.numel())
 
 
 def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
-    """The integers, or E4M3 numbers, that a linear stores ``[out, in]``, and the largest that its format has."""
+    """The integers or E4M3 numbers that a linear stores ``[out, in]``, and the largest number of its format."""
     if isinstance(weight, Float8Linear):
         return weight.weight, int(FLOAT8_MAX)
     groups = weight.groups if isinstance(weight, Int4Float8Linear) else weight
@@ -172,21 +173,21 @@ def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
 
 
 def report_kv(layer: CalibratedLayer, result: QuantizedLayer) -> list[CacheReport]:
-    """The row of one layer's cache; none when it is not quantized."""
+    """The report of one layer's cache; an empty list if the cache is not quantized."""
     algorithm = layer.config.quantization.kv_algorithm
     if algorithm is None:
         return []
     scales = [result.tensors[name] for name in algorithm.tensors]
     k_scale, v_scale = scales[0], scales[-1]
     int8 = layer.config.quantization.kv_cache_quant_algo == "INT8"
-    seen = layer.statistics if int8 else None
+    statistics = layer.statistics if int8 else None
     return [
         CacheReport(
             layer.index,
             float(k_scale.max()),
             float(v_scale.max()),
-            None if seen is None else _fewest_bits(seen.keys, k_scale),
-            None if seen is None else _fewest_bits(seen.values, v_scale),
+            None if statistics is None else _fewest_bits(statistics.keys, k_scale),
+            None if statistics is None else _fewest_bits(statistics.values, v_scale),
         )
     ]
 

@@ -1,4 +1,4 @@
-"""report.json beside a quantized checkpoint's config.json: what the report holds but for the recipe, which is there."""
+"""report.json beside a quantized checkpoint's config.json: the report without the recipe, which config.json holds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from trtlab.quantize.report import CacheReport, LinearReport, QuantizationReport
 from trtlab.storage.json_files import ByFields, Listed, StoredObject, read_model
 
 REPORT = "report.json"
-REMEDY = "delete the file: the weights are whole without it"
+REMEDY = "delete the file; the checkpoint works without it"
 
 
 class StoredReport(StoredObject):
-    """report.json. Ratios without noise are infinite."""
+    """The content of report.json. A ratio without noise is infinite."""
 
     linears: Listed[Annotated[LinearReport, ByFields(allow_inf_nan=True)]]
     caches: Listed[Annotated[CacheReport, ByFields(allow_inf_nan=True)]]
 
 
 def write_report(folder: Path, report: QuantizationReport) -> None:
-    """Write the rows; a signal-to-noise ratio without noise is ``Infinity``, as Python's json has it."""
+    """Write a report's rows; an infinite ratio is written as ``Infinity``, as Python's json does."""
     stored = {
         "linears": [dataclasses.asdict(row) for row in report.linears],
         "caches": [dataclasses.asdict(row) for row in report.caches],
@@ -32,9 +32,9 @@ def write_report(folder: Path, report: QuantizationReport) -> None:
 
 
 def read_report(folder: Path, quant: QuantConfig) -> QuantizationReport | None:
-    """The report of a folder whose config.json says ``quant``, None where there is none.
+    """The report of a folder whose config.json holds the recipe ``quant``; None if there is no report.json.
 
-    Raises CheckpointError for a file with other fields than this version writes.
+    Raises CheckpointError if the fields of the file are not those that this version writes.
     """
     file = folder / REPORT
     if not file.exists():

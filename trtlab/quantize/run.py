@@ -1,4 +1,4 @@
-"""Quantizes a model block by block: reads a block, observes it, quantizes it, reports on it, lets it go."""
+"""Quantizes a model layer by layer: reads, calibrates, quantizes and reports one layer, then frees it."""
 
 from __future__ import annotations
 
@@ -40,41 +40,41 @@ QUANTIZERS: dict[str, Callable[[CalibratedLayer], QuantizedLayer]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """One quantization, checked and ready: the config it leads to, the source and the texts it reads."""
+    """A checked quantization, ready to run: the resulting config, the source tensors and the calibration texts."""
 
     config: ModelConfig
     tensors: Mapping[str, LazyTensor]
     texts: Sequence[TextBatch]
 
     def peak(self, *, in_memory: bool) -> Peak:
-        """The memory that ``run`` will take."""
+        """The predicted memory of ``run``."""
         return predict(self.config, self.tensors, self.texts, in_memory=in_memory)
 
     @torch.inference_mode()
     def run(self, sink: Sink) -> QuantizationReport:
-        """Hand every tensor of the quantized model to ``sink``, block by block; gives the report."""
-        wanted = tensor_specs(self.config)
+        """Pass every tensor of the quantized model to ``sink``, layer by layer, and return the report."""
+        specs = tensor_specs(self.config)
         rows: list[LinearReport] = []
         kv_rows = []
         with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="block") as bar:
             for layer in self.layers():
                 result = quantize_layer(layer)
-                self._hand_over(layer.index, wanted, result.tensors, sink)
+                self._pass_on(layer.index, specs, result.tensors, sink)
                 rows += report_linears(layer, result)
                 kv_rows += report_kv(layer, result)
                 del layer, result  # before the next block is read
                 bar.update(1)
-        for name in wanted:
+        for name in specs:
             if not name.startswith(LAYER_PREFIX):
                 sink(name, self.tensors[name])
         return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
 
     def layers(self) -> Iterator[CalibratedLayer]:
-        """Each block as an algorithm is given it, one in memory at a time: its weights, and what texts did there."""
+        """Each layer with its weights and calibration statistics; only one is in memory at a time."""
         plain = self.config.replace(quantization=QuantConfig())
         specs, algorithm = tensor_specs(plain), self.config.quantization.algorithm
         for name, tensor in self.tensors.items():
-            if not name.startswith(LAYER_PREFIX):  # a block's own are looked at when it is read
+            if not name.startswith(LAYER_PREFIX):  # a layer's tensors are checked when the layer is read
                 require_finite(name, tensor.read())
         calibration = None
         if self.texts:
@@ -97,15 +97,15 @@ class Quantization:
             if name.startswith(prefix):
                 weights[name.removeprefix(prefix)] = self.tensors[name].read().float()
                 require_finite(name, weights[name.removeprefix(prefix)])
-        seen = None if calibration is None else calibration.block(index, weights)
-        return CalibratedLayer(self.config, index, weights, seen)
+        statistics = None if calibration is None else calibration.block(index, weights)
+        return CalibratedLayer(self.config, index, weights, statistics)
 
-    def _hand_over(self, index: int, wanted: Mapping[str, TensorSpec], made: Mapping[str, Tensor], sink: Sink) -> None:
+    def _pass_on(self, index: int, specs: Mapping[str, TensorSpec], result: Mapping[str, Tensor], sink: Sink) -> None:
         prefix = layer_name(index, "")
-        for name, spec in wanted.items():
+        for name, spec in specs.items():
             if not name.startswith(prefix):
                 continue
-            tensor = made.get(name.removeprefix(prefix))
+            tensor = result.get(name.removeprefix(prefix))
             if tensor is None:
                 sink(name, self.tensors[name])
                 continue
@@ -115,7 +115,7 @@ class Quantization:
 
 
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
-    """The tensors of one block and its cache by the recipe in the layer's own config."""
+    """The quantized tensors of one layer and its cache, by the recipe in the layer's config."""
     quant = layer.config.quantization
     result = QuantizedLayer({}) if quant.algorithm is None else QUANTIZERS[quant.algorithm.family](layer)
     algorithm = quant.kv_cache_quant_algo
@@ -131,15 +131,23 @@ def prepare(
     quant: QuantConfig,
     calibration: Texts | None,
 ) -> Quantization:
-    """Check model, recipe and texts against each other before anything is computed or written.
+    """Check model, recipe and texts together before anything is computed or written.
 
-    Raises QuantizeError when texts are missing, superfluous or useless, or the model is quantized already, and
-    ConfigError when the recipe does not fit the model.
+    Args:
+        config: The settings of the source.
+        tensors: Its tensors by name.
+        tokenizer: Encodes texts that are strings; None if there are only token ids.
+        quant: The recipe.
+        calibration: Texts for a recipe that reads texts, None for one that does not.
+
+    Raises:
+        QuantizeError: Texts are missing, not needed or unusable, or the model is already quantized.
+        ConfigError: The recipe does not fit the model.
     """
     if config.quantization.active:
         raise QuantizeError(
-            f"this checkpoint is quantized already ({config.quantization.quant_algo or 'its KV cache'})",
-            remedy="start from the unquantized one",
+            f"this checkpoint is already quantized ({config.quantization.quant_algo or 'its KV cache'})",
+            remedy="quantize the unquantized checkpoint",
         )
     if not quant.active:
         raise QuantizeError(
@@ -147,7 +155,7 @@ def prepare(
         )
     check_supported(quant.algorithm)
     quantized = config.replace(quantization=quant)
-    tensor_specs(quantized)  # raises where groups do not divide
+    tensor_specs(quantized)  # raises ConfigError if groups do not divide the inputs of a linear
     _check_exclusions(config, quant)
     if not quant.reads_texts and calibration is not None:
         raise QuantizeError(
@@ -157,7 +165,7 @@ def prepare(
     if quant.reads_texts and calibration is None:
         raise QuantizeError(
             f"{_algorithms(quant)} needs calibration texts: this step reads {quant.reads_texts}",
-            remedy="give calibration=[...], a few dozen texts like those that the model will read",
+            remedy="pass calibration=[...], a few dozen texts like those that the model will read",
         )
     texts: list[TextBatch] = []
     if calibration is not None:
@@ -167,7 +175,7 @@ def prepare(
 
 
 def _check_exclusions(config: ModelConfig, quant: QuantConfig) -> None:
-    """QuantizeError for a pattern that matches nothing, and for patterns that leave an algorithm nothing to do."""
+    """Raise QuantizeError for a pattern that matches no module, and for patterns that exclude every linear."""
     modules = [name.removesuffix(".weight") for name in tensor_specs(config)]
     for pattern in quant.exclude_modules:
         if not fnmatch.filter(modules, pattern):
@@ -180,9 +188,9 @@ def _check_exclusions(config: ModelConfig, quant: QuantConfig) -> None:
     names = [layer_name(index, part) for index in range(config.num_hidden_layers) for part in parts]
     if quant.quant_algo is not None and not any(map(quant.algorithm_of, names)):
         raise QuantizeError(
-            f"{quant.quant_algo} has nothing to quantize: exclude_modules holds every linear",
+            f"{quant.quant_algo} has nothing to quantize: exclude_modules matches every linear",
             got=quant.exclude_modules,
-            remedy="exclude fewer, or leave quant_algo out",
+            remedy="exclude fewer modules, or leave quant_algo out",
         )
 
 

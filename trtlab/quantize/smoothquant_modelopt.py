@@ -1,4 +1,4 @@
-"""SmoothQuant in ModelOpt's form (W8A8_SQ_PER_CHANNEL): the smoothing stays beside each linear, no norm changes."""
+"""SmoothQuant in ModelOpt's form (W8A8_SQ_PER_CHANNEL): each linear stores its smoothing, and no norm changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = (1e-4, 1e4)
 
 
 def prequant_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
-    """What each input channel is multiplied by: ``w_max^(1 - alpha) / x_max^alpha``, between 1e-4 and 1e4.
+    """The factor on each input channel: ``w_max^(1 - alpha) / x_max^alpha``, between 1e-4 and 1e4.
 
     A channel that is all zero in the texts or in the weights keeps 1.
     """
@@ -31,25 +31,25 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, ToOriginal]:
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear with ``prequant_``, ``activation_`` and ``weights_scaling_factor``.
 
-    Query, key and value, and fc and gate, share an input: their prequant scales are averaged, as ModelOpt's export
-    does, and the weights are smoothed by the average.
+    Query, key and value share an input, and so do fc and gate. Their prequant scales are averaged, as in ModelOpt's
+    export, and the weights are divided by the average.
     """
     quant = layer.config.quantization
-    assert quant.algorithm is not None, "SmoothQuant has an algorithm"
+    assert quant.algorithm is not None, f"layer {layer.index} has no algorithm"
     result = QuantizedLayer({})
     for sites in layer_plan(layer.config).inputs.values():
         linears = [site.part for site in sites if layer.quantizes(site.part)]
         if not linears:
             continue
-        seen = layer.observed.input_of(linears[0])
+        inputs = layer.observed.input_of(linears[0])
         alpha = quant.smoothquant_val
         if alpha is None:
-            alpha = search_alpha(seen, layer, linears, quant.algorithm)
+            alpha = search_alpha(inputs, layer, linears, quant.algorithm)
         parts = [part for linear in linears for part in layer.parts(linear)]
-        prequant = torch.stack([prequant_scale(seen.amax, amax(part, 0), alpha) for part in parts]).mean(0)
+        prequant = torch.stack([prequant_scale(inputs.amax, amax(part, 0), alpha) for part in parts]).mean(0)
         stored = prequant.to(layer.config.torch_dtype)
-        prequant = stored.float()  # what multiplies the input later is what the weight is divided by
-        activation = positive((seen.amax * prequant).amax()) / INT8.high
+        prequant = stored.float()  # the weight is divided by the rounded factor that will multiply the input
+        activation = positive((inputs.amax * prequant).amax()) / INT8.high
         for linear in linears:
             q, scale = int8_rows(layer.weight(linear) / prequant)
             result.tensors[f"{linear}.weight"] = q

@@ -1,6 +1,6 @@
-"""What a quantization would be with its controls elsewhere: every alpha and every cache scale, tried beforehand.
+"""A study of a quantization: the result of every alpha and every cache scale, computed in advance.
 
-Holds small tables, no weights: one block is in memory at a time, as when the model was quantized.
+Keeps small tables and no weights: one layer is in memory at a time, as when the model was quantized.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from trtlab.quantize.report import CacheReport, LinearReport, report_kv, report_
 from trtlab.quantize.run import Quantization, quantize_layer
 from trtlab.quantize.smoothquant import ALPHAS
 
-BINS = 65  # of a histogram from minus to plus the largest magnitude; an odd number has one for zero
-CHANNELS = 128  # points of a curve over input channels, however many there are
+BINS = 65  # of a histogram from minus to plus the largest magnitude; an odd number, so that one bin is for zero
+CHANNELS = 128  # points of a curve over input channels, for any number of channels
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How the numbers at one linear are spread: shares by bin from -1 to 1, in units of what a scale must reach.
+    """The distribution of the numbers at one linear.
 
-    ``channels`` are the largest magnitudes of the input channels over their median, in the order in which the original
-    ones fall; it and ``activations`` are None without texts.
+    ``weights`` and ``activations`` are histograms: the share of numbers in each bin from -1 to 1, where 1 is the
+    largest number that the scale must represent. ``channels`` are the largest magnitudes of the input channels over
+    their median, sorted by the original magnitudes, largest first. Without texts ``activations`` and
+    ``channels`` are None.
     """
 
     weights: tuple[float, ...]
@@ -42,7 +44,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Trial:
-    """One linear under one setting: its row of the report, and how its numbers are spread."""
+    """One linear under one setting: its row of the report and the distribution of its numbers."""
 
     row: LinearReport
     after: Spread
@@ -50,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class LinearStudy:
-    """One linear: the original's spread, and a trial for each alpha (``None`` is the searched one)."""
+    """One linear: the original distribution, and one trial for each alpha (``None`` is the searched alpha)."""
 
     layer: int
     linear: str
@@ -59,13 +61,13 @@ class LinearStudy:
 
     @property
     def name(self) -> str:
-        """The full name, as ``exclude_modules`` takes it."""
+        """The full name, which ``exclude_modules`` takes."""
         return layer_name(self.layer, self.linear)
 
 
 @dataclass(frozen=True)
 class Study:
-    """All linears, also those that the recipe excludes, and the caches by granularity; ``quant`` is as it was made."""
+    """All linears, with those that the recipe excludes, and the caches by granularity; ``quant`` is the recipe."""
 
     quant: QuantConfig
     linears: tuple[LinearStudy, ...]
@@ -73,7 +75,7 @@ class Study:
 
     @property
     def alphas(self) -> tuple[float | None, ...]:
-        """The alphas that were tried; one alone where the algorithm has no alpha to choose."""
+        """The alphas that were tried; only one if the algorithm has no alpha."""
         return tuple(self.linears[0].trials) if self.linears else (self.quant.smoothquant_val,)
 
     @property
@@ -85,10 +87,10 @@ class Study:
 
 
 def study(quantization: Quantization) -> Study:
-    """Try every setting of a quantization, block by block. Takes about as long as one quantization a setting.
+    """Try every setting of a quantization, layer by layer. Each setting takes about as long as one quantization.
 
-    What is excluded changes nothing for the others, but for AWQ, which averages the scales of linears that share an
-    input: there the figures are those of a model without exclusions.
+    Excluding a linear does not change the figures of the others, except with AWQ, which averages the scales of linears
+    that share an input: its figures are those of a model without exclusions.
     """
     quant = quantization.config.quantization
     settings = _settings(quant)
@@ -104,22 +106,22 @@ def study(quantization: Quantization) -> Study:
             if quant.algorithm is not None:
                 linears += _try_linears(layer, quant.algorithm, settings)
             for scales, rows in caches.items():
-                tried = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
-                rows += report_kv(tried, quantize_layer(tried))
-                del tried
+                trial = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
+                rows += report_kv(trial, quantize_layer(trial))
+                del trial
             del layer  # before the next block is read
             bar.update(1)
     return Study(quant, tuple(linears), {scales: tuple(rows) for scales, rows in caches.items()})
 
 
 def _settings(quant: QuantConfig) -> dict[float | None, QuantConfig]:
-    """A recipe for each alpha, in order, with the one that was used; nothing is excluded, no cache is quantized."""
-    free = dataclasses.replace(quant, exclude_modules=(), kv_cache_quant_algo=None)
+    """A recipe for each alpha, in order, the recipe's own included; none excludes a linear or quantizes the cache."""
+    unrestricted = dataclasses.replace(quant, exclude_modules=(), kv_cache_quant_algo=None)
     if quant.algorithm is None or not quant.algorithm.family.startswith("smoothquant"):
-        return {quant.smoothquant_val: free}
+        return {quant.smoothquant_val: unrestricted}
     numbers = {*ALPHAS, *([] if quant.smoothquant_val is None else [quant.smoothquant_val])}
     alphas: list[float | None] = [None, *sorted(numbers)]
-    return {alpha: dataclasses.replace(free, smoothquant_val=alpha) for alpha in alphas}
+    return {alpha: dataclasses.replace(unrestricted, smoothquant_val=alpha) for alpha in alphas}
 
 
 def _with(layer: CalibratedLayer, quant: QuantConfig) -> CalibratedLayer:
@@ -131,18 +133,18 @@ def _try_linears(
 ) -> list[LinearStudy]:
     trials: dict[str, dict[float | None, Trial]] = {part: {} for part in layer_plan(layer.config).parts}
     for alpha, quant in settings.items():
-        tried = _with(layer, quant)
-        result = quantize_layer(tried)
-        for linear, row in zip(tried.linears, report_linears(tried, result), strict=True):
-            trials[linear][alpha] = Trial(row, _after(tried, result, linear))
-    free = _with(layer, next(iter(settings.values())))
+        trial = _with(layer, quant)
+        result = quantize_layer(trial)
+        for linear, row in zip(trial.linears, report_linears(trial, result), strict=True):
+            trials[linear][alpha] = Trial(row, _after(trial, result, linear))
+    first = _with(layer, next(iter(settings.values())))
     return [
-        LinearStudy(layer.index, linear, _before(free, algorithm, linear), trials[linear]) for linear in free.linears
+        LinearStudy(layer.index, linear, _before(first, algorithm, linear), trials[linear]) for linear in first.linears
     ]
 
 
 def _before(layer: CalibratedLayer, algorithm: Algorithm, linear: str) -> Spread:
-    """Original numbers over what an unsmoothed scale would have to reach."""
+    """The distribution of the original numbers, relative to the largest one that an unsmoothed scale represents."""
     weight = layer.weight(linear)
     if algorithm.grouped:
         groups = by_group(weight, weight.shape[1] // layer.config.quantization.group_size)
@@ -155,7 +157,7 @@ def _before(layer: CalibratedLayer, algorithm: Algorithm, linear: str) -> Spread
 
 
 def _after(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> Spread:
-    """Stored numbers over the format's end, and the input as it is before it is rounded."""
+    """The distribution of the stored numbers, relative to the format's largest, and of the input before rounding."""
     numbers, end = stored_numbers(typed_linear(layer, result, linear))
     return Spread(_histogram(numbers.float() / end), *_inputs(layer, linear, result.smoothing.get(linear)))
 
@@ -163,12 +165,12 @@ def _after(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> Sprea
 def _inputs(
     layer: CalibratedLayer, linear: str, s: Tensor | None
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Histogram and channel curve of the input divided by ``s`` ``[in]``."""
+    """Histogram and channel curve of the input divided by ``s`` ``[in]``; None for both without texts."""
     if layer.statistics is None:
         return None, None
-    seen = layer.statistics.input_of(linear)
-    x, largest = (seen.sample, seen.amax) if s is None else (seen.sample / s, seen.amax / s)
-    order = seen.amax.argsort(descending=True)
+    inputs = layer.statistics.input_of(linear)
+    x, largest = (inputs.sample, inputs.amax) if s is None else (inputs.sample / s, inputs.amax / s)
+    order = inputs.amax.argsort(descending=True)
     places = torch.linspace(0, len(order) - 1, CHANNELS).round().long()
     curve = (largest / positive(largest.median()))[order][places]
     return _histogram(x / positive(largest.amax())), tuple(curve.tolist())

@@ -13,17 +13,17 @@ from trtlab.errors import QuantizeError
 from trtlab.runtime.tokenizer import Tokenizer
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
-MAX_TOKENS = 512  # of one text, as TensorRT-LLM calibrates; the rest is left out
-BATCH_TOKENS = 2048  # of one packed batch
-SAMPLE_ROWS = 256  # rows of each linear's input that are kept, spread over all texts
+MAX_TOKENS = 512  # of one text, as in TensorRT-LLM; the rest of the text is not used
+BATCH_TOKENS = 2048  # of one packed batch, at most
+SAMPLE_ROWS = 256  # rows of each linear's input that are kept, evenly spaced over all texts
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts one after another: ``ids`` ``[tokens]`` and their lengths.
+    """Several texts, concatenated: ``ids`` ``[tokens]`` and the length of each text.
 
-    ``sampled`` are the rows whose activations are kept; ``shares`` ``[tokens]`` weighs each token so that every text
-    counts alike and all batches together sum to 1.
+    ``sampled`` are the rows whose activations are kept. ``shares`` ``[tokens]`` are the weights of the tokens in means:
+    every text has the same sum, and all batches together sum to 1.
     """
 
     ids: Tensor
@@ -33,15 +33,18 @@ class TextBatch:
 
 
 def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, limit: int) -> list[list[int]]:
-    """Token ids of each text, at most ``limit``. Raises QuantizeError for texts that could not calibrate anything."""
+    """The token ids of each text, at most ``limit`` of them.
+
+    Raises QuantizeError if there are no texts, or a text has fewer than two tokens or unknown token ids.
+    """
     if isinstance(texts, str):
-        raise QuantizeError("calibration takes several texts", got="one string", expected="a list of texts")
+        raise QuantizeError("calibration needs a list of texts", got="one string", remedy='pass ["...", "..."]')
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
-        raise QuantizeError("calibration takes several texts", got=repr(texts), expected="a list of texts")
-    listed: list[str | Sequence[int]] = list(texts)
-    if not listed:
-        raise QuantizeError("calibration has no texts", remedy="give some that look like what the model will read")
-    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(listed)]
+        raise QuantizeError("calibration needs a list of texts", got=repr(texts), remedy='pass ["...", "..."]')
+    items: list[str | Sequence[int]] = list(texts)
+    if not items:
+        raise QuantizeError("calibration has no texts", remedy="pass some that look like what the model will read")
+    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(items)]
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise QuantizeError(
@@ -55,7 +58,7 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
     if tokenizer is not None and all(token in tokenizer.special_ids for row in rows for token in row):
         raise QuantizeError(
             "the calibration texts have no token that the tokenizer knows",
-            remedy="give texts in the script and language that the model was trained on",
+            remedy="pass texts in the script and language that the model was trained on",
         )
     return rows
 
@@ -66,19 +69,19 @@ def _encode(number: int, text: str | Sequence[int], tokenizer: Tokenizer | None)
             return [operator.index(token) for token in text]
         except TypeError as error:
             raise QuantizeError(
-                f"calibration text {number} is neither a text nor token ids",
+                f"calibration text {number} is neither a string nor a list of token ids",
                 got=repr(text)[:80],
-                remedy='give texts, ["...", "..."], or one list of whole numbers for each',
+                remedy='pass strings, ["...", "..."], or one list of int for each text',
             ) from error
     if tokenizer is None:
         raise QuantizeError(
-            "this checkpoint has no tokenizer", remedy="give token ids, or put tokenizer.json in its folder"
+            "this checkpoint has no tokenizer", remedy="pass token ids, or put tokenizer.json in its folder"
         )
     return tokenizer.encode(text)
 
 
 def batches(rows: Sequence[Sequence[int]]) -> list[TextBatch]:
-    """Texts packed in their order, up to BATCH_TOKENS a batch."""
+    """Texts packed into batches in their order, up to BATCH_TOKENS tokens in a batch."""
     groups: list[list[Sequence[int]]] = [[]]
     for row in rows:
         if groups[-1] and sum(map(len, groups[-1])) + len(row) > BATCH_TOKENS:
@@ -86,11 +89,11 @@ def batches(rows: Sequence[Sequence[int]]) -> list[TextBatch]:
         groups[-1].append(row)
     total = sum(map(len, rows))
     stride = max(1, -(-total // SAMPLE_ROWS))
-    made, before = [], 0
+    packed, before = [], 0
     for group in groups:
         lengths = tuple(map(len, group))
         shares = torch.cat([torch.full((n,), 1.0 / (n * len(rows))) for n in lengths])
         sampled = torch.arange(-before % stride, sum(lengths), stride)
-        made.append(TextBatch(torch.tensor([t for row in group for t in row]), lengths, sampled, shares))
+        packed.append(TextBatch(torch.tensor([t for row in group for t in row]), lengths, sampled, shares))
         before += sum(lengths)
-    return made
+    return packed
