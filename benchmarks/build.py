@@ -1,8 +1,8 @@
-"""A plan of 1.1 B random BF16 parameters: our build against TensorRT's bare call on the same network, and peak memory.
+"""Time and peak memory of building a plan of 1.1 B random BF16 parameters, by trtlab and by TensorRT's bare call.
 
 python benchmarks/build.py [--layers 22] [--runs 3]
 
-Each run is a process of its own (Linux); the two kinds take turns, and minima are compared.
+Both build the same network. Each run is a separate process (Linux); the two kinds run in turn, and minima are compared.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BOUNDS = trtlab.BuildConfig(max_batch_size=8, max_input_len=1024, max_seq_len=20
 
 
 class Counter(io.RawIOBase):
-    """A binary file that keeps a count instead of the bytes."""
+    """A binary file that counts the bytes and does not keep them."""
 
     count = 0
 
     def writable(self) -> bool:
-        """It can be written."""
+        """True, as for a file that is open for writing."""
         return True
 
     def write(self, data: object) -> int:
@@ -45,7 +45,7 @@ class Counter(io.RawIOBase):
 
 
 def write_random(folder: Path, layers: int) -> int:
-    """A checkpoint of random BF16 weights; gives their bytes."""
+    """Write a checkpoint of random BF16 weights and return their bytes."""
     config = trtlab.ModelConfig(
         architecture="LlamaForCausalLM",
         dtype="bfloat16",
@@ -65,7 +65,7 @@ def write_random(folder: Path, layers: int) -> int:
 
 
 def measure(folder: str, how: str) -> None:
-    """One build in this process: prints seconds, peak bytes above the start, and the plan's bytes."""
+    """Build once in this process and print seconds, peak bytes above the start, and bytes of the plan."""
     before = memory("VmRSS")
     checkpoint = trtlab.Checkpoint.load(folder)
     weights = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
@@ -81,7 +81,7 @@ def measure(folder: str, how: str) -> None:
 
 
 def main() -> None:
-    """Write the checkpoint, build it by turns, print minima and ratios."""
+    """Write the checkpoint, build it in turn by both ways, print minima and ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--runs", type=int, default=3)

@@ -1,8 +1,8 @@
-"""Conversion of a sharded Hugging Face folder of random weights: GB/s and peak memory, in its own process on Linux.
+"""GB/s and peak memory of converting a sharded Hugging Face folder of random weights, in a separate process (Linux).
 
 python benchmarks/convert.py [--gigabytes 2] [--tp_size 2]
 
-The copy of the same bytes by shutil, timed just before and just after, says what the disk gives.
+A copy of the same bytes by shutil, timed just before and just after, shows the speed of the disk.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ LAYER_BYTES = 2 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 5632)
 
 
 def write_random(folder: Path, gigabytes: float) -> int:
-    """A sharded folder of about this size; gives its bytes."""
+    """Write a sharded folder of about this size and return its bytes."""
     raw = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes * 1e9 - 4 * 32000 * 2048) / LAYER_BYTES))}
     config = parse_model(raw, HuggingFaceConfig, "config.json", remedy=REMEDY).to_model_config("bfloat16")
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     shard: dict[str, torch.Tensor] = {}
     where: dict[str, str] = {}
-    total = held = 0
+    total = shard_bytes = 0
 
     def flush() -> None:
-        nonlocal held
+        nonlocal shard_bytes
         name = f"model-{len(set(where.values())) + 1:05d}.safetensors"
         save_file(shard, folder / name)
         where.update(dict.fromkeys(shard, name))
         shard.clear()
-        held = 0
+        shard_bytes = 0
 
     for ours, names in NAMES.sources(config).items():
         for name, shape in zip(names, source_shapes(config, ours), strict=True):
             shard[name] = torch.randn(shape).to(torch.bfloat16)
-            held += shard[name].nbytes
+            shard_bytes += shard[name].nbytes
             total += shard[name].nbytes
-            if held > SHARD_BYTES:
+            if shard_bytes > SHARD_BYTES:
                 flush()
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
@@ -70,7 +70,7 @@ def write_random(folder: Path, gigabytes: float) -> int:
 
 
 def convert(source: str, target: str, tp_size: int) -> None:
-    """The measured process: prints seconds, and the peak above what it held before it opened the folder."""
+    """Convert in the measured process and print seconds and the peak bytes above those before the start."""
     before = memory("VmRSS")
     start = time.perf_counter()
     trtlab.Checkpoint.from_hugging_face(source).save(target, mapping=trtlab.Mapping(tp_size=tp_size))
@@ -79,7 +79,7 @@ def convert(source: str, target: str, tp_size: int) -> None:
 
 
 def memory(field: str) -> int:
-    """Bytes that this process holds (VmRSS) or has held at most (VmHWM), mapped pages included; Linux alone tells."""
+    """Present (VmRSS) or peak (VmHWM) bytes of this process, with mapped pages; Linux only."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

@@ -1,4 +1,4 @@
-"""Greedy decoding against transformers.generate: the same weights and prompts, in turn, in one run.
+"""Greedy decoding against transformers.generate, with the same weights and prompts, in turn in one run.
 
 python benchmarks/decode.py [--runs 5] [--device cpu|cuda] [--dtype float32]
 """
@@ -30,7 +30,7 @@ RANDOM_160M = {
 
 
 def race(title: str, folder: Path, runs: int, device: str, dtype: str, lengths: tuple[int, int]) -> None:
-    """Print one duel for batch 1 and one for batch 8."""
+    """Print one comparison for batch 1 and one for batch 8."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     bounds = trtlab.BuildConfig(max_batch_size=8, max_input_len=512, max_seq_len=1024, dtype=dtype)
     engine = trtlab.Checkpoint.from_hugging_face(folder).build(bounds, plan=False)
@@ -41,7 +41,7 @@ def race(title: str, folder: Path, runs: int, device: str, dtype: str, lengths: 
 
 
 def main() -> None:
-    """Race on the tiny model that ships and on a random one of 160 M parameters."""
+    """Compare on the tiny model of trtlab and on a random model of 160 M parameters."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")

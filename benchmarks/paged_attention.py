@@ -3,9 +3,9 @@
 python benchmarks/paged_attention.py [--tokens 1024 8192 32768 131072] [--batch 1 16] [--block 32] [--sweep]
 
 Llama 3 8B's attention (32 heads on 8 of K and V, head size 128, bfloat16), one new token a sequence, blocks shuffled.
-Calls go round several layers' pools, 512 MB of K and V at least, so that the L2 cache does not flatter. "graph" is a
-replayed CUDA graph of the calls, "call" the same from Python with its launches; both are medians a call. GB/s counts
-each byte of K and V once, "copy" is bytes read plus bytes written by a device-to-device copy.
+The calls use the pools of several layers in turn, at least 512 MB of K and V, so that they do not fit the L2 cache.
+"graph" is a replayed CUDA graph of the calls, "call" the same calls from Python with their launches; both are medians
+for one call. GB/s counts each byte of K and V once, "copy" is bytes read plus bytes written by a device-to-device copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Call = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """The same numbers twice for each of some layers: ``[batch, kv_heads, tokens, head_size]``, and in pools."""
+    """K and V of several layers, stored twice: contiguous ``[batch, kv_heads, tokens, head_size]``, and in pools."""
 
     tokens: int
     batch: int
@@ -48,20 +48,20 @@ class Setting:
         return 2 * self.contiguous[0][0].nbytes  # K and V
 
     def paged(self, layer: int, plan: LaunchShape | None = None) -> Tensor:
-        """Our kernel on one layer, ``[batch, heads * head_size]``."""
+        """trtlab's kernel on one layer, ``[batch, heads * head_size]``."""
         keys, values = self.pools[layer]
         return paged_attention(
             *(self.q, keys, values, self.tables[layer], self.pasts, self.starts), longest=self.tokens, most=1, plan=plan
         )
 
     def sdpa(self, layer: int) -> Tensor:
-        """Torch's own on the same numbers."""
+        """Torch's attention on the same numbers, ``[batch, heads * head_size]``."""
         mixed = scaled_dot_product_attention(self.q.unsqueeze(2), *self.contiguous[layer], enable_gqa=True)
         return mixed.flatten(1)
 
 
 def setting(tokens: int, batch: int, block: int) -> Setting:
-    """Random K and V, enough layers of them, and their blocks in shuffled order."""
+    """Random K and V for enough layers to exceed the L2 cache, and the same in blocks in shuffled order."""
     shape = (batch, KV_HEADS, tokens, HEAD_SIZE)
     layers = -(-BEYOND_CACHE // (2 * batch * KV_HEADS * tokens * HEAD_SIZE * 2))  # K and V, bytes of bfloat16
     contiguous = [(normal(*shape), normal(*shape)) for _ in range(layers)]
@@ -74,20 +74,20 @@ def setting(tokens: int, batch: int, block: int) -> Setting:
 
 
 def normal(*shape: int) -> Tensor:
-    """Normal numbers in bfloat16 on the device."""
+    """Normally distributed bfloat16 numbers on the device."""
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
 def paged(contiguous: Tensor, block: int, order: Tensor) -> Tensor:
-    """``[batch, kv_heads, tokens, head_size]`` to a pool whose block ``order[i]`` holds the i-th stretch."""
-    stretches = contiguous.transpose(0, 1).reshape(KV_HEADS, -1, block, HEAD_SIZE)
-    pool = torch.empty_like(stretches)
-    pool[:, order] = stretches
+    """``[batch, kv_heads, tokens, head_size]`` to a pool whose block ``order[i]`` holds the i-th ``block`` tokens."""
+    blocks = contiguous.transpose(0, 1).reshape(KV_HEADS, -1, block, HEAD_SIZE)
+    pool = torch.empty_like(blocks)
+    pool[:, order] = blocks
     return pool
 
 
 def seconds(run: Callable[[], object], calls: int, repeats: int = 7) -> float:
-    """The median time of one of ``calls`` that ``run`` makes, by CUDA events after two warm-ups."""
+    """The median seconds of one call when ``run`` makes ``calls`` of them, by CUDA events after two warm-ups."""
     times = []
     for _ in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -100,7 +100,7 @@ def seconds(run: Callable[[], object], calls: int, repeats: int = 7) -> float:
 
 
 def both_ways(call: Call, layers: int) -> tuple[float, float]:
-    """Seconds a call in a replayed graph, and called from Python, over every layer in turn, eight calls at least."""
+    """Seconds of one call in a replayed graph and from Python, over all layers in turn, at least eight calls."""
     order = [i % layers for i in range(max(8, layers))]
     call(0)
     graph = torch.cuda.CUDAGraph()
@@ -111,14 +111,15 @@ def both_ways(call: Call, layers: int) -> tuple[float, float]:
 
 
 def copy_rate(nbytes: int = 2**32) -> float:
-    """Bytes read plus bytes written, a second, by a large copy on the device."""
+    """Bytes read plus bytes written per second by a large copy on the device."""
     source, target = (torch.ones(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
     return 2 * nbytes / seconds(lambda: target.copy_(source), 1)
 
 
 def sweep(it: Setting) -> None:
-    """Print the times of other plans for this setting, the fastest first."""
-    keys, found = it.pools[0][0], []
+    """Print the times of other launch shapes for this setting, fastest first."""
+    keys = it.pools[0][0]
+    times: list[tuple[float, LaunchShape]] = []
     chosen = launch_shape(it.q, keys, it.batch, it.tokens, 1)
     for rows, tile, warps, stages, resident in product((4, 16), (32, 64, 128), (4, 8), (3, 4), (1, 2, 3, 4)):
         if 2 * tile * HEAD_SIZE * keys.element_size() * (stages - 1) * resident > 200_000:
@@ -126,9 +127,9 @@ def sweep(it: Setting) -> None:
         slots = resident * torch.cuda.get_device_properties(0).multi_processor_count
         splits = split_count(it.batch * KV_HEADS, it.tokens // tile, slots)
         plan = replace(chosen, rows=rows, tile=tile, splits=splits, warps=warps, stages=stages)
-        found.append((both_ways(partial(it.paged, plan=plan), len(it.pools))[0], plan))
+        times.append((both_ways(partial(it.paged, plan=plan), len(it.pools))[0], plan))
     print(f"{it.tokens} tokens, batch {it.batch}; the choice is {chosen}")
-    for time, plan in sorted(found, key=lambda pair: pair[0])[:8]:
+    for time, plan in sorted(times, key=lambda pair: pair[0])[:8]:
         print(f"  {time * 1e6:9.1f} us  {it.nbytes / time / 1e9:6.0f} GB/s  {plan}")
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--block", type=int, default=32, help="tokens a block")
-    parser.add_argument("--sweep", action="store_true", help="time other plans too")
+    parser.add_argument("--sweep", action="store_true", help="also time other launch shapes")
     options = parser.parse_args()
     torch.manual_seed(0)
     copy = copy_rate()
@@ -148,11 +149,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for batch, tokens in product(options.batch, options.tokens):
         it = setting(tokens, batch, options.block)
-        far = max((it.paged(i).float() - it.sdpa(i).float()).abs().max().item() for i in range(min(4, len(it.pools))))
+        difference = max(
+            (it.paged(i).float() - it.sdpa(i).float()).abs().max().item() for i in range(min(4, len(it.pools)))
+        )
         ours, theirs = both_ways(it.paged, len(it.pools)), both_ways(it.sdpa, len(it.pools))
         rate = it.nbytes / ours[0]
         times = " | ".join(f"{time * 1e6:.1f}" for time in (*ours, *theirs))
-        print(f"| {tokens} | {batch} | {times} | {rate / 1e9:.0f} | {rate / copy:.0%} | {far:.1g} |", flush=True)
+        print(f"| {tokens} | {batch} | {times} | {rate / 1e9:.0f} | {rate / copy:.0%} | {difference:.1g} |", flush=True)
         if options.sweep:
             sweep(it)
         del it

@@ -1,10 +1,10 @@
-"""Quantization of a random LLaMA of 160 M against ModelOpt, peaks as predicted and measured, and decoding on a CPU.
+"""Quantization of a random LLaMA of 160 M against ModelOpt, predicted and measured peaks, and decoding on a CPU.
 
 python benchmarks/quantize.py [--texts 8] [--tokens 256] [--runs 3] [--only calibration|peak|decode]
 
-Calibration goes from one folder to another on both sides, on the same token ids, each in a process of its own (Linux),
-by turns; ModelOpt is ``pip install "trtlab[modelopt]"``. Decoding is greedy at batch 1 from a prompt of one token, so
-that every step is one of generation; its kernels take turns too.
+Both sides quantize from one folder to another on the same token ids, in turn, each in a separate process (Linux);
+``pip install "trtlab[modelopt]"`` installs ModelOpt. Decoding is greedy at batch 1 from a prompt of one token, so that
+every step is a generation step; the algorithms run in turn too.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from trtlab.quantize.texts import batches
 from trtlab.storage.lazy import LazyTensor
 
 ALGORITHMS = ("W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "FP8", "W4A16_AWQ")
-NEAREST = {"W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "W8A8_SQ_PER_CHANNEL"}  # what ModelOpt has for it
-MEASURED = ("W8A8_SQ_PER_CHANNEL", "FP8")  # peaks; AWQ's search would take minutes at this width
+NEAREST = {
+    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "W8A8_SQ_PER_CHANNEL"
+}  # the recipe of ModelOpt that is nearest to it
+MEASURED = ("W8A8_SQ_PER_CHANNEL", "FP8")  # AWQ's search would take minutes at this width
 DECODED = ("W8A16", "W4A16", "W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN")
 WIDE = trtlab.ModelConfig(
     architecture="LlamaForCausalLM",
@@ -50,15 +52,15 @@ WIDE = trtlab.ModelConfig(
     head_size=128,
     intermediate_size=5504,
     max_position_embeddings=2048,
-)  # 640 MB, of which a block in float32 is 200
+)  # 640 MB; one layer in float32 has 200 MB
 
 
 def calibrate(folder: Path, side: str, algorithm: str, target: str) -> None:
-    """The measured process: prints seconds, and the peak above what its imports hold."""
+    """Quantize in the measured process and print seconds and the peak bytes above those of its imports."""
     quant = trtlab.QuantConfig(quant_algo=algorithm)
     rows = json.loads(folder.with_name("calibration.json").read_text(encoding="utf-8"))
     if side == "modelopt":
-        check_modelopt(quant)  # imports it
+        check_modelopt(quant)  # imports ModelOpt before the measurement starts
     before = memory("VmRSS")
     start = time.perf_counter()
     if side == "wide":
@@ -73,7 +75,7 @@ def calibrate(folder: Path, side: str, algorithm: str, target: str) -> None:
 
 
 def measured(folder: Path, side: str, algorithm: str) -> tuple[float, float]:
-    """Seconds and bytes of one such process."""
+    """Seconds and peak bytes of one such process."""
     with tempfile.TemporaryDirectory() as target:
         command = [sys.executable, __file__, "--measured", str(folder), side, algorithm, f"{target}/out"]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -82,7 +84,7 @@ def measured(folder: Path, side: str, algorithm: str) -> tuple[float, float]:
 
 
 def race_calibration(folder: Path, runs: int) -> None:
-    """Print time and peak memory of both sides, by turns, and the median of their ratios."""
+    """Print time and peak memory of both sides, run in turn, and the medians of their ratios."""
     print(f"{'':36}   ours              ModelOpt          times faster   memory")
     for algorithm in ALGORITHMS:
         theirs = NEAREST.get(algorithm, algorithm)
@@ -99,7 +101,7 @@ def _figures(measurements: Sequence[tuple[float, float]]) -> str:
 
 
 def predicted(config: trtlab.ModelConfig, algorithm: str, rows: Sequence[Sequence[int]]) -> Peak:
-    """What a quantization to a folder says before it starts; no weight is read."""
+    """The predicted peak of a quantization to a folder; no weight is read."""
     tensors = {
         name: LazyTensor(spec.shape, config.torch_dtype, lambda: torch.empty(0))
         for name, spec in tensor_specs(config).items()
@@ -114,20 +116,21 @@ def compare_peaks(folder: Path, rows: list[list[int]]) -> None:
     trtlab.Checkpoint.from_weights(WIDE, weights).save(folder / "wide")
     del weights
     for algorithm in MEASURED:
-        told = predicted(WIDE, algorithm, rows).total
+        prediction = predicted(WIDE, algorithm, rows).total
         _, peak = measured(folder / "wide", "wide", algorithm)
-        print(f"{algorithm:36} peak predicted {size(told)}, measured {size(peak)}: {peak / told:.2f}", flush=True)
+        print(
+            f"{algorithm:36} peak predicted {size(prediction)}, measured {size(peak)}: {peak / prediction:.2f}",
+            flush=True,
+        )
     large = predicted(SHAPES["LLaMA-2-70B"], "FP8", [[0] * 512] * 512)
     print(
         f"LLaMA-2-70B to FP8 on 512 texts of 512 tokens: {large.total / 1e9:.0f} GB predicted, of which hidden states"
     )
-    print(
-        f"{large.hidden / 1e9:.0f} GB; the whole model in both forms, the usual way, takes {large.usual / 1e9:.0f} GB"
-    )
+    print(f"{large.hidden / 1e9:.0f} GB; the whole model in both forms, as usual, takes {large.usual / 1e9:.0f} GB")
 
 
 def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: int, new_tokens: int) -> None:
-    """Print tokens per second in float32 and with the fast kernels, and the median of the ratios, by turns."""
+    """Print tokens per second in float32 and with the fast kernels, run in turn, and the medians of the ratios."""
     bounds = trtlab.BuildConfig(max_batch_size=1, max_input_len=64, max_seq_len=128)
     prompt = random_prompts(checkpoint.config.vocab_size, 1, 1)[0]
     params = trtlab.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
@@ -135,9 +138,9 @@ def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: in
     sessions = {}
     for algorithm in DECODED:
         quant = trtlab.QuantConfig(quant_algo=algorithm)
-        made = checkpoint.quantize(quant, calibration=rows if quant.reads_texts else None)
+        quantized = checkpoint.quantize(quant, calibration=rows if quant.reads_texts else None)
         fast = trtlab.SessionConfig(fast_cpu_kernels=True)
-        sessions[algorithm] = made.build(bounds, plan=False).session(fast, backend="torch", device="cpu")
+        sessions[algorithm] = quantized.build(bounds, plan=False).session(fast, backend="torch", device="cpu")
     for session in (plain, *sessions.values()):
         session.generate(prompt, params)
     rounds: dict[str, list[tuple[float, float]]] = {algorithm: [] for algorithm in DECODED}
@@ -155,7 +158,7 @@ def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: in
 
 
 def main() -> None:
-    """Write the model and the token ids once, then race."""
+    """Write the model and the token ids once, then run the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
@@ -178,7 +181,7 @@ def main() -> None:
         if options.only in (None, "calibration"):
             print(f"quantizing 162 M parameters on {options.texts} texts of {options.tokens} tokens")
             if find_spec("modelopt") is None:
-                sys.exit('the other side is missing: pip install "trtlab[modelopt]"')
+                sys.exit('ModelOpt is not installed: pip install "trtlab[modelopt]"')
             race_calibration(folder, options.runs)
         if options.only in (None, "peak"):
             compare_peaks(Path(name), rows)

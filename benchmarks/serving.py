@@ -1,4 +1,4 @@
-"""What the runtime gains and costs: in-flight against static batching, prefix reuse, a step beside the model.
+"""In-flight against static batching, prefix reuse, and the time of a step outside the model.
 
 python benchmarks/serving.py [--requests 48] [--runs 3] [--device cpu|cuda] [--dtype float32]
 """
@@ -25,7 +25,7 @@ from trtlab.runtime.torch_backend import torch_backend
 
 
 def long_tailed(count: int, seed: int) -> list[tuple[int, int]]:
-    """(prompt, answer) lengths in tokens: log-normal, as in served traffic; most are short, a few are very long."""
+    """(prompt, answer) lengths in tokens, log-normal as in real traffic: most are short, a few are very long."""
     source = random.Random(seed)
 
     def draw(typical: float, spread_: float, largest: int) -> int:
@@ -35,7 +35,7 @@ def long_tailed(count: int, seed: int) -> list[tuple[int, int]]:
 
 
 def serve(engine: trtlab.Engine, batching: str, lengths: Sequence[tuple[int, int]], device: str) -> dict[str, float]:
-    """Run all requests under one batching type; tokens a second, steps, and mean waiting time in steps."""
+    """Run all requests with one batching type; returns tokens per second, steps, and mean waiting time in steps."""
     source = random.Random(1)
     config = trtlab.SessionConfig(batching_type=batching, enable_block_reuse=False)
     with engine.session(config, device=device) as session:
@@ -58,7 +58,7 @@ def serve(engine: trtlab.Engine, batching: str, lengths: Sequence[tuple[int, int
 
 
 def batching(engine: trtlab.Engine, requests: int, runs: int, device: str) -> None:
-    """In-flight against static batching on the same long-tailed requests, in turn."""
+    """Compare in-flight with static batching on the same long-tailed requests, in turn."""
     lengths = long_tailed(requests, seed=0)
     rounds = [
         (serve(engine, "INFLIGHT", lengths, device), serve(engine, "STATIC", lengths, device)) for _ in range(runs)
@@ -66,7 +66,7 @@ def batching(engine: trtlab.Engine, requests: int, runs: int, device: str) -> No
     print(f"\n{requests} requests, answers of {min(n for _, n in lengths)} to {max(n for _, n in lengths)} tokens")
     for name, index in (("in-flight", 0), ("static", 1)):
         last = rounds[-1][index]
-        rate = median(found[index]["tokens_per_s"] for found in rounds)
+        rate = median(pair[index]["tokens_per_s"] for pair in rounds)
         print(
             f"  {name:9} {rate:8.0f} tokens/s {last['steps']:6.0f} steps {last['running']:5.1f} running "
             f"{last['waited_steps']:6.0f} steps waited on average"
@@ -83,7 +83,7 @@ def first_token(session: trtlab.Session, ids: list[int]) -> float:
 
 
 def prefix_reuse(engine: trtlab.Engine, runs: int, device: str, shared: int = 2048, own: int = 16) -> None:
-    """Time to the first token of prompts that share their beginning, fresh and reused."""
+    """Time to the first token of prompts with the same beginning, computed and reused."""
     source = random.Random(2)
     draw = lambda count: [source.randrange(3, engine.config.vocab_size) for _ in range(count)]  # noqa: E731
     with engine.session(device=device) as session:
@@ -95,12 +95,12 @@ def prefix_reuse(engine: trtlab.Engine, runs: int, device: str, shared: int = 20
             fresh.append(first_token(session, prefix + draw(own)))
             reused.append(first_token(session, prefix + draw(own)))
     ratio = median(a / b for a, b in zip(fresh, reused, strict=True))
-    print(f"\ntime to first token, {shared} shared tokens and {own} of their own")
+    print(f"\ntime to first token, {shared} shared tokens and {own} that differ")
     print(f"  fresh {median(fresh) * 1e3:.1f} ms, reused {median(reused) * 1e3:.1f} ms: {ratio:.1f} times sooner")
 
 
 def overhead(checkpoint: trtlab.Checkpoint, running: int, steps: int = 400) -> float:
-    """Microseconds a generation step takes beside the model: the median over ``steps``."""
+    """Microseconds of a generation step outside the model: the median over ``steps``."""
     build = trtlab.BuildConfig(max_batch_size=running, max_num_tokens=max(2048, running), max_seq_len=2048)
     engine = checkpoint.build(build, plan=False)
     backend = torch_backend(
@@ -109,7 +109,7 @@ def overhead(checkpoint: trtlab.Checkpoint, running: int, steps: int = 400) -> f
     logits = torch.randn(running, engine.config.vocab_size)
 
     def forward(batch: CpuBatch | PackedBatch, comm: Comm, every_token: bool) -> Tensor:
-        """Logits of no model: the step's inputs are prepared, and that is all."""
+        """Constant logits in place of a model; only the step's inputs are prepared."""
         return logits[: len(batch.token_ids if batch.last is None else batch.last)]
 
     vars(backend.ranks.ranks[0])["forward"] = forward
@@ -128,7 +128,7 @@ def overhead(checkpoint: trtlab.Checkpoint, running: int, steps: int = 400) -> f
 
 
 def main() -> None:
-    """All three, on the tiny model that ships."""
+    """Run all three on the tiny model of trtlab."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--runs", type=int, default=3)
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
-    print("beside the model, a step takes (scheduler, blocks, inputs, sampling)")
+    print("a step takes outside the model (scheduler, blocks, inputs, sampling)")
     for running in (1, 8, 64, 256):
         print(f"  {running:4} running: {overhead(checkpoint, running):7.0f} us")
     bounds = trtlab.BuildConfig(max_batch_size=8, max_input_len=2304, max_seq_len=2560, dtype=options.dtype)

@@ -1,9 +1,9 @@
-"""ScaleExplorer on the tiny model: what trying every alpha costs once, and one slider step in Python.
+"""ScaleExplorer on the tiny model: the time to open it, and the time of one step of its slider.
 
 python benchmarks/slider.py
 
-The last line is the whole way in a real JupyterLab, from the key to the moved picture, as the browser test measures it
-(headless Chromium, which draws without a GPU; kernel, server and browser share this machine).
+The last line is the time in a real JupyterLab, from the key press to the changed picture, as the browser test measures
+it (headless Chromium, which draws without a GPU; kernel, server and browser share this machine).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def main() -> None:
 
 
 def in_browser() -> str:
-    """The steps that the browser test saw, one after the other with a rest between."""
+    """The milliseconds of each step that the browser test measured, with a pause between the steps."""
     test = Path(__file__).parents[1] / "tests/widgets/test_browser.py"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-k", "alpha_slider", str(test)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    found = re.search(r"slider to picture, ms: ([\d ]+)", run.stdout)
-    return found[1].strip() if found else sys.exit(f"the browser test did not run:\n{run.stdout}")
+    times = re.search(r"slider to picture, ms: ([\d ]+)", run.stdout)
+    return times[1].strip() if times else sys.exit(f"the browser test did not run:\n{run.stdout}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes bare ``pytest --nbval notebooks`` compare what a machine cannot change: one thread, torch on the CPU."""
+"""Settings that make ``pytest --nbval notebooks`` compare equal on every machine: one thread, torch on the CPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ os.environ.update(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sanitize addresses and times unless the command line names another file."""
+    """Use sanitize.cfg for addresses and times unless the command line names another file."""
     if getattr(config.option, "nbval_sanitize_with", None) is None:
         config.option.nbval_sanitize_with = str(HERE / "sanitize.cfg")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_collect_file(file_path: Path) -> object:
-    """Leave the pictures to the browser tests: a plotly figure holds ids of its own."""
+    """Do not compare plotly figures, which contain random ids; the browser tests check the pictures."""
     outcome = yield
     collected = outcome.get_result()
     for item in collected if isinstance(collected, list) else [collected]:

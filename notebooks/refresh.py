@@ -1,7 +1,7 @@
-"""Executes the notebooks and writes them back fit for comparison: ``python notebooks/refresh.py [names]``.
+"""Executes the notebooks and stores their outputs for comparison: ``python notebooks/refresh.py [names]``.
 
-No widget state, no timing, no machine's paths; a notebook above 60 KB, or with a cell that was not executed,
-is refused, because nbval compares nothing in such a cell.
+It stores no widget state, no timing and no paths of this machine. It refuses a notebook above 60 KB, and a notebook
+with a cell that was not executed, because nbval compares nothing in such a cell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def refresh(path: Path) -> None:
-    """Run one notebook from its own folder and write its outputs back."""
+    """Run one notebook from its own folder and store its outputs in it."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(HERE)}}
@@ -34,7 +34,7 @@ def refresh(path: Path) -> None:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)
-            if output.output_type == "error":  # the frames inside trtlab name this machine's folders
+            if output.output_type == "error":  # frames inside trtlab contain paths of this machine
                 output.traceback = [frame for frame in output.traceback if not FRAME.match(frame)]
     text = nbformat.writes(notebook) + "\n"
     check(path, notebook, text)
@@ -43,15 +43,15 @@ def refresh(path: Path) -> None:
 
 
 def check(path: Path, notebook: nbformat.NotebookNode, text: str) -> None:
-    """SystemExit when the notebook is too large, names this machine's folders, or nbval could not compare a cell."""
+    """Exit when the notebook is too large, contains a path of this machine, or has a cell that was not executed."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     skipped = [cell for cell in code if cell.execution_count is None]
     if skipped:
-        raise SystemExit(f"{path.name}: not executed: {skipped[0].source[:60]!r}")
+        raise SystemExit(f"{path.name}: a cell was not executed: {skipped[0].source[:60]!r}")
     if str(HERE.parent) in text:
-        raise SystemExit(f"{path.name}: an output names {HERE.parent}")
+        raise SystemExit(f"{path.name}: the path {HERE.parent} of this machine is in it")
     if len(text.encode()) > LIMIT_BYTES:
-        raise SystemExit(f"{path.name}: {len(text.encode()):,} bytes, at most {LIMIT_BYTES:,}")
+        raise SystemExit(f"{path.name}: {len(text.encode()):,} bytes; expected at most {LIMIT_BYTES:,}")
 
 
 if __name__ == "__main__":

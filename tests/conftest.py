@@ -1,4 +1,4 @@
-"""What the tests share: folders of small models, made once a run, and sessions that close themselves."""
+"""Fixtures that all tests share: folders of small models, made once in a run, and sessions that are closed."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``random_model(architecture, **config changes)`` gives a Hugging Face folder, the same for the same question."""
-    made: dict[str, Path] = {}
+    """``random_model(architecture, **changes)`` is a Hugging Face folder, the same one for the same arguments."""
+    folders: dict[str, Path] = {}
 
     def make(architecture: str = "LlamaForCausalLM", **changes: Any) -> Path:
         key = json.dumps([architecture, changes], sort_keys=True)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("model")
-            write_random_model(made[key], architecture, **changes)
-        return made[key]
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("model")
+            write_random_model(folders[key], architecture, **changes)
+        return folders[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
 def hugging_face() -> Callable[[Path], Any]:
-    """The reference: transformers' own model of a folder, in float32."""
+    """The reference: the model of a folder in transformers, in float32."""
     from transformers import AutoModelForCausalLM
 
     def load(folder: Path) -> Any:
@@ -54,7 +54,7 @@ def hugging_face() -> Callable[[Path], Any]:
 
 @pytest.fixture
 def open_session() -> Iterator[Callable[..., Session]]:
-    """``open_session(folder or checkpoint, mapping, **build)`` gives a session on torch, closed after the test."""
+    """``open_session(folder or checkpoint, mapping, **build)`` is a session in torch, closed after the test."""
     opened: list[Session] = []
 
     def start(source: Path | Checkpoint, mapping: Mapping | None = None, **build: Any) -> Session:
@@ -70,7 +70,7 @@ def open_session() -> Iterator[Callable[..., Session]]:
 
 @pytest.fixture(scope="session")
 def talking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that comes with a byte-level tokenizer, so that its answers are text full of broken characters."""
+    """A random model with a byte-level tokenizer; its answers are texts with many invalid characters."""
     folder = tmp_path_factory.mktemp("talking")
     write_byte_level_tokenizer(folder)
     write_random_model(folder, "LlamaForCausalLM", vocab_size=320, seed=3)
@@ -78,13 +78,13 @@ def talking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its bytes, hidden ones too."""
+    """The bytes of every file under a folder, hidden files included."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="session")
 def files_of() -> Callable[[Path], dict[str, bytes]]:
-    """A folder's content, to be compared before and after."""
+    """``files_of(folder)`` is the folder's content, for comparison before and after."""
     return snapshot
 
 

@@ -1,7 +1,7 @@
-"""Small models for the tests, and nothing else makes any: Hugging Face folders, settings with weights, tokenizers.
+"""All small models of the tests: Hugging Face folders, settings with weights, tokenizers.
 
-Imported as a neighbour (``from ..models import small_config``): a path entry for ``tests`` would put its folders
-``tensorrt`` and ``config`` beside the packages of those names.
+Import it relatively (``from ..models import small_config``). With ``tests`` on the path, its folders ``tensorrt`` and
+``config`` would hide the packages of those names.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ TRTLAB = {
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """Two layers of four heads, 99 tokens, float32; a test names what it needs otherwise."""
+    """Two layers of four heads, 99 tokens, float32, with the given changes."""
     return ModelConfig(**{**TRTLAB, **changes})
 
 
 def normal_weights(config: ModelConfig, seed: int = 0) -> Weights:
-    """Standard normal numbers everywhere: for tests that move, cut and store tensors, and run nothing."""
-    dice = torch.Generator().manual_seed(seed)
+    """Standard normal numbers in every tensor, for tests that move, cut and store tensors without running them."""
+    generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(spec.shape, generator=dice).to(config.torch_dtype)
+        name: torch.randn(spec.shape, generator=generator).to(config.torch_dtype)
         for name, spec in tensor_specs(config).items()
     }
 
 
 def telling_weights(config: ModelConfig, seed: int = 0) -> Weights:
-    """Weights large enough that every part of the model changes the logits."""
+    """Weights that are large enough for every part of the model to change the logits."""
     return {
         name: (0.2 * noise + (1 if _is_norm(name) else 0)).to(config.torch_dtype)
         for name, noise in normal_weights(config.replace(dtype="float32"), seed).items()
@@ -91,15 +91,15 @@ def loud_checkpoint(config: ModelConfig, **loud: Any) -> Checkpoint:
 
 
 def random_texts(lengths: tuple[int, ...], vocab_size: int = 99, seed: int = 7) -> list[list[int]]:
-    """Random token ids of these lengths, to calibrate on."""
-    dice = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, vocab_size, (length,), generator=dice).tolist() for length in lengths]
+    """Random token ids of these lengths, for calibration."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def write_random_model(
     folder: Path, architecture: str, *, seed: int = 0, dtype: str = "float32", **changes: Any
 ) -> None:
-    """A Hugging Face folder whose logits have spread: normal weights, norms around one, biases that matter."""
+    """Write a Hugging Face folder whose logits are not flat: normal weights and biases, norms around one."""
     import transformers
 
     kind = getattr(transformers, architecture)
@@ -117,7 +117,7 @@ def write_random_model(
 
 
 def write_fresh_model(folder: Path, **changes: Any) -> None:
-    """A Hugging Face LLaMA as transformers initializes it: quiet, with norms of one."""
+    """Write a Hugging Face LLaMA as transformers initializes it: small weights, norms of one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ TRAINING_TEXT = ["the cat sat on the mat", "größe füße straße", "日本語 
 
 
 def write_byte_level_tokenizer(folder: Path) -> None:
-    """Byte-level BPE of 320 ids with special tokens; any id sequence is some bytes, few are valid UTF-8."""
+    """Write a byte-level BPE tokenizer of 320 ids with special tokens; few id sequences decode to valid UTF-8."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     inner = Tokenizer(models.BPE())
@@ -146,7 +146,7 @@ def write_byte_level_tokenizer(folder: Path) -> None:
 
 
 def write_byte_fallback_tokenizer(folder: Path, words: list[str]) -> None:
-    """Llama 2's kind: pieces with a mark for the space, 256 byte tokens, a first space that is dropped."""
+    """Write a tokenizer like Llama 2's: pieces that mark the space, 256 byte tokens, a dropped first space."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, *(f"▁{word}" for word in words), "▁"]

@@ -1,7 +1,6 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from trtlab import Checkpoint, ModelConfig, QuantConfig, QuantizedCheckpoint
 
@@ -24,14 +23,6 @@ EVERY_CONFIG = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_checkpoint(config: ModelConfig = CONFIG) -> Checkpoint:
     return loud_checkpoint(config)
 
@@ -48,12 +39,12 @@ def texts() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def quantized_by(checkpoint, texts) -> Callable[[QuantConfig], QuantizedCheckpoint]:
-    """``quantized_by(quant)`` is the small checkpoint by a recipe, made once: tests look at it and change nothing."""
-    made: dict[QuantConfig, QuantizedCheckpoint] = {}
+    """``quantized_by(quant)`` is the small checkpoint quantized by a recipe, made once; no test changes it."""
+    results: dict[QuantConfig, QuantizedCheckpoint] = {}
 
     def make(quant: QuantConfig) -> QuantizedCheckpoint:
-        if quant not in made:
-            made[quant] = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
-        return made[quant]
+        if quant not in results:
+            results[quant] = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None)
+        return results[quant]
 
     return make

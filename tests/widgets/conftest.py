@@ -1,4 +1,4 @@
-"""A real JupyterLab and a headless Chromium for the browser tests; each notebook is opened in a folder of its own."""
+"""A real JupyterLab and a headless Chromium for the browser tests; notebooks are opened as copies in a new folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 CHROMIUM_OPTIONS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync""".split()
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
-PATIENCE_S = 90  # for a server, or a page, on a machine that is busy with other things
+PATIENCE_S = 90  # for a server or a page, on a busy machine
 # Right after loading, "run all" may find no cells yet and return at once.
 RUN_ALL = """async () => {
     const panel = jupyterapp.shell.currentWidget;
@@ -56,7 +56,7 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """JupyterLab on a free port, with settings of its own, in a process group that ends with the tests."""
+    """JupyterLab on a free port with separate settings, in a process group that ends with the tests."""
     folder, own = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
     settings = own / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
@@ -119,7 +119,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def open_notebook(lab: Lab, chromium: Any) -> Iterator[Callable[..., Any]]:
-    """``open_notebook(path, run=True)`` copies a notebook into JupyterLab, opens it and gives the page."""
+    """``open_notebook(path, run=True)`` copies a notebook into JupyterLab, opens it and returns the page."""
     pages = []
 
     def open_copy(path: Path, *, run: bool, width: int = 1280, height: int = 900) -> Any:
@@ -131,7 +131,7 @@ def open_notebook(lab: Lab, chromium: Any) -> Iterator[Callable[..., Any]]:
         page.wait_for_function("window.jupyterapp")
         page.evaluate("jupyterapp.restored")
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-        page.evaluate("jupyterapp.shell.currentWidget.revealed")  # the cells are there, on a slow machine too
+        page.evaluate("jupyterapp.shell.currentWidget.revealed")  # waits for the cells on a slow machine
         if run:
             assert page.evaluate(RUN_ALL), f"{path.name} did not run to its end"
         return page
