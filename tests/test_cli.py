@@ -1,12 +1,13 @@
 """Each command is one object call: the whole path by commands gives what the objects give."""
 
+import argparse
 import dataclasses
 
 import pytest
 
 import trtlab
 from trtlab import tiny
-from trtlab.cli import BUILD_FLAGS, EMBEDDING_FLAGS, main
+from trtlab.cli import BUILD_FLAGS, EMBEDDING_FLAGS, MAPPING_FLAGS, main, with_flags
 from trtlab.config.base import first_sentence
 from trtlab.parallel.shard import EmbeddingLayout
 
@@ -51,10 +52,31 @@ def test_a_mistake_is_one_line_and_status_2(command, capsys):
     assert error.startswith("trtlab: ") and error.count("\n") == 1
 
 
+def test_an_error_names_flags_and_its_remedy_works(engine_dir, capsys):
+    convert = ["convert", "--model_dir", str(tiny.llama_dir()), "--output_dir", str(engine_dir.parent / "shared")]
+    build = ["build", "--checkpoint_dir", str(engine_dir.parent / "ckpt"), "--output_dir", str(engine_dir.parent / "e")]
+    run = ["run", "--engine_dir", str(engine_dir), "--input_text", QUESTION]
+    for command, words in (
+        ([*build, "--max_batch_size", "0"], "--max_batch_size is not valid; got 0; expected an int of at least 1"),
+        ([*build, "--max_seq_len", "9000"], "position_embeddings 8192; use --max_seq_len 8192 or less"),
+        ([*build, "--max_num_tokens", "4"], "--max_num_tokens 4 is below --max_batch_size 8; "),
+        ([*convert, "--tp_size", "3"], "cannot be split over --tp_size 3; use 1, 2 or 4"),
+        ([*convert, "--use_embedding_sharing"], "; leave --use_embedding_sharing out"),
+        ([*run, "--max_output_len", "0"], "--max_output_len is not valid; got 0"),
+        (["bench", "--engine_dir", str(engine_dir), "--num_runs", "0"], "--num_runs must be at least 1"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert words in error and "BuildConfig" not in error and "SamplingParams" not in error
+    switch = argparse.Namespace(use_parallel_embedding=False, embedding_sharding_dim=0)
+    remedy = "add use_parallel_embedding=True, embedding_sharding_dim=0"
+    assert with_flags(remedy, switch) == "add --use_parallel_embedding, --embedding_sharding_dim 0"
+
+
 def test_flags_say_what_the_fields_say(capsys):
     for command, kind, names in (
         ("build", trtlab.BuildConfig, BUILD_FLAGS),
-        ("convert", trtlab.Mapping, ("tp_size", "pp_size")),
+        ("convert", trtlab.Mapping, MAPPING_FLAGS),
         ("convert", EmbeddingLayout, EMBEDDING_FLAGS),
     ):
         with pytest.raises(SystemExit):

@@ -148,8 +148,8 @@ def rewrite(folder, section=None, **changes) -> None:
 FAULTS = {
     "no folder": (lambda f: f.rename(f.with_name("gone")), "not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "a checkpoint": (lambda f: rewrite(f, build_config=...), "not of an engine folder"),
-    "nothing of a build": (lambda f: rewrite(f, build_config=[]), "not of an engine folder"),
+    "a checkpoint": (lambda f: rewrite(f, build_config=...), "not the config.json of an engine folder"),
+    "nothing of a build": (lambda f: rewrite(f, build_config=[]), "not the config.json of an engine folder"),
     "no bounds": (lambda f: rewrite(f, "build_config", max_seq_len=...), "max_seq_len"),
     "a bound of words": (lambda f: rewrite(f, "build_config", max_seq_len="long"), "max_seq_len is 'long'"),
     "a bound from the future": (lambda f: rewrite(f, "build_config", max_dreams=3), "max_dreams"),

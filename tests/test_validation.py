@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from typing_extensions import TypedDict
 
 from trtlab import CheckpointError, ConfigError
-from trtlab.validation import as_error, describe, did_you_mean, problems, require, shorten
+from trtlab.validation import combine, describe, did_you_mean, problems, require, shorten
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -69,12 +69,12 @@ def test_a_problem_is_a_line_that_names_field_value_and_what_was_expected(values
 def test_an_error_of_one_problem_has_its_parts_and_of_several_a_line_each():
     with pytest.raises(ValidationError) as caught:
         File.model_validate({"size": "x"})
-    error = as_error(ConfigError, caught.value, File, "File", ".")
+    error = combine(ConfigError, problems(caught.value, File), "File", ".")
     assert (error.what, error.got, error.expected) == ("File.size is not valid", "'x'", "an int of at least 1")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     with pytest.raises(ValidationError) as caught:
         File.model_validate({"size": "x", "share": "y", "nothing": 1})
-    lines = str(as_error(CheckpointError, caught.value, File, "config.json")).splitlines()
+    lines = str(combine(CheckpointError, problems(caught.value, File), "config.json")).splitlines()
     assert lines[0] == "config.json: size is 'x', expected an int of at least 1"
     assert lines[1].startswith("config.json: share is 'y'") and lines[2].startswith("config.json: nothing is unknown")
 
@@ -82,7 +82,8 @@ def test_an_error_of_one_problem_has_its_parts_and_of_several_a_line_each():
 def test_a_text_that_is_no_json_says_where():
     with pytest.raises(ValidationError) as caught:
         File.model_validate_json('{"size": ')
-    assert str(as_error(CheckpointError, caught.value, File, "config.json")).startswith("config.json is not JSON: EOF")
+    error = combine(CheckpointError, problems(caught.value, File), "config.json")
+    assert str(error).startswith("config.json is not JSON: EOF")
 
 
 def test_arguments_of_a_call_are_told_apart_from_values():
@@ -101,7 +102,7 @@ def test_arguments_of_a_call_are_told_apart_from_values():
     ):
         with pytest.raises(ValidationError) as caught:
             Pair(*arguments, **keywords)
-        assert str(as_error(ConfigError, caught.value, Pair, "Pair", ".")) == line
+        assert str(combine(ConfigError, problems(caught.value, Pair), "Pair", ".")) == line
 
 
 class Row(TypedDict):

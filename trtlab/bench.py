@@ -31,10 +31,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One cell of the sweep, by the names of TensorRT-LLM's line; ``tokens_per_sec`` counts generated tokens.
+    """One cell of the sweep, under the names of TensorRT-LLM's line; ``tokens_per_sec`` counts generated tokens.
 
-    ``latency_ms`` is the mean of a whole batch, prompt and answer; the percentiles are of the same runs, by sorted
-    index. ``peak_memory_gb`` is in GiB, of the GPU; 0 on a CPU. A cell that ran out of memory holds NaN.
+    ``latency_ms`` is the mean time of a whole batch, prompt and answer; the percentiles are of the same runs, by sorted
+    index. ``peak_memory_gb`` is that of the GPU in GiB, 0 on a CPU. A cell that ran out of memory holds NaN.
     """
 
     model_name: str
@@ -57,12 +57,12 @@ class BenchmarkRow:
 
     @property
     def line(self) -> str:
-        """``[BENCHMARK] model_name ... world_size ...``; OOM stands for what was not measured."""
+        """``[BENCHMARK] model_name ... world_size ...``; OOM stands in a cell that ran out of memory."""
         return " ".join(["[BENCHMARK]", *(f"{name} {value}" for name, value in self.cells.items())])
 
     @property
     def cells(self) -> dict[str, str]:
-        """Column to text, as in the line and the csv."""
+        """The text of each column, as in the line and the csv."""
         return {COLUMNS.get(f.name, f.name): _cell(getattr(self, f.name)) for f in fields(self)}
 
 
@@ -79,7 +79,7 @@ class Benchmark(Shown):
     rows: tuple[BenchmarkRow, ...]
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the rows under TensorRT-LLM's column names; gives the path."""
+        """Write the rows under TensorRT-LLM's column names; returns the path."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0].cells) if self.rows else [])
             writer.writeheader()
@@ -96,7 +96,7 @@ def benchmark(
 ) -> Benchmark:
     """Time every batch size with every (input, output) length in tokens; random prompts, greedy, no early end.
 
-    Raises ConfigError for a cell beyond the engine's bounds, before anything is measured.
+    Raises ConfigError for a cell that exceeds the engine's bounds, before anything is measured.
     """
     if num_runs < 1 or warm_up < 0:
         raise ConfigError("num_runs must be at least 1 and warm_up at least 0", got=(num_runs, warm_up))
@@ -172,7 +172,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds that a call takes, the GPU's work included."""
+    """Seconds that a call takes, including the GPU's work."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -182,7 +182,7 @@ def timed(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, repr=False)
 class Duel(Shown):
-    """Two ways to do the same, timed in turn in one run. ``ratio`` is how many times faster ours was, run by run."""
+    """Two ways to do the same work, timed in turn. ``ratio`` is how many times faster ours is."""
 
     what: str
     tokens: int
@@ -198,10 +198,14 @@ class Duel(Shown):
 def against_transformers(
     session: Session, model: Any, batch_size: int = 1, lengths: tuple[int, int] = (32, 64), num_runs: int = 5
 ) -> Duel:
-    """Greedy generation here and by ``transformers.generate`` on the same prompts, one after the other, run by run.
+    """Time greedy generation here and by ``transformers.generate`` on the same prompts, in turn.
 
-    ``model`` is the same model loaded by transformers; ``lengths`` are (input, output) tokens. The first round warms
-    both up and is not counted.
+    Args:
+        session: The session to time.
+        model: The same model, loaded by transformers.
+        batch_size: Number of prompts.
+        lengths: Input and output length in tokens.
+        num_runs: Runs that are counted; one more comes first to warm up.
     """
     inputs, outputs = lengths
     prompts = random_prompts(session.engine.config.vocab_size, batch_size, inputs)

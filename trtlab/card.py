@@ -19,7 +19,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One view, rendered as text and as HTML that cannot disagree. It holds no address, no id and no clock."""
+    """One view of an object; its text and its HTML say the same. It holds no address, no id and no time."""
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
@@ -34,7 +34,7 @@ def card(value: object) -> Card:
 
 
 class Shown:
-    """Gives a class its card as ``repr`` in a terminal and as a table in a notebook."""
+    """Base of classes that show their card: as ``repr`` in a terminal, as HTML in a notebook."""
 
     def __repr__(self) -> str:
         return text(card(self))
@@ -44,7 +44,7 @@ class Shown:
 
 
 def bar(share: float, width: int = 16) -> str:
-    """A bar of eighth blocks for a share between 0 and 1."""
+    """A bar for a share between 0 and 1, ``width`` characters long at 1, in steps of an eighth of a character."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
     full, rest = divmod(eighths, 8)
     return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
@@ -56,7 +56,7 @@ def size(nbytes: float) -> str:
         if abs(nbytes) < 1024 or unit == "GiB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1024
-    raise AssertionError("GiB ends the loop")
+    raise AssertionError(f"no unit for {nbytes} GiB")
 
 
 def count(number: float) -> str:
@@ -68,7 +68,7 @@ def count(number: float) -> str:
 
 
 def share_bars(parts: Sequence[tuple[str, float]]) -> Table:
-    """Named bytes as a table with bars, longest 16 blocks; the shares are of the sum."""
+    """A table of named bytes with their shares of the sum; the bar of the largest is 16 characters long."""
     total = sum(nbytes for _, nbytes in parts) or 1.0
     largest = max((nbytes for _, nbytes in parts), default=1.0) or 1.0
     rows = tuple(
@@ -77,7 +77,7 @@ def share_bars(parts: Sequence[tuple[str, float]]) -> Table:
     return Table(("memory", " bytes", " share", ""), rows)
 
 
-# GitHub keeps align alone, and centres heads; JupyterLab moves every cell to the right unless a style says otherwise.
+# GitHub keeps only the align attribute and centres heads; JupyterLab aligns every cell right unless a style is set.
 SIDES = {
     ("td", "left"): 'style="text-align:left"',
     ("th", "left"): 'align="left" style="text-align:left"',

@@ -1,4 +1,4 @@
-"""The first object of the workflow: a model's config and its weights, lazily, in TensorRT-LLM's terms."""
+"""The first object of the workflow: a model's config and its lazy weights, under TensorRT-LLM's names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Checkpoint(Shown):
     mapping: Mapping = field(default_factory=Mapping)
     layout: EmbeddingLayout = field(default_factory=EmbeddingLayout)
     rank: int | None = None
-    folder: Path | None = None  # where the tensors lie in this format already
+    folder: Path | None = None  # where the tensors are stored in TensorRT-LLM's format, if they are
 
     @classmethod
     def from_hugging_face(cls, model_dir: PathLike, dtype: str = "auto") -> Checkpoint:
@@ -71,9 +71,9 @@ class Checkpoint(Shown):
 
     @classmethod
     def from_meta_ckpt(cls, ckpt_dir: PathLike, dtype: str = "auto") -> Checkpoint:
-        """Open a folder in Meta's format (params.json with consolidated.*.pth); shards are put together lazily.
+        """Open a folder in Meta's format (params.json with consolidated.*.pth); shards are joined when read.
 
-        The files are loaded as data alone: a pickle that would run code is refused with a CheckpointError.
+        Raises CheckpointError for a pickle that would run code: the files are loaded as data only.
         """
         folder = Path(ckpt_dir)
         config, tensors = read_meta(folder, dtype)
@@ -92,7 +92,7 @@ class Checkpoint(Shown):
 
     @classmethod
     def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> Checkpoint:
-        """Open a folder that ``save`` or TensorRT-LLM wrote: all ranks put together lazily, or one rank's own."""
+        """Open a folder that ``save`` or TensorRT-LLM wrote: whole tensors, joined when read, or one rank's own."""
         folder = Path(ckpt_dir)
         stored = read_checkpoint(folder, rank)
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
@@ -110,11 +110,11 @@ class Checkpoint(Shown):
         embedding_sharding_dim: int = 0,
         use_embedding_sharing: bool = False,
     ) -> Path:
-        """Write config.json, one ``rank{r}.safetensors`` a rank and the tokenizer; gives the folder.
+        """Write config.json, a ``rank{r}.safetensors`` for each rank and the tokenizer; returns the folder.
 
-        One tensor is in memory at a time. The folder takes its place in one step: after an error or a kill the old
-        one is still whole. Raises ConfigError when the model cannot be split so, and CheckpointError when an untied
-        model is asked to share its embedding, with the largest difference between the two tables.
+        One tensor is in memory at a time. The folder is replaced in one step: after an error or a kill the old folder
+        is still complete. Raises ConfigError when the model cannot be split this way, or when it is to share its
+        embedding and the two tables differ, with the largest difference.
         """
         self.require_whole("saved")
         mapping = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
@@ -131,7 +131,7 @@ class Checkpoint(Shown):
 
     @contextlib.contextmanager
     def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
-        """A folder that holds config.json and the tokenizer already, and takes its place when the block ends."""
+        """A new folder with config.json and the tokenizer, which replaces ``folder`` when the block ends."""
         with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
             meta = config_to_json(config, mapping, layout, {"source": self.source})
             (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -141,12 +141,18 @@ class Checkpoint(Shown):
     def quantize(
         self, quant_config: QuantConfig, calibration: Texts | None = None, output_dir: PathLike | None = None
     ) -> QuantizedCheckpoint:
-        """A quantized checkpoint; this one does not change. ``calibration`` is texts (or token ids) to observe.
+        """A quantized checkpoint; this checkpoint does not change. The predicted peak of memory is printed first.
 
-        With ``output_dir`` each block is written as it is done, so that memory holds one block in both forms; the
-        predicted peak is printed first; when mpirun started several processes and all call this, rank 0 writes, and
-        the others wait and open the folder. Raises QuantizeError for texts that are missing, superfluous or useless
-        and for a model that is quantized already; then nothing is written.
+        Args:
+            quant_config: The algorithms.
+            calibration: Texts, or lists of token ids, for an algorithm that reads them.
+            output_dir: Folder to write each block to when it is done, so that memory holds one block in both forms.
+                When mpirun started several processes and all call this, rank 0 writes; the others wait for the folder
+                and open it.
+
+        Raises:
+            QuantizeError: The texts are missing, not needed or useless, or the model is quantized already. Nothing is
+                written then.
         """
         self.require_whole("quantized")
         require(QuantConfig, quant_config, 'QuantConfig(quant_algo="W8A16")')
@@ -157,13 +163,13 @@ class Checkpoint(Shown):
             return QuantizedCheckpoint(
                 quantization.config, tensors, self.source, self.tokenizer_dir, report=report, made_by=quantization
             )
-        folder, made = Path(output_dir), list[QuantizedCheckpoint]()
+        folder, results = Path(output_dir), list[QuantizedCheckpoint]()
 
         def write() -> None:
-            made.append(self._quantize_to(folder, self._prepare(quant_config, calibration, in_memory=False)))
+            results.append(self._quantize_to(folder, self._prepare(quant_config, calibration, in_memory=False)))
 
         on_rank_zero(write)
-        return made[0] if made else QuantizedCheckpoint.load(folder)
+        return results[0] if results else QuantizedCheckpoint.load(folder)  # empty on the other ranks
 
     def _prepare(self, quant_config: QuantConfig, calibration: Texts | None, *, in_memory: bool) -> Quantization:
         tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
@@ -172,8 +178,8 @@ class Checkpoint(Shown):
         return quantization
 
     def _quantize_to(self, folder: Path, quantization: Quantization) -> QuantizedCheckpoint:
-        config, alone = quantization.config, Mapping()
-        with self._writing(folder, config, alone, shared_where_possible(config, alone)) as scratch:
+        config, one_rank = quantization.config, Mapping()
+        with self._writing(folder, config, one_rank, shared_where_possible(config, one_rank)) as scratch:
             specs = tensor_specs(config)
             shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
             with TensorFile(scratch / rank_file(0), shapes) as file:
@@ -184,7 +190,7 @@ class Checkpoint(Shown):
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
     ) -> Engine:
-        """An engine with these bounds; ``plan=False`` leaves the TensorRT plan out. The checkpoint does not change."""
+        """An engine with these bounds; ``plan=False`` builds no TensorRT plan. The checkpoint does not change."""
         bounds = require(
             BuildConfig, BuildConfig() if build_config is None else build_config, "BuildConfig(max_seq_len=2048)"
         )
@@ -198,11 +204,11 @@ class Checkpoint(Shown):
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has learned; a tied table counts once."""
+        """Number of the model's parameters; a tied table counts once."""
         return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
 
     def require_whole(self, what: str) -> None:
-        """CheckpointError when this is a single rank of several."""
+        """Raise CheckpointError when this holds a single rank of several; ``what`` completes "cannot be"."""
         if self.rank is not None and len(self.mapping.ranks) > 1:
             raise CheckpointError(
                 f"rank {self.rank} of {self.mapping.world_size} alone cannot be {what}",
@@ -226,8 +232,8 @@ class Checkpoint(Shown):
 class QuantizedCheckpoint(Checkpoint):
     """A checkpoint with quantized linears, a quantized KV cache or both.
 
-    ``report`` is stored beside it, None where another tool wrote the folder. After ``quantize`` there is ``made_by``
-    too, which knows the source and the texts and can be asked again; a folder does not keep it.
+    ``report`` is stored in the folder, None where another tool wrote it. ``made_by`` is the quantization with its
+    source and texts, which can quantize again; ``quantize`` sets it, and it is not stored.
     """
 
     report: QuantizationReport | None = None
@@ -236,14 +242,14 @@ class QuantizedCheckpoint(Checkpoint):
     @classmethod
     def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> QuantizedCheckpoint:
         """Open a folder that holds a quantized checkpoint; see ``Checkpoint.load``."""
-        found = Checkpoint.load(ckpt_dir, rank)
-        if not isinstance(found, QuantizedCheckpoint):
-            raise CheckpointError(f"{found.source} is not quantized", remedy="open it with Checkpoint.load()")
-        return found
+        checkpoint = Checkpoint.load(ckpt_dir, rank)
+        if not isinstance(checkpoint, QuantizedCheckpoint):
+            raise CheckpointError(f"{checkpoint.source} is not quantized", remedy="open it with Checkpoint.load()")
+        return checkpoint
 
     @contextlib.contextmanager
     def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
-        """See Checkpoint; with the report."""
+        """As for a Checkpoint, with the report."""
         with super()._writing(folder, config, mapping, layout) as scratch:
             if self.report is not None:
                 write_report(scratch, self.report)
@@ -253,9 +259,9 @@ class QuantizedCheckpoint(Checkpoint):
     def from_modelopt(
         cls, model_dir: PathLike, quant_config: QuantConfig, calibration: Texts, output_dir: PathLike
     ) -> QuantizedCheckpoint:
-        """Let NVIDIA's ModelOpt quantize a Hugging Face folder, as TensorRT-LLM does for FP8, AWQ and SQ_PER_CHANNEL.
+        """Quantize a Hugging Face folder with NVIDIA's ModelOpt, as TensorRT-LLM does for FP8, AWQ and SQ_PER_CHANNEL.
 
-        Raises MissingDependency without ``nvidia-modelopt``, QuantizeError for what does not go this way.
+        Raises MissingDependency without ``nvidia-modelopt``, QuantizeError for settings that ModelOpt does not support.
         """
         check_modelopt(quant_config)
         plain = Checkpoint.from_hugging_face(model_dir)
@@ -264,11 +270,11 @@ class QuantizedCheckpoint(Checkpoint):
         rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
         with tempfile.TemporaryDirectory() as scratch:
             export_with_modelopt(Path(model_dir), plain.config, quant_config, rows, Path(scratch))
-            found = cls.load(scratch)
-            config = found.config.replace(vocab_size=plain.config.vocab_size)
+            exported = cls.load(scratch)
+            config = exported.config.replace(vocab_size=plain.config.vocab_size)
             tensors = {  # AWQ exports pad the vocabulary
                 name: tensor.narrow(0, 0, config.vocab_size) if name in (EMBEDDING, HEAD) else tensor
-                for name, tensor in found.tensors.items()
+                for name, tensor in exported.tensors.items()
             }
             QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
         return cls.load(output_dir)

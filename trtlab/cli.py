@@ -1,9 +1,10 @@
-"""The command line, thin: each command is one object call, by TensorRT-LLM's flag names."""
+"""The command line: each command makes one object call, with TensorRT-LLM's flag names."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,19 +21,33 @@ from trtlab.machine import machine
 from trtlab.parallel.shard import EmbeddingLayout
 
 BUILD_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens", "weight_streaming")
+MAPPING_FLAGS = ("tp_size", "pp_size")
 EMBEDDING_FLAGS = ("use_parallel_embedding", "embedding_sharding_dim", "use_embedding_sharing")
+BENCH_FLAGS = ("warm_up", "num_runs")
+FLAG_OF_ARGUMENT = {name: name for name in (*BUILD_FLAGS, *MAPPING_FLAGS, *EMBEDDING_FLAGS, *BENCH_FLAGS)}
+FLAG_OF_ARGUMENT["max_new_tokens"] = "max_output_len"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit status. A TrtlabError is one line on stderr and status 2."""
+    """Run one command and return the exit status; a TrtlabError is printed to stderr and gives status 2."""
     options = _parser().parse_args(arguments)
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
     except TrtlabError as error:
-        print(f"trtlab: {error}", file=sys.stderr)
+        print(f"trtlab: {with_flags(str(error), options)}", file=sys.stderr)
         return 2
     return 0
+
+
+def with_flags(message: str, options: argparse.Namespace) -> str:
+    """An error's text with flags in place of Python's arguments: ``--max_seq_len 64`` for ``max_seq_len=64``."""
+    flags = {argument: flag for argument, flag in FLAG_OF_ARGUMENT.items() if flag in options}
+    if not flags:
+        return message
+    message = re.sub(rf"\b({'|'.join(flags)})=True\b", r"\1", message)  # a switch has no value
+    argument = re.compile(rf"(?<![-\w])(?:[A-Z]\w*\.)?({'|'.join(flags)})\b(=?)")
+    return argument.sub(lambda match: f"--{flags[match[1]]}{' ' if match[2] else ''}", message)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -81,7 +96,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _numbers(flag: str, text: str, size: int, example: str) -> list[tuple[int, ...]]:
-    """Groups of ``size`` numbers with commas within and semicolons between, as TensorRT-LLM's flags have them."""
+    """Groups of ``size`` numbers: commas separate numbers, semicolons groups, as in TensorRT-LLM's flags."""
     groups = [group.split(",") for group in text.split(";")]
     if any(len(group) != size or not all(n.strip().isdecimal() for n in group) for group in groups):
         raise TrtlabError(f"{flag} is not understood", got=repr(text), expected=f'numbers such as "{example}"')
@@ -113,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--meta_ckpt_dir", help="folder in Meta's format")
     convert.add_argument("--output_dir", required=True)
     convert.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    _add_settings(convert, Mapping, ("tp_size", "pp_size"))
+    _add_settings(convert, Mapping, MAPPING_FLAGS)
     _add_settings(convert, EmbeddingLayout, EMBEDDING_FLAGS)
 
     build = command("build", _build, "a checkpoint to an engine")

@@ -1,4 +1,4 @@
-"""The third object of the workflow: a model cut into ranks within bounds fixed at build, and its TensorRT plans."""
+"""The third object of the workflow: a model split into ranks, with bounds fixed at build, and its TensorRT plans."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WEIGHTS = ("link", "copy", "none")
 
 
 class WeightSource(Protocol):
-    """What an engine is built from, and compared with: a checkpoint."""
+    """A checkpoint, as far as an engine needs it to be built or compared."""
 
     @property
     def config(self) -> ModelConfig:
@@ -57,46 +57,46 @@ class WeightSource(Protocol):
 
     @property
     def tensors(self) -> abc.Mapping[str, LazyTensor]:
-        """Its whole tensors by TensorRT-LLM's names."""
+        """The whole tensors by TensorRT-LLM's names."""
         ...
 
     @property
     def source(self) -> str:
-        """Where it came from, in words."""
+        """The origin of the weights, in words."""
         ...
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The folder of its tokenizer."""
+        """The folder of the tokenizer, if there is one."""
         ...
 
     @property
     def folder(self) -> Path | None:
-        """Where the tensors lie in TensorRT-LLM's format, if they do."""
+        """The folder that stores the tensors in TensorRT-LLM's format, if there is one."""
         ...
 
     @property
     def mapping(self) -> Mapping:
-        """How they lie there over ranks."""
+        """How ``folder`` splits the model over ranks."""
         ...
 
     @property
     def layout(self) -> EmbeddingLayout:
-        """How the token table lies there over ranks."""
+        """How ``folder`` splits the token table over ranks."""
         ...
 
     def require_whole(self, what: str) -> None:
-        """CheckpointError when this is a single rank of several."""
+        """Raise CheckpointError when this holds a single rank of several; ``what`` completes "cannot be"."""
         ...
 
 
 @dataclass(eq=False, repr=False)
 class Engine(Shown):
-    """A model ready to run: config, bounds, each rank's weights, still lazy, and its plans where TensorRT built them.
+    """A model ready to run: config, bounds, the lazy weights of each rank, and the plans that TensorRT built.
 
-    ``plans`` is None for an engine without TensorRT plans, which runs in torch all the same. ``weight_files`` are the
-    ranks' files when they lie on disk in this layout already, so that ``save`` can link them. Use the engine as a
-    context manager, or call ``close()``; afterwards it is an error to use it.
+    ``plans`` is None for an engine without TensorRT plans, which runs in torch. ``weight_files`` are the ranks' files
+    when a folder stores them in the same layout, so that ``save`` can link them. Use the engine as a context manager,
+    or call ``close()``; after that every use is an error.
     """
 
     config: ModelConfig
@@ -142,10 +142,13 @@ class Engine(Shown):
         steps: int = 4,
         op_set: type[TensorRTOps] = TensorRTOps,
     ) -> NetworkComparison:
-        """Torch in float32 on the checkpoint, and this engine's network, side by side: where do they part?
+        """Compare this engine's network with torch in float32 on the checkpoint, layer by layer.
 
-        ``prompt`` is text or token ids; ``steps`` tokens are decoded after it. ``op_set`` may be a subclass that emits
-        some verb in another way, to plant an error and see it found.
+        Args:
+            checkpoint: The same model, quantized or not.
+            prompt: Text or token ids.
+            steps: Number of tokens to decode after the prompt.
+            op_set: A subclass may emit an op in another way, to plant an error and see it found.
         """
         if isinstance(prompt, str):
             if self.tokenizer_dir is None:
@@ -155,11 +158,11 @@ class Engine(Shown):
         return compare(self.emission(0, op_set), self.config, weights, [int(token) for token in prompt], steps=steps)
 
     def emission(self, rank: int = 0, op_set: type[TensorRTOps] = TensorRTOps) -> Emission:
-        """One rank's network as TensorRT holds it, with its bindings and its weights."""
+        """One rank's network in TensorRT, with its bindings and its weights."""
         return emit(self.config, self.build_config, self.mapping, rank, self.weights(rank), op_set=op_set)
 
     def weights(self, rank: int) -> dict[str, torch.Tensor]:
-        """One rank's tensors, read; EngineError when the folder was saved without weights."""
+        """Read the tensors of one rank; EngineError when the engine was saved without weights."""
         self.require_open()
         if not self.ranks:
             raise EngineError(
@@ -170,10 +173,10 @@ class Engine(Shown):
         return {name: tensor.read() for name, tensor in self.ranks[rank].items()}
 
     def save(self, engine_dir: PathLike, weights: str = "link") -> Path:
-        """Write the engine folder, in one step; gives the folder.
+        """Write the engine folder, in one step; returns the folder.
 
-        ``weights`` is ``"link"`` (hard links where source and file system allow, else copies), ``"copy"``, or
-        ``"none"``: such a folder needs TensorRT to run.
+        ``weights`` is ``"link"`` (hard links where source and file system allow them, else copies), ``"copy"`` or
+        ``"none"``; a folder without weights needs TensorRT to run.
         """
         self.require_open()
         if weights not in WEIGHTS:
@@ -181,7 +184,7 @@ class Engine(Shown):
         if weights != "none" and not self.ranks:
             raise EngineError("this engine was loaded without weights", remedy='save it with weights="none"')
         if weights == "none" and self.plans is None:
-            raise EngineError("without a plan and without weights nothing could run", remedy='save with weights="link"')
+            raise EngineError("an engine without plan and weights cannot run", remedy='save it with weights="link"')
         folder = Path(engine_dir)
         with replacing(folder, ours=_is_ours, marker="build_config", error=EngineError) as scratch:
             meta = json.dumps(_to_json(self), indent=2) + "\n"
@@ -198,16 +201,16 @@ class Engine(Shown):
         with progress("saving weights", total) as bar:
             for rank, tensors in enumerate(self.ranks):
                 target = folder / rank_file(rank)
-                next(iter(tensors.values())).read()  # says so when the file is no longer the one that was opened
+                next(iter(tensors.values())).read()  # an error when the file has changed since it was opened
                 if not (link and self.weight_files and _linked(self.weight_files[rank], target)):
                     write_safetensors(target, tensors, on_tensor=lambda t: bar.update(t.nbytes))
 
     @classmethod
     def load(cls, engine_dir: PathLike, plan: bool = True) -> Engine:
-        """Open an engine folder; ``plan=False`` leaves its plans aside and runs the weights.
+        """Open an engine folder; ``plan=False`` ignores its plans and runs the weights.
 
-        Raises EngineError or CheckpointError, in one line with the remedy, for a folder that is damaged, holds other
-        weights than it was built from, or whose plans come from another TensorRT than the one here.
+        Raises EngineError or CheckpointError when the folder is damaged, holds other weights than it was built from,
+        or has plans of another TensorRT than the installed one.
         """
         folder = Path(engine_dir)
         if not folder.is_dir():
@@ -223,7 +226,7 @@ class Engine(Shown):
             check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
         source = stored.provenance.source or f"engine {folder.name}"
         prints = stored.provenance.fingerprints or ()
-        if ranks and prints and prints != tuple(fingerprint(tensors) for tensors in ranks):
+        if ranks and prints and prints != tuple(map(fingerprint, ranks)):
             raise EngineError(
                 f"{folder.name} holds other weights than it was built from", remedy="copy it again, or build again"
             )
@@ -233,14 +236,14 @@ class Engine(Shown):
         return cls(config, stored.build_config, mapping, layout, ranks, source, tokenizer, files, plans, prints)
 
     def close(self) -> None:
-        """Let the weights go; a second close is harmless."""
+        """Release the weights and the plans; a second call does nothing."""
         self.closed = True
         self.ranks = []
         if self.plans is not None:
             self.plans.close()
 
     def require_open(self) -> None:
-        """EngineError after ``close``."""
+        """Raise EngineError after ``close``."""
         if self.closed:
             raise EngineError("this engine is closed", remedy="build it again, or load it from its folder")
 
@@ -255,9 +258,15 @@ class Engine(Shown):
 def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping, *, plan: bool) -> Engine:
     """An engine from a checkpoint, which does not change and can be built again.
 
-    With ``plan`` every rank is compiled by TensorRT; where there is none, a line says so and the engine has no plan.
-    Raises ConfigError when the bounds exceed the model or the model cannot be split over ``mapping``, EngineError when
-    TensorRT refuses the network or this machine's memory cannot hold the plan.
+    Args:
+        checkpoint: The model.
+        build_config: The bounds.
+        mapping: The ranks.
+        plan: Whether TensorRT compiles every rank; without TensorRT a warning is logged and the engine has no plan.
+
+    Raises:
+        ConfigError: The bounds exceed the model, or the model cannot be split over ``mapping``.
+        EngineError: TensorRT refuses the network, or this machine has too little memory for the plan.
     """
     checkpoint.require_whole("built")
     resolved = build_config.resolve(checkpoint.config)
@@ -289,8 +298,8 @@ def _build_plans(
 ) -> Plans | None:
     try:
         return Plans.build(config, build_config, mapping, ranks)
-    except MissingDependency as missing:
-        logger.warning("no plan was built: %s", missing)
+    except MissingDependency as error:
+        logger.warning("no plan was built: %s", error)
         return None
 
 
@@ -313,7 +322,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether a hard link could be made; another file system or a missing right makes it False."""
+    """Make a hard link; False where another file system or a missing right forbids it."""
     try:
         os.link(source, target)
     except OSError:

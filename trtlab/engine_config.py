@@ -17,11 +17,11 @@ REMEDY = "build the engine again with this version, or load it with the one that
 
 
 class EngineProvenance(OpenObject):
-    """What the engine was built from."""
+    """The weights that the engine was built from."""
 
     source: str | None = None
     fingerprints: Listed[str] | None = None
-    """One a rank, in rank order."""
+    """One for each rank, in rank order."""
 
 
 class _WithPlans(EngineProvenance):
@@ -29,7 +29,7 @@ class _WithPlans(EngineProvenance):
 
 
 class EngineFile(OpenObject):
-    """config.json of an engine folder, without what it says of plans."""
+    """config.json of an engine folder, without the records of its plans."""
 
     pretrained_config: TrtllmConfig
     build_config: Annotated[BuildConfig, ByFields(max_input_len=Count, max_seq_len=Count)]
@@ -40,19 +40,19 @@ class EngineFile(OpenObject):
     def _check_kind(cls, raw: dict[str, Any], info: ValidationInfo[str]) -> dict[str, Any]:
         if not isinstance(raw.get("build_config"), dict) or not isinstance(raw.get("pretrained_config"), dict):
             raise EngineError(
-                f"{info.context} is not of an engine folder",
+                f"{info.context} is not the config.json of an engine folder",
                 remedy="Checkpoint.load() opens a checkpoint; build() it first",
             )
         return raw
 
     @property
     def provenance(self) -> EngineProvenance:
-        """What the engine was built from, as far as the file tells."""
+        """The weights that the engine was built from; empty where the file does not say."""
         return self.trtlab or EngineProvenance()
 
     @property
     def plans(self) -> tuple[PlanRecord, ...]:
-        """What the build told of each rank's plan; none for a file that was read without them."""
+        """The record of each rank's plan; empty for a file that was read without them."""
         return (self.trtlab.plans or ()) if isinstance(self.trtlab, _WithPlans) else ()
 
 
@@ -61,10 +61,10 @@ class _EngineFileWithPlans(EngineFile):
 
 
 def read_engine_file(engine_dir: Path, *, plans: bool) -> EngineFile:
-    """config.json of an engine folder; without ``plans`` what it says of them may be of another version.
+    """Read config.json of an engine folder; without ``plans`` their records are not read and may be of another version.
 
     Raises:
-        EngineError: The file is missing or damaged, or of a folder of another kind.
+        EngineError: The file is missing or damaged, or the folder is not an engine folder.
         CheckpointError: ``pretrained_config`` was written by another program, or by a later trtlab.
         ConfigError: ``build_config`` contradicts itself.
     """

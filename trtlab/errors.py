@@ -7,7 +7,7 @@ from functools import partial
 
 
 class TrtlabError(Exception):
-    """A mistake that the caller can mend.
+    """A mistake that the caller can correct.
 
     ``what`` names the problem, ``got`` the offending value, ``expected`` what would have been right and ``remedy``
     the next step. ``str(error)`` joins those that are given into one or two lines.
@@ -21,7 +21,7 @@ class TrtlabError(Exception):
         super().__init__(what, got, expected, remedy)
 
     def __reduce__(self) -> tuple[Callable[[str], TrtlabError], tuple[str]]:
-        """Pickle it whole, so that it can travel from one process to another."""
+        """Keep all parts in a pickle, so that an error can travel between processes."""
         return partial(type(self), got=self.got, expected=self.expected, remedy=self.remedy), (self.what,)
 
     def __str__(self) -> str:

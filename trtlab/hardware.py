@@ -1,4 +1,4 @@
-"""What this machine has: processor cores, memory, caches, GPUs. The only place that asks."""
+"""What this machine has: processor cores, memory, caches, GPUs. No other module asks the system."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory, 0 where the system does not tell."""
+    """Bytes of memory, 0 where the system does not report them."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0
 
 
 def cache_bytes() -> int:
-    """The last-level cache of the first processor core in bytes, 0 where the system does not tell."""
+    """The last-level cache of the first processor core in bytes, 0 where the system does not report it."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=0)

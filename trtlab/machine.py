@@ -1,4 +1,4 @@
-"""``trtlab.machine()``: what is here, what can build and what can run."""
+"""``trtlab.machine()``: the hardware and libraries of this machine, and whether it builds and runs plans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trtlab.tensorrt.library import library
 
 @dataclass(frozen=True, repr=False)
 class Machine(Shown):
-    """What is here, what can build and what can run; see ``trtlab.machine()``."""
+    """The hardware and libraries of a machine, and whether it builds and runs plans; see ``trtlab.machine()``."""
 
     system: str
     cores: int
@@ -31,7 +31,7 @@ class Machine(Shown):
 
 
 def machine() -> Machine:
-    """Ask the machine: processor cores, memory in bytes, CUDA devices, the TensorRT library, MPI."""
+    """Describe this machine: processor cores, memory in bytes, CUDA devices, the TensorRT library, MPI."""
     gpus = hardware.gpus()
     tensorrt, builds, runs = _tensorrt(gpus)
     return Machine(
@@ -48,13 +48,13 @@ def machine() -> Machine:
 
 
 def _tensorrt(gpus: tuple[Gpu, ...]) -> tuple[str, bool, bool]:
-    """What to call the library, whether plans can be built here, and whether they run on the first GPU."""
+    """The library in words, whether plans can be built here, and whether they run on the first GPU."""
     try:
-        found = library()
-    except TrtlabError as missing:
-        return f"none: {missing}", False, False
+        tensorrt = library()
+    except TrtlabError as error:
+        return f"none: {error}", False, False
     if not gpus:
-        return f"{found.title}; its plans need a GPU to run", True, False
+        return f"{tensorrt.title}; its plans need a GPU to run", True, False
     major, minor = (int(part) for part in gpus[0].compute_capability.split("."))
-    verdict = found.runs_on((major, minor))
-    return f"{found.title}; {verdict.reason}", True, verdict.ok
+    verdict = tensorrt.runs_on((major, minor))
+    return f"{tensorrt.title}; {verdict.reason}", True, verdict.ok

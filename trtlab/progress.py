@@ -1,4 +1,4 @@
-"""The one progress bar: it shows bytes or steps, in a terminal or a notebook, once something has taken a while."""
+"""The progress bar: bytes or steps, in a terminal or a notebook; short operations show none."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import sys
 from typing import Any
 
-PATIENCE_S = 0.7  # what is done sooner shows no bar
+PATIENCE_S = 0.7  # a shorter operation shows no bar
 
 
 def progress(label: str, total: int, *, unit: str = "B") -> Any:
     """A tqdm bar of ``total`` units, a context manager with ``update(n)``.
 
-    Silent where output goes to a file, and where tqdm's own TQDM_DISABLE asks for it.
+    It prints nothing when stderr is a file (outside a notebook) or when tqdm's TQDM_DISABLE is set.
     """
     from tqdm.auto import tqdm
 
-    notebook = sys.modules.get("tqdm.notebook")  # tqdm itself imports it in a notebook alone: it costs 0.4 s
+    notebook = sys.modules.get("tqdm.notebook")  # tqdm imports it only in a notebook; importing it here costs 0.4 s
     silent = not (notebook and issubclass(tqdm, notebook.tqdm_notebook)) and not sys.stderr.isatty()
     silent = silent or bool(os.environ.get("TQDM_DISABLE"))
     return tqdm(

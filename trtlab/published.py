@@ -1,4 +1,4 @@
-"""Numbers that others published, as data, and the arithmetic that they can be checked against. Measures nothing."""
+"""Numbers that others published, as data, and the arithmetic that predicts them. Measures nothing."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ BANDWIDTH: abc.Mapping[str, float] = MappingProxyType({"V100": 900e9, "A100": 20
 class V100Run:
     """One cell: output tokens a second of a batch, None where it ran out of memory (OOM).
 
-    ``printed_peak_gib`` is the ``gpu_peak_mem(gb)`` of TensorRT-LLM's benchmark where the source's is at hand, else
-    None; it counts 2**30 bytes.
+    ``printed_peak_gib`` is the ``gpu_peak_mem(gb)`` that TensorRT-LLM's benchmark printed, in units of 2**30 bytes;
+    None where it was not published.
     """
 
     tp_size: int
@@ -83,7 +83,7 @@ class V100Run:
 
     @property
     def out_of_memory(self) -> bool:
-        """What was published."""
+        """Whether the published cell is OOM."""
         return self.tokens_per_second is None
 
 
@@ -92,7 +92,7 @@ class V100Table(Shown):
     """LLaMA-2-7B on V100-PCIE-32G under TensorRT-LLM 0.5, October 2023: 32 cells, each with its predicted peak.
 
     ``peak = base + batch * (input_len + output_len) * KV bytes a token / tp_size``. ``base`` is the printed peak of
-    batch 1 less the KV of its own tokens: weights, and what was reserved for activations of the largest batch and
+    batch 1 without the KV of its own tokens: weights, and the space reserved for activations of the largest batch and
     prompt. ``setups`` names the weights for each ``tp_size``.
     """
 
@@ -107,21 +107,21 @@ class V100Table(Shown):
         return tokens * self.shape.kv_bytes_per_token / run.tp_size / GIB
 
     def base_gib(self, tp_size: int) -> float:
-        """What is taken before the first token is cached."""
+        """GiB of each GPU in use before the first token is cached."""
         anchors = (r for r in self.runs if r.tp_size == tp_size and r.batch == 1)
         return next(r.printed_peak_gib - self.kv_gib(r) for r in anchors if r.printed_peak_gib is not None)
 
     def peak_gib(self, run: V100Run) -> float:
-        """The predicted peak of one GPU."""
+        """The predicted peak of one GPU in GiB."""
         return self.base_gib(run.tp_size) + self.kv_gib(run)
 
     def predicted_out_of_memory(self, run: V100Run) -> bool:
-        """Whether the predicted peak exceeds the card."""
+        """Whether the predicted peak exceeds the GPU's memory."""
         return self.peak_gib(run) > self.limit_gib
 
     @property
     def right(self) -> int:
-        """How many cells the prediction gets right."""
+        """Number of cells that the prediction gets right."""
         return sum(self.predicted_out_of_memory(run) == run.out_of_memory for run in self.runs)
 
 
@@ -168,6 +168,6 @@ V100 = V100Table(
             (2048, 2048): (93, 452, 625, OOM),
         },
     ),
-    limit_gib=31.75,  # 32,510 MiB that the card gives a program
+    limit_gib=31.75,  # 32,510 MiB are available to a program
     shape=SHAPES["LLaMA-2-7B"],
 )

@@ -1,4 +1,4 @@
-"""Says in trtlab's words what pydantic found wrong, one line a problem. Knows no setting and no file format."""
+"""Turns pydantic's validation errors into trtlab's, one line for each problem. Knows no setting and no file format."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ LONGEST_VALUE = 80  # characters of a refused value that an error repeats
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: ``str(problem)`` is a line such as "size is 'x', expected an int of at least 1"."""
+    """One refused field: ``str(problem)`` is a line such as "size is 'x', expected an int of at least 1"."""
 
     field: str
-    """Where: ``size``, ``rotary_scaling.factor``, ``stop[1]``; empty when it is about the whole."""
+    """Its place: ``size``, ``rotary_scaling.factor``, ``stop[1]``; empty when it is about the whole."""
     what: str
-    """What is wrong with the field, as the rest of a sentence: ``is missing``."""
+    """What is wrong with the field, as the end of a sentence: ``is missing``."""
     got: str | None = None
     """The refused value, as Python writes it."""
     expected: str | None = None
-    """What would have been right."""
+    """The values that are allowed."""
     remedy: str | None = None
     """What to do next."""
 
@@ -52,7 +52,7 @@ class Problem:
 
 
 def problems(error: ValidationError, hint: Any) -> list[Problem]:
-    """Every problem of one validation, a field that may be of several types once.
+    """Every problem of one validation; a field that may have several types is listed once.
 
     Args:
         error: What pydantic raised.
@@ -60,27 +60,21 @@ def problems(error: ValidationError, hint: Any) -> list[Problem]:
     """
     entries: dict[str, tuple[Any, ErrorDetails]] = {}
     for entry in error.errors(include_url=False):
-        field, at = _place(entry["loc"], hint) if entry["type"] != EXTRA_ARGUMENT else ("", None)
+        field, expected = _place(entry["loc"], hint) if entry["type"] != EXTRA_ARGUMENT else ("", None)
         if field not in entries or len(entry["loc"]) < len(entries[field][1]["loc"]):
-            entries[field] = at, entry  # the shortest place shows the whole value, not an item of it
-    return [_problem(field, at, entry, hint) for field, (at, entry) in entries.items()]
-
-
-def as_error(kind: type[E], error: ValidationError, hint: Any, owner: str, separator: str = ": ") -> E:
-    """The problems of one validation as one error: what, got, expected and remedy, or a line for each of several.
-
-    Args:
-        kind: The class of the error to give, ``CheckpointError`` for a file of a checkpoint.
-        error: What pydantic raised; raise the result ``from`` it.
-        hint: The type that was validated.
-        owner: Whose field it is: a path, or the name of a settings class.
-        separator: What stands between the owner and the field, ``"."`` for a settings class.
-    """
-    return combine(kind, problems(error, hint), owner, separator)
+            entries[field] = expected, entry  # the shortest place shows the whole value, not an item of it
+    return [_problem(field, expected, entry, hint) for field, (expected, entry) in entries.items()]
 
 
 def combine(kind: type[E], listed: Sequence[Problem], owner: str, separator: str = ": ") -> E:
-    """Problems of one owner as one error: a single one in its parts, several as a line each."""
+    """The problems of one object as one error: the parts of a single problem, a line for each of several.
+
+    Args:
+        kind: The class of the error, such as ``ConfigError``.
+        listed: The problems, at least one.
+        owner: The object that has the fields: a path, or the name of a settings class.
+        separator: The text between the owner and a field, ``"."`` for a settings class.
+    """
     if len(listed) > 1:
         return kind("\n".join(f"{owner}{separator if problem.field else ' '}{problem}" for problem in listed))
     (problem,) = listed
@@ -98,22 +92,22 @@ def require(kind: type[T], value: object, example: str) -> T:
 def describe(hint: Any, whole: bool = False) -> str:
     """A type as an error names it: ``an int of at least 1 or None``, ``linear | yarn``, ``a list or tuple of str``.
 
-    ``whole`` says also what goes without saying: that a number is finite, and an int has 64 bits.
+    With ``whole`` it includes the limits that are usually left out: finite numbers, ints of at most 64 bits.
     """
     return " or ".join(_describe_one(option, whole) for option in _options(hint))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A remedy that names the nearest of the known names, None when none is near."""
+    """A remedy that names the most similar of the known names, None when no name is similar."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]}?" if near else None
 
 
 def shorten(value: object) -> str:
-    """A value as Python writes it, on one line and not long, whatever it is."""
+    """The ``repr`` of a value on one line of at most 80 characters; it never raises."""
     try:
         text = " ".join(_SHORT.repr(value).split())
-    except Exception:  # noqa: BLE001 - a repr may raise anything, an int of 5000 digits among them
+    except Exception:  # noqa: BLE001 - a repr may raise anything; that of an int of 5000 digits does
         text = f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
@@ -127,8 +121,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = LONGEST_VALUE
 
 
-def _problem(field: str, at: Any, entry: ErrorDetails, hint: Any) -> Problem:
-    code, given = entry["type"], entry["input"]
+def _problem(field: str, expected: Any, entry: ErrorDetails, hint: Any) -> Problem:
+    code, value = entry["type"], entry["input"]
     if code in UNKNOWN:
         parent = _place(entry["loc"][:-1], hint)[1]
         known = [name for option in _options(parent) for name in fields_of(get_origin(option) or option)]
@@ -136,26 +130,26 @@ def _problem(field: str, at: Any, entry: ErrorDetails, hint: Any) -> Problem:
         remedy = did_you_mean(name, known)
         return Problem(field, "is unknown", expected=None if remedy else " | ".join(known) or None, remedy=remedy)
     if code == "missing":
-        return Problem(field, "is missing", expected=None if at is None else describe(at))
+        return Problem(field, "is missing", expected=None if expected is None else describe(expected))
     if code == EXTRA_ARGUMENT:
         return Problem("", f"takes at most {entry['loc'][-1]} arguments by position", remedy="give the others by name")
     if code == "multiple_argument_values":
         return Problem(field, "is given twice, by position and by name")
     if code == "json_invalid":
         return Problem(field, f"is not JSON: {entry['msg'].removeprefix('Invalid JSON: ')}")
-    if at is None or code == "value_error":
+    if expected is None or code == "value_error":
         message = entry["msg"].removeprefix("Value error, ")
-        return Problem(field, "is not valid", shorten(given), message[:1].lower() + message[1:])
+        return Problem(field, "is not valid", shorten(value), message[:1].lower() + message[1:])
     return Problem(
         field,
         "is not valid",
-        shorten(given),
-        describe(at, whole=code in ("finite_number", "less_than") or (code == "float_type" and type(given) is int)),
+        shorten(value),
+        describe(expected, whole=code in ("finite_number", "less_than") or (code, type(value)) == ("float_type", int)),
     )
 
 
 def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
-    """The name of a place within a value, and its type; a value of several types is named as a whole."""
+    """The name and the type of a place inside a value; nothing inside a value of several types has its own name."""
     name = ""
     for part in loc:
         options = [option for option in _options(hint) if option is not type(None)]
@@ -169,12 +163,12 @@ def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
 
 
 def _inner(hint: Any, part: int | str) -> Any:
-    """The type of one field, item or key's value; None where it is not known."""
+    """The type of one field, of one item or of a key's value; None where it is unknown."""
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     base, arguments = get_origin(hint) or hint, get_args(hint)
     if base in (list, tuple, Sequence) and arguments and isinstance(part, int):
-        of_each = base is not tuple or arguments[-1] is ...
-        return arguments[0] if of_each else arguments[part] if part < len(arguments) else None
+        same = base is not tuple or arguments[-1] is ...  # for all items
+        return arguments[0] if same else arguments[part] if part < len(arguments) else None
     if base in (dict, Mapping) and arguments:
         return arguments[1]
     return fields_of(base).get(str(part))
@@ -182,7 +176,7 @@ def _inner(hint: Any, part: int | str) -> Any:
 
 @cache
 def fields_of(kind: Any) -> dict[str, Any]:
-    """The fields of a class with their types, by the names that a file or a caller gives them."""
+    """The fields of a class with their types, under the names that a file or a caller uses."""
     if not isinstance(kind, type) or not getattr(kind, "__annotations__", None):
         return {}
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -222,7 +216,7 @@ def _describe_one(hint: Any, whole: bool, article: bool = True) -> str:
 
 
 def _items(hint: Any) -> str:
-    """What a list or a dict holds, without articles: ``str``, ``int of at least 1``."""
+    """The items of a list or a dict, without articles: ``str``, ``int of at least 1``."""
     return " or ".join(_describe_one(option, False, article=False) for option in _options(hint))
 
 

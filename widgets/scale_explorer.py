@@ -13,7 +13,7 @@ from ipywidgets import HTML, Button, Dropdown, HBox, Label, SelectionSlider, Tog
 from trtlab.card import Card, Table, bar, html, size
 from trtlab.checkpoint import QuantizedCheckpoint
 from trtlab.config.algorithms import KvScales
-from trtlab.config.base import written
+from trtlab.config.base import python_code
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
 from trtlab.evaluate.quantization import recipe_title
@@ -118,7 +118,7 @@ class ScaleExplorer(Dashboard):
                 for row in self.study.caches[self.scales.value]
             )
             tables.append(Table((" layer", " bits of K", " bits of V"), bits, f"INT8 KV cache, {self.scales.value}"))
-        return Card(f"ScaleExplorer · {self._title()}", (("recipe", written(self.recipe)),), tuple(tables))
+        return Card(f"ScaleExplorer · {self._title()}", (("recipe", python_code(self.recipe)),), tuple(tables))
 
     def __repr__(self) -> str:
         excluded = f", {len(self._excluded)} excluded" if self._excluded else ""
@@ -190,7 +190,7 @@ class ScaleExplorer(Dashboard):
         return moving(*self._settings())
 
     def _details_card(self) -> Card:
-        facts = [("recipe", written(self.recipe))]
+        facts = [("recipe", python_code(self.recipe))]
         if not self.study.linears:
             return Card("These settings", tuple(facts))
         one = next(linear for linear in self.study.linears if linear.name == self.shown.value)

@@ -29,7 +29,7 @@ from trtlab import (
 )
 from trtlab.card import card, text
 from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, KV_SCALES
-from trtlab.config.base import Settings, field_docs, first_sentence, written
+from trtlab.config.base import Settings, field_docs, first_sentence, python_code
 from trtlab.config.model import DTYPES
 from trtlab.model.rope import SCALINGS
 from trtlab.parallel.shard import EmbeddingLayout
@@ -225,13 +225,13 @@ def test_a_list_within_itself_is_refused_like_any_other():
             SessionConfig,
             {"batching_type": "STATC"},
             "SessionConfig.batching_type is not valid; got 'STATC'; expected INFLIGHT | STATIC; batching_type: whether "
-            "requests join and leave at each step, or (STATIC) a batch is closed until all of it is done",
+            "requests join and leave at each step, or (STATIC) a batch is closed until all its requests are done",
         ),
         (
             BuildConfig,
             {"compute_capabilities": ("8.9", 9)},
             "BuildConfig.compute_capabilities[1] is not valid; got 9; expected a str; compute_capabilities: targets of "
-            'the plan, such as ("8.9",); empty is all that the TensorRT library serves',
+            'the plan, such as ("8.9",); empty means all that the TensorRT library supports',
         ),
         (
             Mapping,
@@ -342,7 +342,7 @@ def test_a_card_shows_every_field_with_what_it_is(kind):
 
 
 def test_what_is_written_can_be_typed_again():
-    assert written(BuildConfig()) == "BuildConfig()"
+    assert python_code(BuildConfig()) == "BuildConfig()"
     for chosen in (
         BuildConfig(max_input_len=8, compute_capabilities=["8.9"]),
         QuantConfig("W4A16_AWQ", "INT8", group_size=64, exclude_modules=("*.mlp.fc",)),
@@ -351,9 +351,9 @@ def test_what_is_written_can_be_typed_again():
         Mapping(tp_size=2),
         RotaryScaling("linear", 2.0),
     ):
-        assert eval(written(chosen)) == chosen
+        assert eval(python_code(chosen)) == chosen
         assert eval(repr(chosen)) == chosen
-    assert ">2<" in Mapping(tp_size=2)._repr_html_() and "must be given" in RotaryScaling("linear", 2.0)._repr_html_()
+    assert ">2<" in Mapping(tp_size=2)._repr_html_() and "required" in RotaryScaling("linear", 2.0)._repr_html_()
 
 
 def test_the_steps_refuse_what_are_no_settings(tmp_path):

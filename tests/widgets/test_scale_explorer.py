@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 import pytest
 from trtlab.widgets import ScaleExplorer
-from trtlab.widgets.scale_explorer import written
+from trtlab.widgets.scale_explorer import python_code
 from trtlab.widgets.scale_figure import figure
 
 from trtlab import Checkpoint, QuantConfig
@@ -165,4 +165,4 @@ def test_a_checkpoint_from_a_folder_is_refused_with_what_to_do(quantized, tmp_pa
 
 
 def test_a_recipe_is_written_as_one_would_type_it():
-    assert written(QuantConfig("FP8")) == "QuantConfig(quant_algo='FP8')"
+    assert python_code(QuantConfig("FP8")) == "QuantConfig(quant_algo='FP8')"

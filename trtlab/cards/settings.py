@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from trtlab.card import Card, Table, card
-from trtlab.config.base import Settings, default_of, first_sentence, written
+from trtlab.config.base import Settings, default_of, first_sentence, python_code
 
 
 @card.register
 def settings_card(chosen: Settings) -> Card:
-    """Every field with its value, the default where the value is another, and what it is."""
+    """Every field with its value, its default where the value differs, and its meaning."""
     kind = type(chosen)
     rows = []
     for field in dataclasses.fields(chosen):
         value, default = getattr(chosen, field.name), default_of(field)
-        words = "must be given" if default is dataclasses.MISSING else repr(default)
+        words = "required" if default is dataclasses.MISSING else repr(default)
         rows.append((field.name, repr(value), "" if value == default else words, first_sentence(kind, field.name)))
-    typed = (("as one types it", written(chosen)),)
-    return Card(kind.__name__, typed, (Table(("setting", "value", "default", "what it is"), tuple(rows)),))
+    facts = (("in Python", python_code(chosen)),)
+    return Card(kind.__name__, facts, (Table(("setting", "value", "default", "what it is"), tuple(rows)),))

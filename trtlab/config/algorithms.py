@@ -12,15 +12,14 @@ from trtlab.errors import ConfigError
 class Algorithm:
     """One algorithm.
 
-    ``family`` names the file that quantizes and the weight type that runs. ``reads_texts`` says which numbers of the
-    calibration texts it takes, empty when it takes none. ``per_channel`` and ``per_token`` are SmoothQuant's switches.
-    ``only_sizes`` marks what ``estimate`` knows the bytes of, and nothing here quantizes or runs.
+    ``family`` names the file that quantizes and the weight type that runs. ``reads_texts`` says which statistics of the
+    calibration texts it needs, empty when it needs none. ``per_channel`` and ``per_token`` are SmoothQuant's switches.
+    ``only_sizes`` marks an algorithm whose bytes ``estimate`` knows, but which cannot quantize or run.
     """
 
     name: str
     family: str
     weight_bits: int
-    activation_bits: int = 16
     per_channel: bool = True
     per_token: bool = False
     grouped: bool = False
@@ -35,7 +34,7 @@ class Algorithm:
 
 def _smoothquant(name: str, *, per_channel: bool, per_token: bool) -> Algorithm:
     reads = "the largest magnitude of each linear's input, by channel" + ("" if per_token else ", and of its output")
-    return Algorithm(name, "smoothquant", 8, 8, per_channel=per_channel, per_token=per_token, reads_texts=reads)
+    return Algorithm(name, "smoothquant", 8, per_channel=per_channel, per_token=per_token, reads_texts=reads)
 
 
 _AWQ_READS = "the mean magnitude of each linear's input, by channel, and the errors of the alpha search"
@@ -52,20 +51,19 @@ ALGORITHMS: dict[str, Algorithm] = {
             "W8A8_SQ_PER_CHANNEL",
             "smoothquant_modelopt",
             8,
-            8,
             reads_texts="the largest magnitude of each linear's input, by channel",
         ),
-        Algorithm("FP8", "fp8", 8, 8, per_channel=False, reads_texts="the largest magnitude of each linear's input"),
+        Algorithm("FP8", "fp8", 8, per_channel=False, reads_texts="the largest magnitude of each linear's input"),
         Algorithm("W4A16_AWQ", "awq", 4, grouped=True, reads_texts=_AWQ_READS),
-        Algorithm("W4A8_AWQ", "awq_fp8", 4, 8, grouped=True, reads_texts=_AWQ_READS),
+        Algorithm("W4A8_AWQ", "awq_fp8", 4, grouped=True, reads_texts=_AWQ_READS),
         Algorithm("W4A16_GPTQ", "gptq", 4, grouped=True, only_sizes=True),
-        Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "fp8_by_row", 8, 8, per_token=True, only_sizes=True),
+        Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "fp8_by_row", 8, per_token=True, only_sizes=True),
     )
 }
 
 
 def check_supported(algorithm: Algorithm | None) -> None:
-    """ConfigError for an algorithm by which nothing here quantizes or runs."""
+    """Raise ConfigError for an algorithm that cannot quantize or run."""
     if algorithm is not None and algorithm.only_sizes:
         supported = [each.name for each in ALGORITHMS.values() if not each.only_sizes]
         raise ConfigError(f"{algorithm.name} is not supported yet", expected=" | ".join(supported))
@@ -73,7 +71,7 @@ def check_supported(algorithm: Algorithm | None) -> None:
 
 @dataclass(frozen=True)
 class KvCacheAlgorithm:
-    """One way to store the KV cache: the scale tensors of a layer and what they take from the calibration texts."""
+    """One way to store the KV cache: the scale tensors of a layer and the statistics that they need."""
 
     tensors: tuple[str, ...]
     reads_texts: str = ""

@@ -1,4 +1,4 @@
-"""What makes a class of settings: fields that are checked when an instance is made, each with its own docstring."""
+"""The base of settings classes: fields that are checked when an instance is made, each with its own docstring."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEEPEST_LIST = 4  # lists within lists that are made tuples; no setting nests de
 
 
 class Settings:
-    """Base of the classes that a user fills in: ``repr`` can be typed again, a notebook shows a table."""
+    """Base of the settings classes: ``repr`` is Python code that makes an equal object, a notebook shows a table."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -43,16 +43,16 @@ class Settings:
 
     @classmethod
     def remedy_for_unknown(cls, name: str) -> str | None:
-        """What to do about a keyword that is no field, None where there is nothing to say."""
+        """The remedy for a keyword that is not a field, None where there is none of its own."""
         return None
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(kind: type[T]) -> type[T]:
-    """Makes a class of fields a frozen dataclass whose values are checked by their declared types.
+    """Make a class of fields a frozen dataclass whose values are checked by their declared types.
 
-    A bool is no int and a str no number; numpy's scalars and lists are taken for Python's and tuples. Whatever else is
-    given is a ConfigError that names the class and the field. A ``__repr__`` that the class inherits is kept.
+    numpy's scalars become Python's, lists become tuples; a bool does not pass as an int, nor a str as a number. Any
+    other value is a ConfigError that names the class and the field. A ``__repr__`` that the class inherits is kept.
     """
     keeps_repr = kind.__repr__ is not object.__repr__
     checked: Any = pydantic.dataclasses.dataclass(frozen=True, repr=not keeps_repr, config=STRICT)(kind)
@@ -82,7 +82,7 @@ class DocWithFields:
 
 
 def normalize(value: Any, depth: int = DEEPEST_LIST) -> Any:
-    """The value with numpy's scalars as Python's and lists as tuples; what is neither is given back as it is."""
+    """The value with numpy's scalars as Python's and lists as tuples; any other value is returned unchanged."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, (list, tuple)) and depth:
@@ -94,18 +94,18 @@ def normalize(value: Any, depth: int = DEEPEST_LIST) -> Any:
     return value
 
 
-def written(chosen: Settings) -> str:
-    """Settings as one would type them: what is at its default is left out."""
-    given = [
+def python_code(chosen: Settings) -> str:
+    """The Python expression that makes these settings, without the fields at their defaults."""
+    arguments = [
         f"{field.name}={getattr(chosen, field.name)!r}"
         for field in dataclasses.fields(chosen)
         if getattr(chosen, field.name) != default_of(field)
     ]
-    return f"{type(chosen).__name__}({', '.join(given)})"
+    return f"{type(chosen).__name__}({', '.join(arguments)})"
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default, ``dataclasses.MISSING`` when it must be given."""
+    """A field's default, ``dataclasses.MISSING`` where the field is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -132,7 +132,7 @@ def first_sentence(kind: type, field: str) -> str:
 
 
 def _config_error(error: ValidationError, kind: Any) -> ConfigError:
-    """The problems as one ConfigError; a single one says what the field is, where there is no better remedy."""
+    """The problems as one ConfigError; a single problem without a remedy gets the meaning of its field."""
     listed = [_with_remedy(problem, kind) for problem in problems(error, kind)]
     if len(listed) == 1 and listed[0].remedy is None:
         name = listed[0].field.split("[")[0].split(".")[0]
@@ -143,6 +143,6 @@ def _config_error(error: ValidationError, kind: Any) -> ConfigError:
 
 
 def _with_remedy(problem: Problem, kind: type[Settings]) -> Problem:
-    """An unknown name may have a remedy of its own, which needs no list of what is known."""
+    """Give an unknown name the remedy that its class has for it, in place of the list of known names."""
     remedy = kind.remedy_for_unknown(problem.field) if problem.what == "is unknown" else None
     return problem if remedy is None else dataclasses.replace(problem, expected=None, remedy=remedy)

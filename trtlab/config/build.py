@@ -19,7 +19,7 @@ logger = logging.getLogger("trtlab")
 DEFAULT_INPUT_LEN = 1024  # where max_input_len is None and max_seq_len allows it
 DEFAULT_SEQ_LEN = 2048  # where max_seq_len is None and the model allows it
 
-# TensorRT-LLM build flags that have no counterpart, and what they mean today.
+# TensorRT-LLM build flags that have no counterpart, and why.
 OBSOLETE_BUILD_FLAGS = {
     "gemm_plugin": "TensorRT chooses its own matrix products; there is no GEMM plugin, so every weight can be streamed",
     "gpt_attention_plugin": "attention is a TensorRT layer of its own; there is no plugin to choose",
@@ -31,7 +31,7 @@ OBSOLETE_BUILD_FLAGS = {
     "use_inflight_batching": "batching belongs to the session: SessionConfig(batching_type=...)",
     "multi_block_mode": "a choice of the attention kernel at run time",
 }
-OLD_FLAGS = ("max_output_len", "max_beam_width", *OBSOLETE_BUILD_FLAGS)  # what from_trtllm takes beside the fields
+OLD_FLAGS = ("max_output_len", "max_beam_width", *OBSOLETE_BUILD_FLAGS)  # what from_trtllm takes besides fields
 
 
 @settings
@@ -51,13 +51,13 @@ class BuildConfig(Settings):
     dtype: DtypeName | None = None
     """Type that the plan computes in; None takes the checkpoint's."""
     weight_streaming: bool = False
-    """Whether weights may stay in the host's memory while the plan runs, which is slower and frees the GPU's."""
+    """Whether weights may stay in the host's memory while the plan runs; this is slower and frees GPU memory."""
     compute_capabilities: tuple[str, ...] = ()
-    """Targets of the plan, such as ``("8.9",)``; empty is all that the TensorRT library serves."""
+    """Targets of the plan, such as ``("8.9",)``; empty means all that the TensorRT library supports."""
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
     """How long TensorRT looks for fast kernels, 0 to 5; None is TensorRT's default. ``--builder_opt``."""
     notes: tuple[str, ...] = ()
-    """What became of flags that mean nothing today, as ``BuildConfig.from_trtllm`` fills it in."""
+    """Why old flags have no effect; ``BuildConfig.from_trtllm`` fills it in."""
 
     def __post_init__(self) -> None:
         if self.max_input_len is not None and self.max_seq_len is not None and self.max_input_len > self.max_seq_len:
@@ -73,20 +73,20 @@ class BuildConfig(Settings):
 
     @classmethod
     def from_trtllm(cls, **flags: Any) -> BuildConfig:
-        """The bounds by ``trtllm-build``'s flags; one that means nothing today is answered in ``notes``.
+        """The bounds from ``trtllm-build``'s flags; ``notes`` explains each flag that has no effect.
 
         Args:
             flags: The fields of BuildConfig, ``max_output_len``, ``max_beam_width`` (1 only), and the flags without a
-                counterpart, from ``gemm_plugin`` to ``multi_block_mode``; None is a flag that was not given.
+                counterpart, from ``gemm_plugin`` to ``multi_block_mode``; a flag that is None is left out.
 
         Raises:
-            ConfigError: An unknown flag, a beam search, ``max_output_len`` beside ``max_seq_len``, or what BuildConfig
-                refuses.
+            ConfigError: For an unknown flag, beam search, ``max_output_len`` together with ``max_seq_len``, and values
+                that BuildConfig refuses.
         """
         known = (*(field.name for field in dataclasses.fields(cls)), *OLD_FLAGS)
         for flag in flags.keys() - set(known):
             remedy = did_you_mean(flag, known) or f"known flags are {', '.join(known)}"
-            raise ConfigError(f"BuildConfig.from_trtllm knows no flag {flag}", remedy=remedy)
+            raise ConfigError(f"BuildConfig.from_trtllm: unknown flag {flag}", remedy=remedy)
         old = {flag: value for flag, value in flags.items() if flag in OLD_FLAGS and value is not None}
         bounds = cls(**{flag: value for flag, value in flags.items() if flag not in OLD_FLAGS})
         notes = []
@@ -115,11 +115,11 @@ class BuildConfig(Settings):
 
     @classmethod
     def remedy_for_unknown(cls, name: str) -> str | None:
-        """Flags of TensorRT-LLM that are no bounds have their own way in."""
+        """Old flags of TensorRT-LLM are for ``from_trtllm``."""
         return f"use BuildConfig.from_trtllm({name}=...), which takes the old flags" if name in OLD_FLAGS else None
 
     def resolve(self, config: ModelConfig) -> BuildConfig:
-        """The same bounds with every None that a model decides filled in, checked against the model."""
+        """The bounds for this model: None becomes a value, and ConfigError is raised where the model allows less."""
         limit = config.max_position_embeddings
         seq_len = self.max_seq_len if self.max_seq_len is not None else min(DEFAULT_SEQ_LEN, limit)
         if seq_len > limit:
@@ -143,16 +143,16 @@ class BuildConfig(Settings):
 
     @property
     def input_len(self) -> int:
-        """``max_input_len``, or what it becomes where it is None; ``max_seq_len`` is known."""
+        """``max_input_len``, or its default where it is None; ``max_seq_len`` must be set."""
         return min(DEFAULT_INPUT_LEN, self.seq_len) if self.max_input_len is None else self.max_input_len
 
     @property
     def seq_len(self) -> int:
         """``max_seq_len`` of a resolved config."""
-        assert self.max_seq_len is not None, "resolve() fills max_seq_len in"
+        assert self.max_seq_len is not None, "max_seq_len is None: call resolve() first"
         return self.max_seq_len
 
 
 def compute_dtype(build: BuildConfig, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, whatever the storage: bfloat16 ties break differently from machine to machine."""
+    """float32 on a CPU, whatever the weights are stored in: ties in bfloat16 break differently on other machines."""
     return torch.float32 if device.type == "cpu" else getattr(torch, build.dtype or "float32")

@@ -1,4 +1,4 @@
-"""How a model is laid over processes, by TensorRT-LLM's names: tensor parallel ranks and pipeline stages."""
+"""How a model is split over processes, under TensorRT-LLM's names: tensor-parallel ranks and pipeline stages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from trtlab.errors import ConfigError
 
 @settings
 class Mapping(Settings):
-    """How a model is laid over processes: ``tp_size`` ranks share each layer, ``pp_size`` stages share the layers.
+    """How a model is split over processes: ``tp_size`` ranks share each layer, ``pp_size`` stages share the layers.
 
     Tensor-parallel ranks are neighbours: ``tp_rank = rank % tp_size``, ``pp_rank = rank // tp_size``.
     """
 
     world_size: PositiveInt | None = None
-    """Number of processes; None, or ``tp_size * pp_size``, which it becomes."""
+    """Number of processes; None becomes ``tp_size * pp_size``, and no other number is valid."""
     tp_size: PositiveInt = 1
     """Ranks that share each layer; it must divide the query heads and the intermediate size."""
     pp_size: PositiveInt = 1
@@ -38,7 +38,7 @@ class Mapping(Settings):
         return range(self.tp_size * self.pp_size)
 
     def tp_rank(self, rank: int) -> int:
-        """The place of a rank within its tensor-parallel group."""
+        """The position of a rank in its tensor-parallel group."""
         return rank % self.tp_size
 
     def pp_rank(self, rank: int) -> int:
@@ -46,7 +46,7 @@ class Mapping(Settings):
         return rank // self.tp_size
 
     def tp_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that share this rank's layers, itself among them."""
+        """The ranks that share this rank's layers, including itself."""
         first = self.pp_rank(rank) * self.tp_size
         return tuple(range(first, first + self.tp_size))
 
@@ -57,7 +57,7 @@ class Mapping(Settings):
         return range(first, first + per_stage)
 
     def kv_heads(self, config: ModelConfig) -> int:
-        """The key/value heads that a rank holds: its share, or one that neighbours hold too."""
+        """Number of key/value heads on a rank: its share, or one head that neighbouring ranks also hold."""
         return max(1, config.num_key_value_heads // self.tp_size)
 
     def is_first_stage(self, rank: int) -> bool:
@@ -69,7 +69,7 @@ class Mapping(Settings):
         return self.pp_rank(rank) == self.pp_size - 1
 
     def check(self, config: ModelConfig) -> None:
-        """ConfigError when the model cannot be split this way, naming the sizes that would work."""
+        """Raise ConfigError, with the sizes that work, when the model cannot be split this way."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
 
         def fits(n: int) -> bool:
@@ -90,7 +90,7 @@ class Mapping(Settings):
             )
 
 
-MOST_RANKS = 1024  # sizes above it are not proposed
+MOST_RANKS = 1024  # larger sizes are not suggested
 
 
 def _alternatives(values: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The shape of one decoder, by TensorRT-LLM's config.json names: frozen, validated."""
+"""The shape of one decoder, under the names of TensorRT-LLM's config.json: frozen, validated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(name: str) -> DtypeName:
-    """The name itself where it is one of the three; ConfigError for any other."""
+    """The name itself when it is one of the three; ConfigError for any other."""
     for known in DTYPES:
         if name == known:
             return known
@@ -32,18 +32,18 @@ def dtype_name(name: str) -> DtypeName:
 
 @settings
 class RotaryScaling(Settings):
-    """How rotary frequencies are stretched beyond the trained length, by Hugging Face's names in ``rope_parameters``.
+    """How rotary frequencies are stretched beyond the trained length, named as in Hugging Face's ``rope_parameters``.
 
     Fields that a kind does not use stay None.
     """
 
     kind: RotaryKind
-    """Which rule stretches; no other is supported yet.
+    """The rule that stretches the frequencies; no other is supported yet.
 
     ``llama3`` is the interpolation published with Llama 3.1, ``yarn`` that of arXiv:2309.00071.
     """
     factor: PositiveFloat
-    """How many times longer texts may be than those of the training."""
+    """How many times longer a text may be than the longest of the training."""
     original_max_position_embeddings: PositiveInt | None = None
     """Longest text of the training in tokens; llama3 needs it, yarn takes the model's where it is None."""
     low_freq_factor: PositiveFloat | None = None
@@ -55,11 +55,11 @@ class RotaryScaling(Settings):
     beta_slow: PositiveFloat = 1.0
     """Turns over the trained length below which a frequency is stretched whole; yarn only."""
     attention_factor: float | None = None
-    """What cosines and sines are multiplied by; None derives it from the factor. Yarn only."""
+    """Number that cosines and sines are multiplied by; None derives it from the factor. Yarn only."""
     mscale: float | None = None
-    """Weight of the factor's logarithm in the attention factor, beside ``mscale_all_dim``; yarn only."""
+    """Weight of the factor's logarithm in the numerator of the attention factor; yarn only."""
     mscale_all_dim: float | None = None
-    """Weight of the same logarithm in what the attention factor is divided by; yarn only."""
+    """Weight of the same logarithm in the denominator of the attention factor; yarn only."""
     truncate: bool = True
     """Whether the bounds between the two ``beta`` are rounded to whole dimensions; yarn only."""
 
@@ -76,7 +76,7 @@ class RotaryScaling(Settings):
 
 @settings
 class ModelConfig(Shown, Settings):
-    """The shape of one decoder, by TensorRT-LLM's config.json names."""
+    """The shape of one decoder, under the names of TensorRT-LLM's config.json."""
 
     architecture: str
     """Class of the model, such as ``LlamaForCausalLM``."""
@@ -101,7 +101,7 @@ class ModelConfig(Shown, Settings):
     hidden_act: str = "silu"
     """Activation of the MLP's gate."""
     norm_epsilon: PositiveFloat = 1e-5
-    """What a norm adds to the mean square before its root. Hugging Face: ``rms_norm_eps``."""
+    """Number that a norm adds to the mean square before the square root. Hugging Face: ``rms_norm_eps``."""
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies. Hugging Face: ``rope_theta``."""
     rotary_scaling: RotaryScaling | None = None
@@ -119,13 +119,13 @@ class ModelConfig(Shown, Settings):
     sliding_window: PositiveInt | None = None
     """The source's attention window in tokens; a build longer than it is refused."""
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    """The norms in front of the blocks; ``layer_norm`` has a bias."""
+    """Kind of the norms in front of the blocks; ``layer_norm`` has a bias."""
     gated_mlp: bool = True
     """Whether the MLP's inner activation is multiplied by a gate."""
     position_embedding_type: Literal["rope_gpt_neox", "learned_absolute"] = "rope_gpt_neox"
     """Rotary embedding, or a table of learned positions that is added to the tokens' rows."""
     quantization: QuantConfig = dataclasses.field(default_factory=QuantConfig)
-    """How the tensors are stored; the default is plain."""
+    """How the tensors are quantized; the default leaves them as they are."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

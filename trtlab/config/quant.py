@@ -1,4 +1,4 @@
-"""Which algorithm quantizes what: QuantConfig, frozen and validated, by TensorRT-LLM's names."""
+"""Which algorithm quantizes what: QuantConfig, frozen and validated, under TensorRT-LLM's names."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class QuantConfig(Settings):
     """
 
     quant_algo: QuantAlgo | None = None
-    """Algorithm of the weights, by TensorRT-LLM's string; None leaves them as they are."""
+    """Algorithm of the weights, TensorRT-LLM's string; None leaves them as they are."""
     kv_cache_quant_algo: KvCacheAlgo | None = None
     """Algorithm of the KV cache; None stores it in the model's type. Either halves the bytes of a 16-bit cache."""
     smoothquant_val: Share | None = 0.5
     """The alpha of SmoothQuant: 0 leaves the difficulty to the activations, 1 moves it to the weights; None searches.
 
-    The search takes one for each input. TensorRT-LLM: ``--smoothquant``.
+    The search chooses one for each input. TensorRT-LLM: ``--smoothquant``.
     """
     group_size: GroupSize = 128
     """Weights that share an AWQ scale; 64 is closer to the weights and takes more bytes.
@@ -74,7 +74,7 @@ class QuantConfig(Settings):
 
     @property
     def reads_texts(self) -> str:
-        """What is taken from calibration texts, empty when none are needed."""
+        """The statistics that calibration texts must give, empty when no texts are needed."""
         parts = [algorithm.reads_texts for algorithm in (self.algorithm, self.kv_algorithm) if algorithm is not None]
         return "; ".join(part for part in parts if part)
 

@@ -22,18 +22,18 @@ Word = Annotated[str, Field(min_length=1)]
 
 
 def _as_words(stop: object) -> object:
-    """One stop word as a tuple of one, None as none."""
+    """A tuple of stop words from a single word or from None."""
     return () if stop is None else (stop,) if isinstance(stop, str) else stop
 
 
 @settings
 class SamplingParams(Settings):
-    """How the next token is chosen; with none of temperature, top_k and top_p given, greedily."""
+    """How the next token is chosen: greedily unless temperature, top_k or top_p is set."""
 
     max_new_tokens: PositiveInt = 32
     """Most tokens of an answer. TensorRT-LLM: ``max_output_len``, ``max_tokens``."""
     temperature: NotNegativeFloat | None = None
-    """What the logits are divided by; 0 takes the best token. Above 1 flattens the choice, below 1 sharpens it."""
+    """Divisor of the logits; 0 takes the best token. Above 1 flattens the choice, below 1 sharpens it."""
     top_k: NotNegativeInt | None = None
     """How many of the best tokens stay to choose from; 0 keeps every token. It comes after the temperature."""
     top_p: PositiveShare | None = None
@@ -42,18 +42,18 @@ class SamplingParams(Settings):
     It comes after ``top_k`` (Holtzman et al., arXiv:1904.09751).
     """
     repetition_penalty: PositiveFloat = 1.0
-    """What makes tokens already seen less likely; 1 changes nothing.
+    """Factor that makes tokens of the prompt and the answer less likely; 1 changes nothing.
 
     It divides their positive and multiplies their negative logits (Keskar et al., arXiv:1909.05858).
     """
     stop: Annotated[Sequence[Word] | Word | None, BeforeValidator(_as_words)] = ()
     """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop_words``."""
     seed: Seed | None = None
-    """Seed of the draw; None draws anew each time. TensorRT-LLM: ``random_seed``."""
+    """Seed of the random draw; None gives another draw each time. TensorRT-LLM: ``random_seed``."""
     logprobs: bool = False
     """Whether the log-probability of each chosen token is kept, before temperature and filtering."""
     ignore_eos: bool = False
-    """Whether the answer goes on behind the model's end token, up to ``max_new_tokens``."""
+    """Whether the answer continues after the model's end token, up to ``max_new_tokens``."""
 
     @property
     def greedy(self) -> bool:

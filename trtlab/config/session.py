@@ -1,4 +1,4 @@
-"""How a session runs an engine: frozen, validated, in the words of TensorRT-LLM's executor."""
+"""How a session runs an engine: frozen, validated, under the names of TensorRT-LLM's executor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from trtlab.config.base import PositiveInt, PositiveShare, Settings, settings
 
 @settings
 class SessionConfig(Settings):
-    """How a session runs an engine, in the words of TensorRT-LLM's executor."""
+    """How a session runs an engine, under the names of TensorRT-LLM's executor."""
 
     max_tokens_in_paged_kv_cache: PositiveInt | None = None
-    """Most tokens that the pool of KV blocks holds; None leaves it to the bounds and to the memory.
+    """Most tokens that the pool of KV blocks holds; None derives it from the bounds and the memory.
 
-    On a CPU that is ``max_batch_size * max_seq_len``. More keeps more requests and more shared beginnings.
+    On a CPU that is ``max_batch_size * max_seq_len``. More holds more requests and more shared beginnings.
     """
     kv_cache_free_gpu_memory_fraction: PositiveShare = 0.9
-    """Share of what a GPU has left beside the weights that the pool may take; 0.9 leaves a tenth.
+    """Share of the GPU memory left by the weights that the pool may take; 0.9 leaves a tenth free.
 
-    The smaller of the two bounds wins, ``session.kv_cache.pool`` shows both. It does not apply on a CPU.
+    The smaller of the two bounds wins; ``session.kv_cache.pool`` shows both. It does not apply on a CPU.
     """
     enable_block_reuse: bool = True
     """Whether blocks of finished requests are kept for prompts with the same beginning.
@@ -29,20 +29,20 @@ class SessionConfig(Settings):
     enable_chunked_context: bool = True
     """Whether a prompt longer than ``max_num_tokens`` is read in pieces."""
     capacity_scheduler_policy: Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"] = "GUARANTEED_NO_EVICT"
-    """When a request may join: when its longest end is sure to fit, or (MAX_UTILIZATION) at once.
+    """When a request may join: when the pool holds its longest answer, or (MAX_UTILIZATION) at once.
 
-    The second fills the pool better, at the risk that a request is interrupted and computed again.
+    MAX_UTILIZATION fills the pool better; a request may be interrupted and computed again.
     """
     batching_type: Literal["INFLIGHT", "STATIC"] = "INFLIGHT"
-    """Whether requests join and leave at each step, or (STATIC) a batch is closed until all of it is done.
+    """Whether requests join and leave at each step, or (STATIC) a batch is closed until all its requests are done.
 
-    STATIC computes the rows of those that have ended for nothing, as ``transformers.generate`` does.
+    STATIC computes the rows of finished requests for nothing, as ``transformers.generate`` does.
     """
     fast_cpu_kernels: bool = False
     """Whether a CPU reads float32 weights rounded to BF16: half the bytes a token (benchmarks/README.md).
 
-    That concerns weights that are read whole at each token, the head among them. Products and sums stay float32, and
-    weights that BF16 holds exactly are read so without being asked. Not in TensorRT-LLM.
+    It applies to weights that are read completely for each token, including the head. Products and sums stay float32.
+    Weights that BF16 represents exactly are always read in BF16. Not in TensorRT-LLM.
     """
     events_kept: PositiveInt = 10_000
-    """How many of the last steps ``session.events`` holds."""
+    """Number of last steps that ``session.events`` keeps."""
