@@ -103,7 +103,7 @@ def main() -> None:
         seconds, peak, size = (min(column) for column in zip(*rows, strict=True))
         print(f"{how:10} {seconds:6.1f} s, peak {peak / weights:.2f} x the weights, plan {size / 1e9:.2f} GB")
     ours, bare = (min(row[0] for row in rows) for rows in results.values())
-    print(f"ours / bare: {ours / bare:.2f}")
+    print(f"trtlab / bare call: {ours / bare:.2f}")
 
 
 if __name__ == "__main__":

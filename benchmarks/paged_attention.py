@@ -116,21 +116,21 @@ def copy_rate(nbytes: int = 2**32) -> float:
     return 2 * nbytes / seconds(lambda: target.copy_(source), 1)
 
 
-def sweep(it: Setting) -> None:
+def sweep(case: Setting) -> None:
     """Print the times of other launch shapes for this setting, fastest first."""
-    keys = it.pools[0][0]
+    keys = case.pools[0][0]
     times: list[tuple[float, LaunchShape]] = []
-    chosen = launch_shape(it.q, keys, it.batch, it.tokens, 1)
+    chosen = launch_shape(case.q, keys, case.batch, case.tokens, 1)
     for rows, tile, warps, stages, resident in product((4, 16), (32, 64, 128), (4, 8), (3, 4), (1, 2, 3, 4)):
         if 2 * tile * HEAD_SIZE * keys.element_size() * (stages - 1) * resident > 200_000:
             continue
         slots = resident * torch.cuda.get_device_properties(0).multi_processor_count
-        splits = split_count(it.batch * KV_HEADS, it.tokens // tile, slots)
+        splits = split_count(case.batch * KV_HEADS, case.tokens // tile, slots)
         plan = replace(chosen, rows=rows, tile=tile, splits=splits, warps=warps, stages=stages)
-        times.append((both_ways(partial(it.paged, plan=plan), len(it.pools))[0], plan))
-    print(f"{it.tokens} tokens, batch {it.batch}; the choice is {chosen}")
+        times.append((both_ways(partial(case.paged, plan=plan), len(case.pools))[0], plan))
+    print(f"{case.tokens} tokens, batch {case.batch}; the choice is {chosen}")
     for time, plan in sorted(times, key=lambda pair: pair[0])[:8]:
-        print(f"  {time * 1e6:9.1f} us  {it.nbytes / time / 1e9:6.0f} GB/s  {plan}")
+        print(f"  {time * 1e6:9.1f} us  {case.nbytes / time / 1e9:6.0f} GB/s  {plan}")
 
 
 def main() -> None:
@@ -148,17 +148,17 @@ def main() -> None:
     print("| tokens | batch | us paged, graph | call | us SDPA, graph | call | GB/s | of copy | max difference |")
     print("|---|---|---|---|---|---|---|---|---|")
     for batch, tokens in product(options.batch, options.tokens):
-        it = setting(tokens, batch, options.block)
+        case = setting(tokens, batch, options.block)
         difference = max(
-            (it.paged(i).float() - it.sdpa(i).float()).abs().max().item() for i in range(min(4, len(it.pools)))
+            (case.paged(i).float() - case.sdpa(i).float()).abs().max().item() for i in range(min(4, len(case.pools)))
         )
-        ours, theirs = both_ways(it.paged, len(it.pools)), both_ways(it.sdpa, len(it.pools))
-        rate = it.nbytes / ours[0]
+        ours, theirs = both_ways(case.paged, len(case.pools)), both_ways(case.sdpa, len(case.pools))
+        rate = case.nbytes / ours[0]
         times = " | ".join(f"{time * 1e6:.1f}" for time in (*ours, *theirs))
         print(f"| {tokens} | {batch} | {times} | {rate / 1e9:.0f} | {rate / copy:.0%} | {difference:.1g} |", flush=True)
         if options.sweep:
-            sweep(it)
-        del it
+            sweep(case)
+        del case
         torch.cuda.empty_cache()
 
 

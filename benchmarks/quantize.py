@@ -85,7 +85,7 @@ def measured(folder: Path, side: str, algorithm: str) -> tuple[float, float]:
 
 def race_calibration(folder: Path, runs: int) -> None:
     """Print time and peak memory of both sides, run in turn, and the medians of their ratios."""
-    print(f"{'':36}   ours              ModelOpt          times faster   memory")
+    print(f"{'':36}   trtlab            ModelOpt          times faster   memory")
     for algorithm in ALGORITHMS:
         theirs = NEAREST.get(algorithm, algorithm)
         pairs = [(measured(folder, "trtlab", algorithm), measured(folder, "modelopt", theirs)) for _ in range(runs)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
-from ipywidgets import HTML, HBox, IntSlider, Label, ToggleButtons, VBox
+from ipywidgets import HTML, IntSlider, ToggleButtons, VBox
 
 from trtlab.card import Card, Table, bar, count, html, size
 from trtlab.engine import Engine
@@ -14,7 +14,7 @@ from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.read.interpreter import LayerTable
 
 from .layer_groups import GROUPINGS, MEASURES, groups, known
-from .live import Dashboard, LiveFigure, fitted, show_in
+from .live import Dashboard, LiveFigure, fitted, labelled, show_in
 
 LISTED = 10  # layers of a selection that are listed, at most
 # Okabe and Ito's palette, which colour-blind readers can distinguish; legend and table also name the precisions.
@@ -134,9 +134,9 @@ class EngineLayers(Dashboard):
         self.figure = LiveFigure(self._figure())
         self._details = HTML()
         lines = [
-            _line("bars show", self.measure),
-            _line("grouped by", self.by),
-            _line("for a step of", self.step, self.amount),
+            labelled("bars show", self.measure),
+            labelled("grouped by", self.by),
+            labelled("for a step of", self.step, self.amount),
         ]
         self.view = VBox([*lines, fitted(self.figure), self.figure, self._details])
         self._details.add_class("jp-RenderedHTMLCommon")
@@ -263,8 +263,3 @@ def _buttons(options: list[str]) -> ToggleButtons:
     buttons = ToggleButtons(options=options)
     buttons.style.button_width = "auto"
     return buttons
-
-
-def _line(label: str, *controls: Any) -> HBox:
-    """A label in a column of fixed width, and its controls."""
-    return HBox([Label(label, layout={"width": "90px"}), *controls])

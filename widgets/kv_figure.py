@@ -103,13 +103,15 @@ def block_words(block: Block, filled: int, size: int) -> str:
     """``in use by request 3, 5 of 8 places filled``."""
     if not block.owners:
         return {"cached": "cached for reuse", "free": "free"}[block.state]
-    who = ", ".join(map(str, block.owners))
+    owners = ", ".join(map(str, block.owners))
     places = "full" if filled == size else f"{filled} of {size} places filled"
-    return f"shared by requests {who}, {places}" if len(block.owners) > 1 else f"in use by request {who}, {places}"
+    return (
+        f"shared by requests {owners}, {places}" if len(block.owners) > 1 else f"in use by request {owners}, {places}"
+    )
 
 
 def label(block: Block) -> str:
-    """The text in a block: its request, ``1+2`` for two, ``×5`` if five requests are too many to list."""
+    """The text in a block: its request, ``1+2`` for two, ``×3`` for three whose numbers do not fit."""
     text = "+".join(map(str, block.owners))
     return text if len(text) <= 5 else f"×{len(block.owners)}"
 

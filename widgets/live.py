@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 import plotly.graph_objects as go
-from ipywidgets import VBox
+from ipywidgets import HBox, Label, VBox
 
 from trtlab.card import Card, html
 
@@ -85,3 +85,8 @@ def fitted(live: LiveFigure, lock: AbstractContextManager[Any] | None = None) ->
 
     width.observe(fit, "width")
     return width
+
+
+def labelled(label: str, *controls: Any) -> HBox:
+    """A label in a column of fixed width, and its controls."""
+    return HBox([Label(label, layout={"width": "90px"}), *controls])

@@ -20,7 +20,7 @@ from trtlab.evaluate.quantization import recipe_title
 from trtlab.quantize.report import LinearReport
 from trtlab.quantize.study import Study, study
 
-from .live import Dashboard, LiveFigure, fitted
+from .live import Dashboard, LiveFigure, fitted, labelled
 from .scale_figure import LINEARS, Moving, change, figure, moving, short
 
 SEARCHED = "searched"
@@ -141,11 +141,13 @@ class ScaleExplorer(Dashboard):
     def _lines(self) -> list[HBox]:
         lines = []
         if len(self.study.alphas) > 1:
-            lines.append(_line("alpha", self.alpha, Label("0: all left to the inputs · 1: all moved into the weights")))
+            lines.append(
+                labelled("alpha", self.alpha, Label("0: all left to the inputs · 1: all moved into the weights"))
+            )
         if self.study.caches:
-            lines.append(_line("KV scales", self.scales))
+            lines.append(labelled("KV scales", self.scales))
         if self.study.linears:
-            lines.append(_line("numbers of", self.shown, self._back))
+            lines.append(labelled("numbers of", self.shown, self._back))
         return lines
 
     def _observe(self) -> None:
@@ -202,8 +204,3 @@ class ScaleExplorer(Dashboard):
         )  # fmt: skip
         heads = (short(one.name), " SNR dB", " cosine", " median scale", " at range end", " outliers", " bytes")
         return Card("These settings", tuple(facts), (Table(heads, rows),))
-
-
-def _line(label: str, *controls: Any) -> HBox:
-    """A label in a column of fixed width, and its controls."""
-    return HBox([Label(label, layout={"width": "90px"}), *controls])

@@ -1,4 +1,4 @@
-"""The estimator against published sizes, saved files, and the storage that a cache really takes."""
+"""The estimator against published sizes, saved files, and the storage of real caches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_rank_of_tp4_keeps_the_whole_embedding_unless_it_is_cut() -> None:
 
 
 def test_the_pool_of_the_memory_log_is_reproduced() -> None:
-    """TensorRT-LLM's memory.md: 4060 blocks of 64 tokens beside an 8-bit engine with an 8-bit cache."""
+    """TensorRT-LLM's memory.md: 4060 blocks of 64 tokens with an 8-bit engine and an 8-bit cache."""
     figures = estimate(LLAMA_2_7B, BuildConfig(tokens_per_block=64), quant_algo="FP8", kv_cache_quant_algo="FP8")
     assert int(figures.largest.weight_bytes / 2**20) == 6676
     assert 4060 * figures.kv_bytes_per_block / GIB == pytest.approx(63.44, abs=0.005)
@@ -109,8 +109,8 @@ def test_bandwidth_ceilings_are_the_published_ones(
     model: ModelConfig, quant_algo: str | None, ceilings: list[int]
 ) -> None:
     figures = estimate(model, quant_algo=quant_algo)
-    found = [figures.tokens_per_second(BANDWIDTH[gpu]) for gpu in ("V100", "A100", "H100", "H200")]
-    assert found == pytest.approx(ceilings, abs=0.6)  # the reference rounds now up, now down
+    rates = [figures.tokens_per_second(BANDWIDTH[gpu]) for gpu in ("V100", "A100", "H100", "H200")]
+    assert rates == pytest.approx(ceilings, abs=0.6)  # the reference rounds sometimes up, sometimes down
 
 
 def test_a_step_reads_weights_once_and_each_request_its_context() -> None:

@@ -1,4 +1,4 @@
-"""What does not fit is refused before a weight is read, with the numbers."""
+"""A model that does not fit is refused before a weight is read, with the numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trtlab.storage.lazy import LazyTensor
 
 @pytest.fixture
 def memory(monkeypatch):
-    """``memory(bytes)`` makes this machine one of so much memory."""
+    """``memory(bytes)`` sets the memory that this machine seems to have."""
 
     def of(nbytes):
         monkeypatch.setattr(fits, "memory_bytes", lambda: nbytes)
@@ -23,7 +23,7 @@ def memory(monkeypatch):
 
 @pytest.fixture
 def unread(random_model):
-    """A checkpoint whose weights cannot be read: whoever looks at one fails."""
+    """A checkpoint whose weights cannot be read: reading one fails the test."""
     checkpoint = Checkpoint.from_hugging_face(random_model())
 
     def refuse():

@@ -72,7 +72,7 @@ def reference_logits(model, ids):
 
 
 def reference_tokens(model, ids, new=NEW):
-    """Greedy by transformers' own generate; without a mask it would hide prompt ids that equal pad_token_id."""
+    """Greedy tokens by transformers' generate; without a mask it would ignore prompt ids equal to pad_token_id."""
     with torch.inference_mode():
         out = model.generate(
             torch.tensor([ids]),
@@ -93,7 +93,7 @@ def greedy(session, ids, new=NEW):
 
 
 def token_by_token(session, ids):
-    """The logits that follow each token when the cache grows by one token a step."""
+    """The logits after each token when every step adds one token to the cache."""
     from trtlab.parallel.step_inputs import Chunk, StepInputs
 
     blocks = tuple(range(-(-len(ids) // session.kv_cache.pool.tokens_per_block)))
@@ -110,14 +110,14 @@ def test_logits_and_64_greedy_tokens_are_those_of_transformers(name, random_mode
     expected_tokens = reference_tokens(model, PROMPT)
     whole = [*PROMPT, *expected_tokens]
     expected = reference_logits(model, whole)
-    assert expected.std() > 0.3, "a flat distribution would prove nothing"
+    assert expected.std() > 0.3, f"the logits are too flat for a comparison: {expected.std()}"
     torch.testing.assert_close(session.logits(whole), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(token_by_token(session, whole), expected, atol=1e-4, rtol=0)
     assert greedy(session, PROMPT) == expected_tokens
 
 
 def test_the_reference_tells_the_models_apart(random_model, hugging_face):
-    """A setting that both sides ignored would make the comparison empty."""
+    """If both sides ignored a setting, the comparison would prove nothing."""
     plain = {
         name: reference_logits(hugging_face(random_model(*MODELS[name][:1], **MODELS[name][1])), PROMPT * 5)
         for name in MODELS
@@ -212,7 +212,7 @@ def test_sharded_safetensors_give_the_same_weights(random_model, hugging_face, t
 
 
 def assert_same_weights(folder: Path, reference: Path) -> None:
-    """Bit for bit. Logits would not do: some processors sum in an order that depends on where a weight lies."""
+    """Weights are equal bit for bit. Logits may differ: some processors sum in an order that depends on addresses."""
     ours, theirs = (trtlab.Checkpoint.from_hugging_face(source) for source in (folder, reference))
     assert ours.config == theirs.config and set(ours.tensors) == set(theirs.tensors)
     for name, tensor in theirs.tensors.items():

@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers' own functions, over their whole parameter space."""
+"""Rotary frequencies against the functions of transformers, over their whole parameter space."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config_of(base, head_size, longest, scaling) -> ModelConfig:
     )
 
 
-def theirs(base, head_size, longest, kind, parameters):
+def reference(base, head_size, longest, kind, parameters):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -53,7 +53,7 @@ def assert_same(config, expected):
 @given(bases, head_sizes, lengths, factors)
 def test_linear_scaling_is_that_of_transformers(base, head_size, longest, factor):
     config = config_of(base, head_size, longest, RotaryScaling("linear", factor))
-    assert_same(config, theirs(base, head_size, longest, "linear", {"factor": factor}))
+    assert_same(config, reference(base, head_size, longest, "linear", {"factor": factor}))
 
 
 @given(bases, head_sizes, lengths, factors, turns, turns)
@@ -61,9 +61,11 @@ def test_llama3_scaling_is_that_of_transformers(base, head_size, trained, factor
     assume(low < high)
     parameters = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     config = config_of(base, head_size, 131072, RotaryScaling("llama3", factor, trained, low, high))
-    found, _ = rotary_frequencies(config)
-    expected, _ = theirs(base, head_size, 131072, "llama3", {**parameters, "original_max_position_embeddings": trained})
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    actual, _ = rotary_frequencies(config)
+    expected, _ = reference(
+        base, head_size, 131072, "llama3", {**parameters, "original_max_position_embeddings": trained}
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
 @given(
@@ -86,7 +88,7 @@ def test_llama3_scaling_is_that_of_transformers(base, head_size, trained, factor
 def test_yarn_is_that_of_transformers(base, head_size, trained, factor, options):
     config = config_of(base, head_size, 131072, RotaryScaling("yarn", factor, trained, **options))
     parameters = {"factor": factor, "original_max_position_embeddings": trained, **options}
-    expected = theirs(base, head_size, 131072, "yarn", parameters)
+    expected = reference(base, head_size, 131072, "yarn", parameters)
     frequencies, attention = rotary_frequencies(config)
     torch.testing.assert_close(frequencies, expected[0], rtol=1e-5, atol=1e-12)
     assert abs(attention - expected[1]) < 1e-6

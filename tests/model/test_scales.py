@@ -78,8 +78,8 @@ def test_the_low_nibble_is_the_even_row():
 
 def test_float8_agrees_with_ml_dtypes_and_saturates():
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is the independent E4M3 cast")
-    dice = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(4000, generator=dice) * 10.0**e for e in range(-4, 3)])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(4000, generator=generator) * 10.0**e for e in range(-4, 3)])
     x = torch.cat([x, torch.arange(-448.0, 449.0), torch.tensor([2.0**-10, 2.0**-9 * 1.5, 1e9, -1e9])])
     ours = to_float8(x, ToOriginal(torch.tensor(1.0)))
     theirs = np.clip(x.numpy(), -448, 448).astype(ml_dtypes.float8_e4m3fn)
@@ -89,8 +89,8 @@ def test_float8_agrees_with_ml_dtypes_and_saturates():
 
 @pytest.mark.parametrize("terms", [1, 1023, 1025, 5000])
 def test_int8_products_are_exact_even_at_the_extremes(terms):
-    dice = torch.Generator().manual_seed(terms)
-    a = torch.randint(-128, 128, (3, terms), generator=dice).to(torch.int8)
+    generator = torch.Generator().manual_seed(terms)
+    a = torch.randint(-128, 128, (3, terms), generator=generator).to(torch.int8)
     b = torch.full((2, terms), -128, dtype=torch.int8)
     assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long().T)
 

@@ -1,4 +1,4 @@
-"""Each algorithm against hand-made vectors, and the algebra that must hold before anything is rounded."""
+"""Each algorithm against hand-made vectors, and identities that hold before rounding."""
 
 import pytest
 import torch
@@ -105,22 +105,22 @@ def test_awq_groups_divide_by_7_and_come_back_within_half_a_step():
 
 
 def test_the_gram_search_finds_the_alpha_of_the_plain_loop():
-    dice = torch.Generator().manual_seed(2)
-    x = torch.randn(200, 128, generator=dice) * torch.logspace(-1, 1, 128)
-    weight = torch.randn(32, 128, generator=dice)
-    seen = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / len(x))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(200, 128, generator=generator) * torch.logspace(-1, 1, 128)
+    weight = torch.randn(32, 128, generator=generator)
+    inputs = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / len(x))
     losses = {}
     for alpha in awq.ALPHAS:
-        s = awq.awq_scale(seen.mean, awq.importance(weight, 64), alpha)
+        s = awq.awq_scale(inputs.mean, awq.importance(weight, 64), alpha)
         scale = awq.group_scales(weight * s, 64)
         back = dequantize(awq.int4_groups(weight * s, scale), scale.value)
         losses[alpha] = float(((x / s) @ back.T - x @ weight.T).square().mean())
-    assert awq.search_alpha(weight, seen, 64) == min(losses, key=losses.get)
+    assert awq.search_alpha(weight, inputs, 64) == min(losses, key=losses.get)
 
 
 def observed_layer(quant: QuantConfig) -> CalibratedLayer:
     """Layer 0 of the random model with statistics of random inputs, two channels of them loud."""
-    dice = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     config = CONFIG.replace(quantization=quant)
     prefix = "transformer.layers.0."
     tensors = random_checkpoint().tensors
@@ -128,7 +128,7 @@ def observed_layer(quant: QuantConfig) -> CalibratedLayer:
     inputs, outputs, sampled = {}, {}, {}
     for linear, site in SITES.items():
         if site.reads not in inputs:
-            x = torch.randn(300, 256, generator=dice)
+            x = torch.randn(300, 256, generator=generator)
             x[:, [3, 17]] *= 12
             inputs[site.reads] = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / 300)
         sampled[linear] = inputs[site.reads].sample @ weights[f"{linear}.weight"].T
@@ -198,10 +198,10 @@ def test_static_scales_multiply_to_the_inverse_of_input_and_weight_scale():
 def test_a_searched_alpha_is_no_worse_than_any_fixed_one():
     algorithm = ALGORITHMS["W8A8_SQ_PER_TENSOR_PLUGIN"]
     layer = observed_layer(QuantConfig(quant_algo=algorithm.name, smoothquant_val=None))
-    seen = layer.observed.input_of("mlp.fc")
-    best = smoothquant.search_alpha(seen, layer, ("mlp.fc", "mlp.gate"), algorithm)
+    inputs = layer.observed.input_of("mlp.fc")
+    best = smoothquant.search_alpha(inputs, layer, ("mlp.fc", "mlp.gate"), algorithm)
     losses = [
-        smoothquant._loss(seen, layer, ("mlp.fc", "mlp.gate"), algorithm, alpha) for alpha in (0.0, 0.5, 1.0, best)
+        smoothquant._loss(inputs, layer, ("mlp.fc", "mlp.gate"), algorithm, alpha) for alpha in (0.0, 0.5, 1.0, best)
     ]
     assert min(losses) == losses[-1]
     assert set(smoothquant.quantize_layer(layer).alphas) == set(SITES)

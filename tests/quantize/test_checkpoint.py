@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds, and that it survives disk, ranks and both ways of writing it."""
+"""The tensors of a quantized checkpoint, the same after saving, splitting over ranks and both ways of writing."""
 
 import json
 
@@ -32,25 +32,25 @@ def assert_same(left: Checkpoint, right: Checkpoint) -> None:
 @pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
 @pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(tp_size=4), Mapping(tp_size=2, pp_size=2)])
 def test_every_algorithm_survives_disk_over_ranks(quantized_by, tmp_path, algorithm, cache, mapping):
-    made = quantized_by(recipe(algorithm, cache, kv_cache_scales="per_head"))
-    made.save(tmp_path / "ckpt", mapping=mapping)
+    quantized = quantized_by(recipe(algorithm, cache, kv_cache_scales="per_head"))
+    quantized.save(tmp_path / "ckpt", mapping=mapping)
     loaded = Checkpoint.load(tmp_path / "ckpt")
     assert isinstance(loaded, QuantizedCheckpoint)
     assert loaded.config.quantization.quant_algo == algorithm
-    assert_same(made, loaded)
+    assert_same(quantized, loaded)
 
 
 @pytest.mark.parametrize("scales", KV_SCALES)
 def test_cache_scales_survive_disk(quantized_by, tmp_path, scales):
-    made = quantized_by(QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales))
-    made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
+    quantized = quantized_by(QuantConfig(kv_cache_quant_algo="INT8", kv_cache_scales=scales))
+    quantized.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
     loaded = Checkpoint.load(tmp_path / "ckpt")
-    assert loaded.config.quantization == made.config.quantization
-    assert_same(made, loaded)
+    assert loaded.config.quantization == quantized.config.quantization
+    assert_same(quantized, loaded)
 
 
 @pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W4A16_AWQ", "W4A8_AWQ"])
-def test_writing_block_by_block_gives_the_same_bytes(checkpoint, texts, tmp_path, algorithm, capsys):
+def test_writing_layer_by_layer_gives_the_same_bytes(checkpoint, texts, tmp_path, algorithm, capsys):
     quant = recipe(algorithm, "INT8")
     in_memory = quantize(checkpoint, texts, quant)
     on_disk = quantize(checkpoint, texts, quant, output_dir=tmp_path / "ckpt")
@@ -63,9 +63,9 @@ def test_writing_block_by_block_gives_the_same_bytes(checkpoint, texts, tmp_path
 
 def test_a_tied_model_is_written_with_one_table(texts, tmp_path):
     tied = random_checkpoint(CONFIG.replace(tie_word_embeddings=True))
-    made = quantize(tied, texts, recipe("FP8", None), output_dir=tmp_path / "ckpt")
-    assert "lm_head.weight" not in made.tensors
-    assert_same(made, quantize(tied, texts, recipe("FP8", None)))
+    quantized = quantize(tied, texts, recipe("FP8", None), output_dir=tmp_path / "ckpt")
+    assert "lm_head.weight" not in quantized.tensors
+    assert_same(quantized, quantize(tied, texts, recipe("FP8", None)))
 
 
 def test_the_names_are_those_of_tensorrt_llm(checkpoint, texts, tmp_path):
@@ -100,34 +100,34 @@ def test_the_names_are_those_of_tensorrt_llm(checkpoint, texts, tmp_path):
 
 
 def test_per_token_scales_leave_dummies_of_1_and_per_tensor_ones_a_single_number(checkpoint, texts):
-    made = quantize(checkpoint, texts, recipe("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", None)).tensors
+    quantized = quantize(checkpoint, texts, recipe("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", None)).tensors
     prefix = "transformer.layers.0."
-    assert made[f"{prefix}post_layernorm.scale_to_int"].read().tolist() == [1.0]
-    assert made[f"{prefix}mlp.fc.per_channel_scale"].shape == (1, 1)
-    assert made[f"{prefix}attention.qkv.per_channel_scale"].shape == (1, 512)
-    assert f"{prefix}mlp.fc.act_scale" not in made
+    assert quantized[f"{prefix}post_layernorm.scale_to_int"].read().tolist() == [1.0]
+    assert quantized[f"{prefix}mlp.fc.per_channel_scale"].shape == (1, 1)
+    assert quantized[f"{prefix}attention.qkv.per_channel_scale"].shape == (1, 512)
+    assert f"{prefix}mlp.fc.act_scale" not in quantized
 
 
 def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
     quant = recipe("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", None, exclude_modules=("*.mlp.gate", "*.0.attention.*"))
-    made = quantize(checkpoint, texts, quant)
+    quantized = quantize(checkpoint, texts, quant)
     gate, fc = "transformer.layers.0.mlp.gate.weight", "transformer.layers.0.mlp.fc.weight"
-    assert made.tensors[gate].dtype == torch.float32
-    assert made.tensors[fc].dtype == torch.int8
+    assert quantized.tensors[gate].dtype == torch.float32
+    assert quantized.tensors[fc].dtype == torch.int8
     assert torch.equal(
-        made.tensors["transformer.layers.0.attention.qkv.weight"].read(),
+        quantized.tensors["transformer.layers.0.attention.qkv.weight"].read(),
         checkpoint.tensors["transformer.layers.0.attention.qkv.weight"].read(),
     )
-    assert {row.name for row in made.report.linears}.isdisjoint({gate.removesuffix(".weight")})
-    with made.build(plan=False).session(backend="torch") as ours, checkpoint.build(plan=False).session() as plain:
+    assert {row.name for row in quantized.report.linears}.isdisjoint({gate.removesuffix(".weight")})
+    with quantized.build(plan=False).session(backend="torch") as ours, checkpoint.build(plan=False).session() as plain:
         expected = plain.logits(texts[0])
         assert (ours.logits(texts[0]) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_groups_that_do_not_divide_over_ranks_name_what_would(checkpoint, texts, tmp_path):
-    made = quantize(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
+    quantized = quantize(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
     with pytest.raises(ConfigError, match="64 inputs, which groups of 128 do not divide; use group_size=64"):
-        made.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
+        quantized.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
 
 
 def test_groups_that_do_not_divide_are_refused_before_anything_runs(texts):
@@ -137,7 +137,7 @@ def test_groups_that_do_not_divide_are_refused_before_anything_runs(texts):
 
 
 def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tmp_path, monkeypatch):
-    made = quantize(checkpoint, texts, recipe("W8A16", None), output_dir=tmp_path / "ckpt")
+    quantized = quantize(checkpoint, texts, recipe("W8A16", None), output_dir=tmp_path / "ckpt")
     put, count = TensorFile.put, []
 
     def fail(self, name, value):
@@ -150,7 +150,7 @@ def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tm
     with pytest.raises(KeyboardInterrupt):
         quantize(checkpoint, texts, recipe("W4A16", None), output_dir=tmp_path / "ckpt")
     assert [entry.name for entry in tmp_path.iterdir()] == ["ckpt"]
-    assert_same(made, Checkpoint.load(tmp_path / "ckpt"))
+    assert_same(quantized, Checkpoint.load(tmp_path / "ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Our scales and integers beside ModelOpt's on a small random LLaMA; deliberate differences are named."""
+"""trtlab's scales and integers against ModelOpt's on a small random LLaMA; deliberate differences are named."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_names_and_shapes_are_modelopts(both):
 
 
 def test_dtypes_are_modelopts(both):
-    """It exports a float32 model in float16; what an algorithm fixes, and not the model, is the same."""
+    """ModelOpt exports a float32 model in float16; dtypes that the algorithm fixes are the same."""
     for name, tensor in both[1].tensors.items():
         ours = both[0].tensors[name].dtype
         assert ours == tensor.dtype or (ours, tensor.dtype) == (torch.float32, torch.float16), name
@@ -49,8 +49,11 @@ def scales(both, suffix):
 
 
 def differs_on_purpose(name, algorithm):
-    """Linears that share an input: we average fc's and gate's prequant scales as TensorRT-LLM's fused linears need,
-    ModelOpt averages those of q, k and v alone; it gives fc and gate one FP8 weight scale, we give each its own."""
+    """Whether a linear shares its input with another one in the MLP, where trtlab and ModelOpt differ.
+
+    trtlab averages the prequant scales of fc and gate, which TensorRT-LLM's fused linears need; ModelOpt averages only
+    those of q, k and v. ModelOpt gives fc and gate one FP8 weight scale, trtlab gives them one each.
+    """
     return ".mlp.proj." not in name and ".mlp." in name and algorithm != "W8A8_SQ_PER_CHANNEL"
 
 
@@ -60,7 +63,7 @@ def test_scales_agree_to_the_rounding_of_their_storage(both, suffix):
     tolerance = 1e-3 if suffix.startswith("prequant") else 1e-5  # the former are float16 in the export
     for name, ours, theirs in scales(both, suffix):
         if name.endswith("qkv.activation_scaling_factor") and algorithm == "W4A8_AWQ":
-            assert torch.allclose(ours, theirs, rtol=0.2), name  # theirs is taken before q, k and v are averaged
+            assert torch.allclose(ours, theirs, rtol=0.2), name  # ModelOpt computes it before q, k and v are averaged
         elif not differs_on_purpose(name, algorithm):
             assert torch.allclose(ours, theirs, rtol=tolerance), name
 
@@ -92,13 +95,13 @@ def numbers(checkpoint, name):
 
 
 def grid_step(x, dtype):
-    """From a number on the grid to the next one: E4M3 has three bits of mantissa, and none below 2^-6."""
+    """The step from a number on the grid to the next: E4M3 has three mantissa bits, and is subnormal below 2^-6."""
     if dtype != torch.float8_e4m3fn:
         return torch.ones_like(x)
     return torch.exp2(x.abs().clamp(min=2.0**-6).log2().floor() - 3)
 
 
-ROUNDING = 2.0**-11  # relative: float16's, in which the export keeps some scales
+ROUNDING = 2.0**-11  # relative, of float16, in which the export stores some scales
 
 
 def test_weights_agree_but_for_ties(both):
@@ -123,7 +126,7 @@ def test_what_modelopt_exports_runs(both, texts):
     with ours.build(plan=False).session(backend="torch") as left, theirs.build(plan=False).session() as right:
         a, b = left.logits(texts[0]), right.logits(texts[0])
     assert a.shape == b.shape == (len(texts[0]), 99)
-    assert (a - b).norm() < 0.15 * b.norm()  # random weights, 4 bits, and what differs on purpose
+    assert (a - b).norm() < 0.15 * b.norm()  # because of random weights, 4 bits, and the deliberate differences
 
 
 def test_a_bare_export_says_that_it_lacks_the_rotary_base(folder, texts, tmp_path):
@@ -142,7 +145,7 @@ def test_a_bare_export_says_that_it_lacks_the_rotary_base(folder, texts, tmp_pat
 @pytest.mark.parametrize(
     "settings", [{"quant_algo": "W8A16"}, {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}, {}]
 )
-def test_what_does_not_go_this_way_is_refused(settings):
+def test_a_recipe_that_modelopt_cannot_take_is_refused(settings):
     with pytest.raises(QuantizeError, match="ModelOpt takes one weight algorithm"):
         check_modelopt(QuantConfig(**settings))
 

@@ -1,4 +1,4 @@
-"""What a quantization says of its memory before it starts; benchmarks/quantize.py compares it with what it takes."""
+"""The predicted memory of a quantization; benchmarks/quantize.py compares it with the measured memory."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ def test_70_billion_parameters_need_a_fraction_of_the_usual_210_gigabytes():
     assert peak.total < 25e9
 
 
-def test_one_block_is_let_go_before_the_next_is_read(checkpoint, texts, monkeypatch):
+def test_one_layer_is_freed_before_the_next_is_read(checkpoint, texts, monkeypatch):
     read, earlier = Quantization._read, []
 
     def watched(self, *arguments):

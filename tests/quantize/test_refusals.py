@@ -1,4 +1,4 @@
-"""What cannot be quantized says why, before anything is written."""
+"""A quantization that is not possible is refused with the reason, before anything is written."""
 
 import pytest
 import torch
@@ -90,8 +90,8 @@ def test_useless_texts_are_refused(checkpoint, tmp_path, texts, message):
 
 
 def test_texts_may_come_one_by_one(checkpoint, texts):
-    made = checkpoint.quantize(STATIC, calibration=(text for text in texts))
-    assert made.report == checkpoint.quantize(STATIC, calibration=texts).report
+    quantized = checkpoint.quantize(STATIC, calibration=(text for text in texts))
+    assert quantized.report == checkpoint.quantize(STATIC, calibration=texts).report
 
 
 def test_texts_of_unknown_tokens_only_are_refused():
@@ -101,9 +101,9 @@ def test_texts_of_unknown_tokens_only_are_refused():
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint):
-    made = checkpoint.quantize(QuantConfig(quant_algo="W8A16"))
+    quantized = checkpoint.quantize(QuantConfig(quant_algo="W8A16"))
     with pytest.raises(QuantizeError, match=r"already quantized \(W8A16\)"):
-        made.quantize(QuantConfig(quant_algo="W4A16"))
+        quantized.quantize(QuantConfig(quant_algo="W4A16"))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -144,10 +144,12 @@ def test_all_zero_channels_quantize_to_zeros(texts, algorithm):
     tensors["transformer.layers.0.mlp.fc.weight"][:, 9] = 0
     tensors["transformer.layers.0.mlp.proj.weight"][:] = 0
     quant = QuantConfig(quant_algo=algorithm, group_size=64)
-    made = Checkpoint.from_weights(CONFIG, tensors).quantize(quant, calibration=texts if quant.reads_texts else None)
-    for name, tensor in made.tensors.items():
+    quantized = Checkpoint.from_weights(CONFIG, tensors).quantize(
+        quant, calibration=texts if quant.reads_texts else None
+    )
+    for name, tensor in quantized.tensors.items():
         assert torch.isfinite(tensor.read().float()).all(), name
-    with made.build(plan=False).session(backend="torch") as session:
+    with quantized.build(plan=False).session(backend="torch") as session:
         assert torch.isfinite(session.logits(texts[0])).all()
 
 

@@ -18,12 +18,12 @@ def test_worst_lists_the_lowest_ratios_first(quantized_by):
 
 
 def test_weight_only_figures_compare_the_weights(checkpoint, quantized_by):
-    made = quantized_by(QuantConfig(quant_algo="W8A16"))
-    row = made.report.linears[1]
+    quantized = quantized_by(QuantConfig(quant_algo="W8A16"))
+    row = quantized.report.linears[1]
     name = "transformer.layers.0.attention.dense"
     weight = checkpoint.tensors[f"{name}.weight"].read()
-    q = made.tensors[f"{name}.weight"].read()
-    scale = made.tensors[f"{name}.per_channel_scale"].read()
+    q = quantized.tensors[f"{name}.weight"].read()
+    scale = quantized.tensors[f"{name}.per_channel_scale"].read()
     error = q * scale[:, None] - weight
     assert row.name == name
     assert row.snr_db == pytest.approx(10 * math.log10(float(weight.square().sum() / error.square().sum())), abs=0.01)
@@ -39,9 +39,9 @@ def test_weight_only_figures_compare_the_weights(checkpoint, quantized_by):
 )
 def test_saturation_is_the_share_of_weights_at_the_end_of_the_range(quantized_by, algorithm, end):
     quant = QuantConfig(quant_algo=algorithm)
-    made = quantized_by(quant)
-    for row in made.report.linears:
-        stored = made.tensors[f"{row.name}.weight"].read()
+    quantized = quantized_by(quant)
+    for row in quantized.report.linears:
+        stored = quantized.tensors[f"{row.name}.weight"].read()
         numbers = unpack_int4(stored, 2 * len(stored)) if end == 7 else stored
         expected = (numbers.double().abs() >= end).double().mean().item()
         assert row.saturation == pytest.approx(expected, rel=1e-6)

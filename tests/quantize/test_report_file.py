@@ -1,4 +1,4 @@
-"""The report beside a saved checkpoint: the same after a round trip, and not needed."""
+"""The report beside a saved checkpoint: the same after a round trip, and optional."""
 
 import json
 import math
@@ -19,11 +19,13 @@ def quantized(checkpoint, texts):
 @pytest.mark.parametrize(("algorithm", "cache"), EVERY_CONFIG)
 def test_every_report_comes_back_as_it_was(checkpoint, texts, tmp_path, algorithm, cache):
     quant = QuantConfig(algorithm, cache, group_size=64)
-    made = checkpoint.quantize(quant, calibration=texts if quant.reads_texts else None, output_dir=tmp_path / "ckpt")
+    original = checkpoint.quantize(
+        quant, calibration=texts if quant.reads_texts else None, output_dir=tmp_path / "ckpt"
+    )
     loaded = Checkpoint.load(tmp_path / "ckpt")
-    assert (loaded.report.linears, loaded.report.caches) == (made.report.linears, made.report.caches)
+    assert (loaded.report.linears, loaded.report.caches) == (original.report.linears, original.report.caches)
     assert loaded.report.config == loaded.config.quantization
-    assert repr(loaded.report) == repr(made.report)
+    assert repr(loaded.report) == repr(original.report)
 
 
 def test_saving_keeps_it_for_every_split(quantized, tmp_path):

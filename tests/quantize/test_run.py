@@ -1,4 +1,4 @@
-"""Quantized models that run: torch against plain arithmetic, ranks against one, caches against their scales."""
+"""Running quantized models: torch against plain arithmetic, several ranks against one, caches against their scales."""
 
 import pytest
 import torch
@@ -29,16 +29,16 @@ def test_every_algorithm_stays_near_the_original(checkpoint, quantized_by, texts
 @pytest.mark.parametrize("algorithm", ["W8A16", "W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN"])
 def test_ranks_give_what_one_rank_gives(quantized_by, texts, algorithm):
     quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo="INT8", group_size=64, kv_cache_scales="per_head")
-    made = quantized_by(quant)
+    quantized = quantized_by(quant)
     prompts = [texts[0], texts[2], *([token, 7 * token] for token in range(14))]
-    whole = logits(made, prompts)
+    whole = logits(quantized, prompts)
     for mapping in (Mapping(tp_size=2), Mapping(tp_size=2, pp_size=2)):
-        pairs = zip(logits(made, prompts, mapping), whole, strict=True)
-        apart = torch.tensor([float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs])
-        # A sum in another order may round a number near a tie to the next INT8, and every later row sees that one.
-        # Of some thousand numbers a token about one in 1e5 lies that near: prompts of two tokens seldom meet one.
-        assert apart.max() < 0.02
-        assert (apart < 5e-5).sum() > len(prompts) / 2
+        pairs = zip(logits(quantized, prompts, mapping), whole, strict=True)
+        differences = torch.tensor([float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs])
+        # A sum in another order can round a number near a tie to the next INT8, which changes every later row. A token
+        # has some thousand numbers and about one in 1e5 is near enough, so it is rare in prompts of two tokens.
+        assert differences.max() < 0.02
+        assert (differences < 5e-5).sum() > len(prompts) / 2
 
 
 def test_an_engine_folder_keeps_a_quantized_model(quantized_by, texts, tmp_path):
@@ -52,20 +52,20 @@ def test_an_engine_folder_keeps_a_quantized_model(quantized_by, texts, tmp_path)
 
 
 def test_generation_reads_the_quantized_cache_as_the_prompt_did(quantized_by, texts):
-    made = quantized_by(QuantConfig(kv_cache_quant_algo="INT8"))
-    with made.build(BuildConfig(), plan=False).session(backend="torch") as session:
+    quantized = quantized_by(QuantConfig(kv_cache_quant_algo="INT8"))
+    with quantized.build(BuildConfig(), plan=False).session(backend="torch") as session:
         answer = session.generate(texts[1])
         ids = list(answer.prompt_token_ids + answer.token_ids)
         again = session.logits(ids[:-1])[len(texts[1]) - 1 :]
         chosen = again.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-        # The best token each time, but for the step of INT8 that a tie may turn: hundredths, where logits spread by 1.
+        # Each is the best token up to a tie in INT8, which changes logits by hundredths; their spread is 1.
         assert (again.amax(-1) - chosen).max() < 0.05 < 0.1 * again.std()
 
 
 def test_int8_products_use_whole_numbers_only():
-    dice = torch.Generator().manual_seed(0)
-    q = torch.randint(-127, 128, (5, 2000), generator=dice).to(torch.int8)
-    x = torch.randint(-127, 128, (3, 2000), generator=dice).float()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (5, 2000), generator=generator).to(torch.int8)
+    x = torch.randint(-127, 128, (3, 2000), generator=generator).float()
     weight = Int8Linear("w", q, ToOriginal(torch.ones(5)), ToOriginal(torch.ones(1)))
     assert torch.equal(linear(weight, x).double(), (x.double() @ q.double().T).float().double())
 

@@ -1,4 +1,4 @@
-"""Widgets and notebooks as a reader meets them: real JupyterLab, headless Chromium, a mouse."""
+"""Widgets and notebooks in a real JupyterLab, with headless Chromium and a mouse."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ engine = Checkpoint.from_hugging_face(llama_dir()).build(bounds, plan=False)
 session = engine.session(SessionConfig(max_tokens_in_paged_kv_cache=384), backend="torch")
 blocks, started = KVBlocks(session), False
 blocks"""
-# Run again, it starts requests and leaves them to the event loop; it always tells what is chosen.
+# A second run starts requests and leaves them to the event loop; every run prints the selection.
 READ_BLOCKS = """\
 import asyncio
 if started and not session.events:
@@ -44,7 +44,7 @@ if started and not session.events:
 chosen = blocks.selection
 started = True
 print("chosen:", chosen.step, chosen.block.number, chosen.block.owners, chosen.filled, repr(chosen.text))"""
-# Every title that the picture gets from now on.
+# Records every title that the picture gets from now on.
 RECORD = """() => {
     window.titles = [];
     const look = () => {
@@ -56,7 +56,7 @@ RECORD = """() => {
 }"""
 READ_SCALES = "print(explorer.recipe, explorer.shown.value)"
 READ = 'print("chosen:", layers.selected, len(layers.selection), layers.step.value, layers.amount.value)'
-# One step of the slider that has the focus, and the time until the picture has other numbers.
+# Moves the focused slider by one step and measures the time until the picture changes.
 STEP = """async () => {
     const line = () => document.querySelectorAll('.scatterlayer .js-line')[1].getAttribute('d');
     const before = line(), start = performance.now();
@@ -64,7 +64,7 @@ STEP = """async () => {
     while (line() === before && performance.now() - start < 30000) await new Promise(requestAnimationFrame);
     return performance.now() - start;
 }"""
-# A place in the line of a bar, far from the bar itself.
+# A place on the line of a bar, far from the bar itself.
 PLACE = """() => {
     const ticks = [...document.querySelectorAll('.js-plotly-plot .ytick text')];
     const plot = document.querySelector('.js-plotly-plot .nsewdrag').getBoundingClientRect();
@@ -85,12 +85,12 @@ def title(page):
 
 
 def words(page):
-    """What stands above the picture of a ScaleExplorer."""
+    """The summary above the picture of a ScaleExplorer."""
     return page.text_content(".widget-html-content")
 
 
 def read_selection(page):
-    """Run the last cell, and give what it printed."""
+    """Run the last cell and return its output."""
     before = page.locator(".jp-Cell").last.locator(".jp-InputArea-prompt").text_content()
     page.evaluate("""async () => {
         jupyterapp.shell.currentWidget.content.activeCellIndex = 1;
@@ -151,10 +151,10 @@ def test_the_alpha_slider_changes_picture_and_recipe(open_notebook, tmp_path):
 
     page.locator(".widget-slider .noUi-handle").first.focus()
     at_rest = []
-    for _ in range(6):  # as a reader moves it, who looks at each picture
+    for _ in range(6):  # with a pause after each, like a reader who looks at the picture
         at_rest.append(page.evaluate(STEP))
         page.wait_for_timeout(500)
-    print("slider to picture, ms:", *map(round, at_rest))  # other work on the machine counts too
+    print("slider to picture, ms:", *map(round, at_rest))  # other work on the machine adds to it
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.querySelector('.widget-readout').textContent.includes('0.80')")
@@ -185,8 +185,10 @@ def test_blocks_fill_while_tokens_come_and_every_step_can_be_read(open_notebook,
     assert "chosen: None 0 () 0" in read_selection(page)
     page.wait_for_function("titles.length > 1 && titles.at(-1).startsWith('Now: 0 of 48')")
     titles = page.evaluate("titles")
-    print(len(titles), "pictures of 48 steps")  # other work on the machine counts too
-    assert any(title.startswith("Now: ") and " 0 of " not in title for title in titles), "the picture is live"
+    print(len(titles), "pictures of 48 steps")  # other work on the machine adds to it
+    assert any(title.startswith("Now: ") and " 0 of " not in title for title in titles), (
+        f"the picture did not change while requests ran: {titles}"
+    )
 
     page.locator(".widget-slider .noUi-handle").first.focus()
     page.wait_for_function("document.querySelector('.widget-html-content').textContent.includes('0 running')")
@@ -203,7 +205,7 @@ def test_blocks_fill_while_tokens_come_and_every_step_can_be_read(open_notebook,
         chosen[number] = read_selection(page)
         assert f"chosen: 30 {number} (6,) " in chosen[number]
     page.screenshot(path=tmp_path / "after.png")
-    assert any("(6,) 8 'One " in read for read in chosen.values()), "its first block is full and begins the prompt"
+    assert any("(6,) 8 'One " in read for read in chosen.values()), chosen
 
 
 def test_a_reloaded_page_keeps_the_picture(open_notebook, tmp_path):
@@ -222,7 +224,7 @@ def test_a_shipped_notebook_shows_its_saved_outputs(open_notebook, path, tmp_pat
     page = open_notebook(path, run=False)
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     last = max(i for i, cell in enumerate(cells) if cell.outputs)
-    for number in range(last + 1):  # JupyterLab draws a cell when it comes into sight
+    for number in range(last + 1):  # JupyterLab draws a cell when it becomes visible
         page.evaluate(
             """number => {
                 const cells = jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code');

@@ -1,4 +1,4 @@
-"""EngineLayers without a browser: groups, the figure as a function of data, and what Python reads of the controls."""
+"""EngineLayers without a browser: groups, the figure as a function of data, and the state that Python reads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layers(engine):
 
 
 def click(layers, place, trace=-1):
-    """What plotly calls when a reader clicks on a bar."""
+    """Do what plotly does when a reader clicks on a bar."""
     clicked = layers.figure.data[trace]
     clicked._dispatch_on_click(SimpleNamespace(point_inds=[place]), None)
 

@@ -1,4 +1,4 @@
-"""KVBlocks without a browser: the blocks of every step, the picture as a function of data, live and by hand."""
+"""KVBlocks without a browser: the blocks of every step, the picture as a function of data, live and on request."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def session(engine):
 
 @pytest.fixture
 def blocks(session):
-    """A widget that looks when it is told to."""
-    made = KVBlocks(session)
-    made.live.value = False
-    return made
+    """A widget that is not live: it reads the session only when a test asks."""
+    widget = KVBlocks(session)
+    widget.live.value = False
+    return widget
 
 
 def trace(blocks, name):
@@ -48,7 +48,7 @@ def trace(blocks, name):
 
 
 def click(blocks, name, place):
-    """What plotly calls when a reader clicks."""
+    """Do what plotly does when a reader clicks."""
     trace(blocks, name)._dispatch_on_click(SimpleNamespace(point_inds=[place]), None)
 
 
@@ -63,8 +63,8 @@ def log_of(*events, kept=100):
     return log
 
 
-def held(session):
-    """What an independent count says: how many places of each block hold a token, from the requests themselves."""
+def filled_places(session):
+    """An independent count of the filled places of each block, from the requests themselves."""
     places = {}
     for request in session._loop.scheduler.running:
         for index, number in enumerate(request.chain.blocks):
@@ -82,25 +82,26 @@ def test_every_step_shows_the_blocks_as_they_were(engine, data):
         capacity_scheduler_policy="GUARANTEED_NO_EVICT" if no_evict else "MAX_UTILIZATION",
     )
     with engine.session(config, backend="torch") as session:
-        requests, seen = [], []
+        requests, states = [], []
         for _ in range(20):
-            deed = data.draw(st.sampled_from(("submit", "fork", "cancel", "step", "step", "step")))
+            action = data.draw(st.sampled_from(("submit", "fork", "cancel", "step", "step", "step")))
             under_way = [request for request in requests if not request.done]
-            if deed == "submit":
+            if action == "submit":
                 ids = data.draw(st.sampled_from((range(3), range(20), range(4, 44))))
                 requests.append(session.submit([id + 5 for id in ids], LONG))
-            elif deed == "fork" and under_way:
+            elif action == "fork" and under_way:
                 requests.append(session.fork(under_way[0]))
-            elif deed == "cancel" and under_way:
+            elif action == "cancel" and under_way:
                 under_way[-1].cancel()
-            elif deed == "step" and session.step():
-                seen.append(({b.number: b for b in session.kv_cache.blocks if b.state != "free"}, held(session)))
+            elif action == "step" and session.step():
+                taken = {b.number: b for b in session.kv_cache.blocks if b.state != "free"}
+                states.append((taken, filled_places(session)))
             now = moment_now(session.kv_cache, range(12))
             assert now.blocks == {b.number: b for b in session.kv_cache.blocks if b.state != "free"}
             assert sum(now.filled.values()) == session.kv_cache.tokens
-        for index, (there, places) in enumerate(seen):
+        for index, (taken, places) in enumerate(states):
             moment = moment_after(session.events, index, SIZE)
-            assert moment.blocks == there
+            assert moment.blocks == taken
             assert sum(moment.filled.values()) == sum(places.values())
             assert moment.counts(12)[0] == session.events[index].used
 
@@ -156,7 +157,7 @@ def test_a_step_and_a_block_are_chosen_and_read(session, blocks):
     assert blocks.selection.step is None
 
 
-def test_what_there_is_not_is_refused(session, blocks):
+def test_an_unknown_step_or_block_is_refused(session, blocks):
     with pytest.raises(ConfigError, match=r"no such step.*got 0.*none yet"):
         blocks.show(step=0)
     session.submit([5, 6], LONG)
@@ -167,7 +168,7 @@ def test_what_there_is_not_is_refused(session, blocks):
         blocks.show(block=40)
 
 
-def test_at_its_right_end_the_slider_goes_with_the_session_and_else_it_stays(session, blocks):
+def test_the_slider_follows_the_session_only_at_its_right_end(session, blocks):
     session.submit([5, 6], LONG)
     session.step()
     blocks.refresh()
@@ -184,11 +185,11 @@ def test_live_follows_while_steps_run_in_a_task(session):
     async def answer():
         return [piece async for piece in session.submit("About Mila.\n", LONG)]
 
-    with ThreadPoolExecutor(1) as thread:  # a browser that another test drives has a loop in this one
+    with ThreadPoolExecutor(1) as thread:  # this thread can have the event loop of a browser test
         assert thread.submit(asyncio.run, answer()).result()
     deadline = time.monotonic() + 10
     while blocks.step.max != len(session.events):
-        assert time.monotonic() < deadline, "the picture did not follow"
+        assert time.monotonic() < deadline, "the picture did not change in time"
         time.sleep(0.02)
     watcher = blocks._watcher
     blocks.live.value = False
@@ -234,9 +235,9 @@ def test_moving_gives_the_picture_that_is_drawn_anew(session, blocks):
         blocks.show(step=step, block=block)
         anew = kv_figure(blocks._view)
         for live, new in zip(blocks.figure.data, anew.data, strict=True):
-            mine, theirs = live.to_plotly_json(), new.to_plotly_json()
-            mine.pop("uid")
-            assert mine == theirs
+            shown, expected = live.to_plotly_json(), new.to_plotly_json()
+            shown.pop("uid")
+            assert shown == expected
         assert blocks.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
     reloaded = blocks.figure.get_state()
     assert list(reloaded["_widget_data"][0]["y"]) == list(anew.data[0].y)
@@ -331,7 +332,7 @@ def test_repr_and_still_view_are_short_and_deterministic(session, blocks):
     assert "0x" not in bundle["text/html"]
 
 
-def test_the_picture_is_as_wide_as_the_page_lets_it(blocks):
+def test_the_picture_is_as_wide_as_its_place_in_the_page(blocks):
     blocks._width.width = 640  # what the page sends
     assert blocks.figure.layout.width == 640
     assert blocks.figure.get_state()["_widget_layout"]["width"] == 640

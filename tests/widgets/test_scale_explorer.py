@@ -1,4 +1,4 @@
-"""ScaleExplorer without a browser: its picture, its recipe, its promises."""
+"""ScaleExplorer without a browser: its picture, its recipe and its controls."""
 
 import plotly.graph_objects as go
 import pytest
@@ -27,26 +27,26 @@ def quantized(tiny):
 
 
 @pytest.fixture(scope="module")
-def tried(quantized):
+def tiny_study(quantized):
     return study(quantized.made_by)
 
 
 @pytest.fixture
-def explorer(quantized, tried, monkeypatch):
-    monkeypatch.setattr("trtlab.widgets.scale_explorer.study", lambda _: tried)
+def explorer(quantized, tiny_study, monkeypatch):
+    monkeypatch.setattr("trtlab.widgets.scale_explorer.study", lambda _: tiny_study)
     return ScaleExplorer(quantized)
 
 
-def test_the_study_agrees_with_the_report(quantized, tried):
-    rows = tuple(linear.trials[0.5].row for linear in tried.linears if linear.name not in tried.excluded)
+def test_the_study_agrees_with_the_report(quantized, tiny_study):
+    rows = tuple(linear.trials[0.5].row for linear in tiny_study.linears if linear.name not in tiny_study.excluded)
     assert rows == quantized.report.linears
-    assert tried.caches["split"] == quantized.report.caches
-    assert len(tried.linears) == 30
-    assert len(tried.excluded) == 5
+    assert tiny_study.caches["split"] == quantized.report.caches
+    assert len(tiny_study.linears) == 30
+    assert len(tiny_study.excluded) == 5
 
 
-def test_shares_of_a_histogram_sum_to_one(tried):
-    one = tried.linears[9]
+def test_shares_of_a_histogram_sum_to_one(tiny_study):
+    one = tiny_study.linears[9]
     spreads = [one.before, *(trial.after for trial in one.trials.values())]
     assert all(sum(spread.weights) == pytest.approx(1, abs=1e-5) for spread in spreads)
     assert all(sum(spread.activations) == pytest.approx(1, abs=1e-5) for spread in spreads)
@@ -63,10 +63,10 @@ def test_the_recipe_quantizes_to_what_the_bars_show(explorer, tiny):
     assert explorer.recipe == QuantConfig(
         SMOOTH.quant_algo, "INT8", 0.8, kv_cache_scales="per_head", exclude_modules=("transformer.layers.0.*", PROJ)
     )
-    made = tiny.quantize(explorer.recipe, calibration=TEXTS).report
+    report = tiny.quantize(explorer.recipe, calibration=TEXTS).report
     shown = {linear.name: linear.trials[0.8].row for linear in explorer.study.linears}
-    assert made.linears == tuple(row for name, row in shown.items() if name not in explorer.excluded)
-    assert made.caches == explorer.study.caches["per_head"]
+    assert report.linears == tuple(row for name, row in shown.items() if name not in explorer.excluded)
+    assert report.caches == explorer.study.caches["per_head"]
 
 
 def test_searched_is_an_alpha_too(explorer):
@@ -101,16 +101,16 @@ def test_moving_gives_the_picture_that_is_drawn_anew(explorer):
     anew = figure(explorer.study, 0.9, "merged", explorer.study.excluded | {PROJ}, "transformer.layers.2.mlp.fc")
     assert isinstance(anew, go.Figure)
     for live, new in zip(explorer.figure.data, anew.data, strict=True):
-        mine, theirs = live.to_plotly_json(), new.to_plotly_json()
-        mine.pop("uid")
-        assert mine == theirs
+        shown, expected = live.to_plotly_json(), new.to_plotly_json()
+        shown.pop("uid")
+        assert shown == expected
     assert explorer.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
     reloaded = explorer.figure.get_state()
     assert tuple(reloaded["_widget_data"][0]["y"]) == anew.data[0].y
 
 
-def test_smoothing_flattens_the_channels_in_the_picture(tried):
-    one = next(linear for linear in tried.linears if linear.name == PROJ)
+def test_smoothing_flattens_the_channels_in_the_picture(tiny_study):
+    one = next(linear for linear in tiny_study.linears if linear.name == PROJ)
     tallest = [max(one.trials[alpha].after.channels) for alpha in (0.5, 0.8, 1.0)]
     assert max(one.before.channels) > 4 * tallest[0] > 4 * tallest[1] > 4 * tallest[2]
     assert tallest[2] < 1.01
@@ -118,7 +118,7 @@ def test_smoothing_flattens_the_channels_in_the_picture(tried):
 
 def test_a_slider_step_quantizes_nothing(explorer, monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("a slider step is to show what was tried beforehand")
+        raise AssertionError("a slider step shows computed trials and quantizes nothing")
 
     monkeypatch.setattr("trtlab.quantize.study.quantize_layer", refuse)
     for step in range(1, 8):
@@ -153,10 +153,10 @@ def test_repr_and_still_view_are_short_and_deterministic(explorer):
     ],
 )
 def test_every_algorithm_has_a_picture_with_the_panels_that_it_fills(tiny, quant, traces):
-    made = ScaleExplorer(tiny.quantize(quant, calibration=TEXTS[:1] if quant.reads_texts else None))
-    assert len(made.figure.data) == traces
-    assert made.recipe == quant
-    assert "ScaleExplorer" in made._repr_mimebundle_()["text/html"]
+    explorer = ScaleExplorer(tiny.quantize(quant, calibration=TEXTS[:1] if quant.reads_texts else None))
+    assert len(explorer.figure.data) == traces
+    assert explorer.recipe == quant
+    assert "ScaleExplorer" in explorer._repr_mimebundle_()["text/html"]
 
 
 def test_a_checkpoint_from_a_folder_is_refused_with_what_to_do(quantized, tmp_path):

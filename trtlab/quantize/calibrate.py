@@ -159,7 +159,7 @@ class Calibration:
                 x += torch.cat([positions[:length] for length in batch.lengths])
 
     @torch.inference_mode()
-    def block(self, layer: int, weights: dict[str, Tensor]) -> LayerStatistics:
+    def run_layer(self, layer: int, weights: dict[str, Tensor]) -> LayerStatistics:
         """Run one layer over all texts and return its statistics.
 
         Args:

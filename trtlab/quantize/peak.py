@@ -15,7 +15,7 @@ from trtlab.model.tensor_specs import tensor_specs
 from trtlab.quantize.texts import TextBatch
 from trtlab.storage.lazy import LazyTensor
 
-FLOAT = 4  # bytes: blocks are computed in float32
+FLOAT = 4  # bytes: layers are computed in float32
 WORKING_COPIES = 4  # of the largest linear, while its scales are searched
 
 
@@ -23,12 +23,12 @@ WORKING_COPIES = 4  # of the largest linear, while its scales are searched
 class Peak:
     """Predicted bytes in addition to what the process already holds.
 
-    ``block`` is one layer in both forms, ``hidden`` the hidden states of all texts, ``statistics`` those of one layer,
+    ``layer`` is one layer in both forms, ``hidden`` the hidden states of all texts, ``statistics`` those of one layer,
     ``kept`` the result if it stays in memory. ``usual`` is for comparison: the whole model in its own dtype and its
     quantized copy at once.
     """
 
-    block: int
+    layer: int
     hidden: int
     statistics: int
     kept: int
@@ -37,11 +37,11 @@ class Peak:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.block + self.hidden + self.statistics + self.kept
+        return self.layer + self.hidden + self.statistics + self.kept
 
     def __str__(self) -> str:
         parts = [
-            f"one block in both forms {size(self.block)}",
+            f"one layer in both forms {size(self.layer)}",
             f"hidden states {size(self.hidden)}",
             f"statistics {size(self.statistics)}",
         ]
@@ -70,7 +70,7 @@ def predict(
     result = sum(nbytes for name, nbytes in results.items() if name.startswith(prefix))
     tokens = sum(len(batch.ids) for batch in texts)
     return Peak(
-        block=max(source + result + WORKING_COPIES * largest, tensors[EMBEDDING].nbytes),
+        layer=max(source + result + WORKING_COPIES * largest, tensors[EMBEDDING].nbytes),
         hidden=tokens * config.hidden_size * FLOAT + _activations(config, texts),
         statistics=_statistics(config, linears, texts),
         kept=sum(results.values()) if in_memory else 0,

@@ -114,7 +114,7 @@ def _row(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> LinearR
 
 def _products(expected: Tensor, got: Tensor) -> tuple[float, float, float, float]:
     """The sums of squares of ``expected``, of the error and of ``got``, and the sum of ``expected * got``."""
-    error, a, b = (expected - got).flatten(), expected.flatten(), got.flatten()
+    error, a, b = (expected - got).flatten(), expected.flatten(), got.flatten()  # [tokens * out] each
     return float(a @ a), float(error @ error), float(b @ b), float(a @ b)
 
 

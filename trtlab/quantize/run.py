@@ -56,13 +56,13 @@ class Quantization:
         specs = tensor_specs(self.config)
         rows: list[LinearReport] = []
         kv_rows = []
-        with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="block") as bar:
+        with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="layer") as bar:
             for layer in self.layers():
                 result = quantize_layer(layer)
                 self._pass_on(layer.index, specs, result.tensors, sink)
                 rows += report_linears(layer, result)
                 kv_rows += report_kv(layer, result)
-                del layer, result  # before the next block is read
+                del layer, result  # before the next layer is read
                 bar.update(1)
         for name in specs:
             if not name.startswith(LAYER_PREFIX):
@@ -97,7 +97,7 @@ class Quantization:
             if name.startswith(prefix):
                 weights[name.removeprefix(prefix)] = self.tensors[name].read().float()
                 require_finite(name, weights[name.removeprefix(prefix)])
-        statistics = None if calibration is None else calibration.block(index, weights)
+        statistics = None if calibration is None else calibration.run_layer(index, weights)
         return CalibratedLayer(self.config, index, weights, statistics)
 
     def _pass_on(self, index: int, specs: Mapping[str, TensorSpec], result: Mapping[str, Tensor], sink: Sink) -> None:

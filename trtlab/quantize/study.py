@@ -100,7 +100,7 @@ def study(quantization: Quantization) -> Study:
     }
     with (
         torch.inference_mode(),
-        progress("trying every setting", quantization.config.num_hidden_layers, unit="block") as bar,
+        progress("trying every setting", quantization.config.num_hidden_layers, unit="layer") as bar,
     ):
         for layer in quantization.layers():
             if quant.algorithm is not None:
@@ -109,7 +109,7 @@ def study(quantization: Quantization) -> Study:
                 trial = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
                 rows += report_kv(trial, quantize_layer(trial))
                 del trial
-            del layer  # before the next block is read
+            del layer  # before the next layer is read
             bar.update(1)
     return Study(quant, tuple(linears), {scales: tuple(rows) for scales, rows in caches.items()})
 
