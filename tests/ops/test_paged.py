@@ -208,7 +208,7 @@ def test_rows_of_a_packed_batch_are_known_by_slot_position_and_block():
     assert batch.places.tolist() == [2 * 4 + 2, 5 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1]
     assert batch.last.tolist() == [0, 3]
     assert PackedBatch([NewTokens(0, 6, 1)], rotary(), tables, CPU).last is None
-    with pytest.raises(AssertionError, match="single tokens come first"):
+    with pytest.raises(AssertionError, match="single tokens must come first"):
         PackedBatch([NewTokens(2, 3, 3), NewTokens(0, 6, 1)], rotary(), tables, CPU)
 
 

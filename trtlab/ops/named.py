@@ -1,4 +1,4 @@
-"""An op set around another one that names every result and hands it on: the same names on torch and on TensorRT."""
+"""An op set that wraps another one and names every result: the same names on torch and on TensorRT."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
 
 class NamedOps(Ops[T]):
-    """The verbs of another op set; ``record(name, result)`` is called after each.
+    """The verbs of another op set; ``record(name, result)`` is called after each verb.
 
-    A verb with a weight is named by it (``transformer.layers.0.mlp.fc``), any other by the last weight and itself
-    (``transformer.layers.0.mlp.fc:activation``). A name that comes again gets a number: tied embeddings, for one.
+    A verb with a weight is named after the weight (``transformer.layers.0.mlp.fc``), any other after the last weight
+    and itself (``transformer.layers.0.mlp.fc:activation``). A repeated name gets a number, as with tied embeddings.
     """
 
     def __init__(self, inner: Ops[T], record: Callable[[str, T], None]) -> None:
         self._inner = inner
         self._record = record
         self._scope = "network"
-        self._seen: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # how often each name was used
 
     def embedding(self, tokens: T, weight: Embedding) -> T:
         return self._weighted(weight.name, self._inner.embedding(tokens, weight))
@@ -76,16 +76,16 @@ class NamedOps(Ops[T]):
 
     def _weighted(self, weight_name: str, result: T) -> T:
         self._scope = weight_name.removesuffix(".weight")
-        return self._tap(self._scope, result)
+        return self._recorded(self._scope, result)
 
     def _named(self, verb: str, result: T) -> T:
-        return self._tap(f"{self._scope}:{verb}", result)
+        return self._recorded(f"{self._scope}:{verb}", result)
 
     def _changed(self, verb: str, before: T, result: T) -> T:
-        """A collective of one rank returns what it was given and leaves no trace."""
+        """Name the result of a collective; on one rank it returns its input, which has a name already."""
         return result if result is before else self._named(verb, result)
 
-    def _tap(self, name: str, result: T) -> T:
-        count = self._seen[name] = self._seen.get(name, 0) + 1
+    def _recorded(self, name: str, result: T) -> T:
+        count = self._counts[name] = self._counts.get(name, 0) + 1
         self._record(name if count == 1 else f"{name}.{count}", result)
         return result

@@ -1,4 +1,4 @@
-"""K and V in blocks of one pool, and attention over them: how they are written, found and read. Knows no requests."""
+"""Stores K and V in the blocks of one pool, and computes attention over them. Knows slots, not requests."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class BlockTables:
         self.tokens_per_block = tokens_per_block
         self.rows = torch.zeros(slots, blocks, dtype=torch.int32)
         self.array = self.rows.numpy()  # the same memory
-        self._lists = [[0] * blocks for _ in range(slots)]  # the same, for single looks
+        self._lists = [[0] * blocks for _ in range(slots)]  # the same numbers, faster to read one at a time
 
     @classmethod
     def apart(cls, slots: int, capacity: int, tokens_per_block: int | None = None) -> BlockTables:
-        """Slots of ``capacity`` tokens one after another, in neighbouring blocks; by default one block each."""
+        """Tables in which each slot has ``capacity`` tokens in neighbouring blocks; by default one block per slot."""
         size = tokens_per_block or capacity
         tables = cls(slots, -(-capacity // size), size)
         count = tables.rows.shape[1]
@@ -39,7 +39,7 @@ class BlockTables:
         return tables
 
     def write(self, slot: int, index: int, blocks: Sequence[int]) -> None:
-        """The blocks of a slot from the ``index``-th on."""
+        """Set the blocks of a slot from the ``index``-th on."""
         if blocks:
             self._lists[slot][index : index + len(blocks)] = blocks
             self.rows[slot, index : index + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
@@ -49,18 +49,18 @@ class BlockTables:
         return self._lists[slot][:count]
 
     def place(self, slot: int, position: int) -> int:
-        """Where a slot's token lies in the pool: block times block size plus offset."""
+        """The place of a slot's token in the pool: block number times block size, plus the offset in the block."""
         size = self.tokens_per_block
         return self._lists[slot][position // size] * size + position % size
 
     def of(self, slots: Sequence[int], count: int) -> Tensor:
-        """The first ``count`` blocks of some slots, ``[slots, count]``."""
+        """The first ``count`` blocks of each slot, ``[slots, count]``."""
         if slots[-1] - slots[0] == len(slots) - 1 and all(b - a == 1 for a, b in pairwise(slots)):
             return self.rows[slots[0] : slots[-1] + 1, :count]
         return self.rows[list(slots), :count]
 
     def run(self, slots: Sequence[int], count: int) -> slice | None:
-        """The first ``count`` blocks of the slots one after the other, when they are neighbours in the pool."""
+        """The first ``count`` blocks of all slots as one slice of the pool; None when they are not neighbours in it."""
         first = self._lists[slots[0]][0]
         last = first + len(slots) * count - 1
         if self._lists[slots[-1]][count - 1] != last:
@@ -72,9 +72,9 @@ class BlockTables:
 
 
 class PagedCache:
-    """K and V of one rank, ``[kv_heads, num_blocks, tokens_per_block, head_size]`` a layer each.
+    """K and V of one rank, each ``[kv_heads, num_blocks, tokens_per_block, head_size]`` per layer.
 
-    With ``scales``, one a layer, they are kept in INT8 or FP8 and read back as ``dtype``.
+    With ``scales``, one per layer, they are stored in INT8 or FP8 and read back as ``dtype``.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PagedCache:
         self._flat = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in self.layers]  # [kv_heads, places, head_size]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """New K and V ``[tokens, kv_heads, head_size]`` at their places, ``block * tokens_per_block + offset``."""
+        """Write new K and V ``[tokens, kv_heads, head_size]`` to ``places``, ``block * tokens_per_block + offset``."""
         k, v = self.encoded(layer, k, v)
         keys, values = self._flat[layer]
         keys[:, places] = k.transpose(0, 1)
@@ -112,9 +112,9 @@ class PagedCache:
         return encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
 
     def read(self, layer: int, blocks: Tensor | slice, sequences: int, length: int) -> tuple[Tensor, Tensor]:
-        """K and V up to ``length`` tokens, ``[sequences, kv_heads, length, head_size]`` each.
+        """K and V of the first ``length`` tokens, each ``[sequences, kv_heads, length, head_size]``.
 
-        ``blocks`` are those of one sequence after the other, as numbers, or as a run of neighbours, without a copy.
+        ``blocks`` are those of one sequence after the other: numbers, or a slice of the pool, which needs no copy.
         """
         keys, values = (_gather(pool, blocks, sequences)[:, :, :length] for pool in self.layers[layer])
         if self.scales:
@@ -123,14 +123,14 @@ class PagedCache:
         return keys, values
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, target) one after another, in every layer."""
+        """Copy whole blocks, pairs (source, target) in this order, in every layer."""
         for source, target in copies:
             self.keys[:, :, target] = self.keys[:, :, source]
             self.values[:, :, target] = self.values[:, :, source]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU they take no memory, and no time, until a block is written (numpy asks for zeroed pages)."""
+    """Zeros; on a CPU they take no memory and no time until a block is written (numpy requests zeroed pages)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
@@ -138,8 +138,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _gather(pool: Tensor, blocks: Tensor | slice, sequences: int) -> Tensor:
     """``[sequences, kv_heads, places, head_size]`` of one layer's pool."""
-    found = pool[:, blocks] if isinstance(blocks, slice) else pool.index_select(1, blocks)
-    return found.view(pool.shape[0], sequences, -1, pool.shape[-1]).transpose(0, 1)
+    rows = pool[:, blocks] if isinstance(blocks, slice) else pool.index_select(1, blocks)
+    return rows.view(pool.shape[0], sequences, -1, pool.shape[-1]).transpose(0, 1)
 
 
 class NewTokens(NamedTuple):
@@ -151,10 +151,10 @@ class NewTokens(NamedTuple):
 
 
 class PackedBatch:
-    """The tokens of several requests one after another: those with a single new token first, then the longer ones.
+    """The tokens of several requests in a row: requests with a single new token first, then the longer ones.
 
-    What is the same for all layers is worked out here, once a step; ``token_ids`` come along as a tensor. With a
-    ``kernel`` attention reads the blocks where they lie; without, it works on K and V gathered from them.
+    What is the same for all layers is computed here, once per step; ``token_ids`` are moved to the device with it. With
+    a ``kernel`` attention reads the blocks in place; without, it reads K and V gathered from them.
     """
 
     def __init__(
@@ -168,14 +168,14 @@ class PackedBatch:
     ) -> None:
         lengths = [s.length for s in sequences]
         singles = lengths.count(1)
-        assert lengths[:singles] == [1] * singles, "single tokens come first"
+        assert lengths[:singles] == [1] * singles, f"single tokens must come first, got lengths {lengths}"
         if singles == len(sequences):
             positions = [s.past for s in sequences]
             places = [tables.place(s.slot, s.past) for s in sequences]
         else:
             positions = [p for s in sequences for p in range(s.past, s.past + s.length)]
             places = [tables.place(s.slot, p) for s in sequences for p in range(s.past, s.past + s.length)]
-        rows = torch.tensor([*positions, *places, *token_ids]).to(device)  # one way to the device for all
+        rows = torch.tensor([*positions, *places, *token_ids]).to(device)  # one copy to the device for all
         count = len(positions)
         self.positions, self.places, self.token_ids = rows[:count], rows[count : 2 * count], rows[2 * count :]
         self.cos = rotary.cos.index_select(0, self.positions)[:, None]  # [tokens, 1, head_size]
@@ -187,24 +187,28 @@ class PackedBatch:
         longer = sequences[singles:]
         for part in (sequences[:singles], *([[s] for s in longer] if kernel is None else [longer])):
             if part:
-                start = sum(done.tokens for done in self._parts)
+                start = sum(earlier.tokens for earlier in self._parts)
                 own = self.positions[start : start + sum(s.length for s in part)]
-                made = Gathered(part, tables, own) if kernel is None else InPlace(part, tables, own, kernel)
-                self._parts.append(made)
+                self._parts.append(
+                    Gathered(part, tables, own) if kernel is None else InPlace(part, tables, own, kernel)
+                )
 
     def attend(self, cache: PagedCache, layer: int, q: Tensor) -> Tensor:
-        """``[tokens, heads, head_size]`` to ``[tokens, heads * head_size]``; the new K and V are in the cache."""
+        """Attention of ``q`` ``[tokens, heads, head_size]``: ``[tokens, heads * head_size]``.
+
+        The new K and V must be in the cache already.
+        """
         if len(self._parts) == 1:
             return self._parts[0].attend(cache, layer, q)
-        found, start = [], 0
+        outputs, start = [], 0
         for part in self._parts:
-            found.append(part.attend(cache, layer, q[start : start + part.tokens]))
+            outputs.append(part.attend(cache, layer, q[start : start + part.tokens]))
             start += part.tokens
-        return torch.cat(found)
+        return torch.cat(outputs)
 
 
 class Gathered:
-    """Single tokens of several requests, or several tokens of one: torch's attention over K and V put side by side."""
+    """Torch's attention over gathered K and V: of single tokens of several requests, or several tokens of one."""
 
     def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor) -> None:
         self.tokens = len(positions)
@@ -225,7 +229,7 @@ class Gathered:
         keys, values = cache.read(layer, self._blocks, self._sequences, self._reach)
         tokens, heads, size = q.shape
         if self._single:  # one key head serves a group of queries
-            if self._mask is not None:  # places past a row's end may hold another's NaN, and 0 x NaN spreads
+            if self._mask is not None:  # places past a row's end may hold NaN of other requests, and 0 x NaN is NaN
                 beyond = ~self._mask.view(tokens, 1, self._reach, 1)
                 keys, values = keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
             grouped = q.reshape(tokens, keys.shape[1], heads // keys.shape[1], size)
@@ -243,7 +247,7 @@ class Gathered:
 
 
 class InPlace:
-    """All single tokens, or all longer pieces, by a kernel that walks the block tables."""
+    """Attention of all single tokens, or all longer chunks, by a kernel that reads the block tables."""
 
     def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor, kernel: Kernel) -> None:
         self._kernel = kernel

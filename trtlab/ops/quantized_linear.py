@@ -1,4 +1,4 @@
-"""Quantized linears in torch, exactly as each algorithm defines them; the fast kernels are elsewhere."""
+"""Computes quantized linear layers in torch, exactly as each algorithm defines them; contains no fast kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trtlab.model.weights import Dense
 
 @singledispatch
 def linear(weight: object, x: Tensor) -> Tensor:
-    """``[tokens, in]`` to ``[tokens, out]`` in the dtype of ``x``, by the type of the weight."""
-    raise TypeError(f"no product for {type(weight).__name__}")
+    """The product ``[tokens, out]`` of ``x`` ``[tokens, in]``, in the dtype of ``x``; chosen by the weight's type."""
+    raise TypeError(f"linear() has no implementation for weights of type {type(weight).__name__}")
 
 
 @linear.register
@@ -26,7 +26,7 @@ def _dense(weight: Dense, x: Tensor) -> Tensor:
 
 @linear.register
 def _weight_only(weight: WeightOnly, x: Tensor) -> Tensor:
-    """The integers are turned back, then multiplied: what a fused kernel computes without keeping the product."""
+    """Dequantize the weight, then multiply: a fused kernel computes the same without storing the dequantized weight."""
     if weight.prequant is not None:
         x = x * weight.prequant.to(x.dtype)
     return F.linear(x, dequantize(weight.integers, weight.scale.value).to(x.dtype), weight.bias)
@@ -57,7 +57,7 @@ def _float8(weight: Float8Linear, x: Tensor) -> Tensor:
 @linear.register
 def _int4_float8(weight: Int4Float8Linear, x: Tensor) -> Tensor:
     groups = weight.groups
-    assert groups.prequant is not None, "W4A8 has a prequant scale"
+    assert groups.prequant is not None, f"W4A8 weight {groups.name} has no prequant scale"
     q = to_float8(x.float() * groups.prequant.float(), weight.input_scale)
     w = to_float8(dequantize(groups.integers, groups.scale.value.float()), weight.weight_scale)
     y = q.float() @ w.float().T * (weight.input_scale.value * weight.weight_scale.value)
@@ -69,9 +69,9 @@ def _with_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def encode_cache(x: Tensor, scale: ToOriginal, dtype: torch.dtype) -> Tensor:
-    """K or V ``[tokens, kv_heads, head_size]`` as a quantized cache stores it; scale ``[1]`` or ``[kv_heads]``.
+    """Quantize K or V ``[tokens, kv_heads, head_size]`` for the cache; scale ``[1]`` or ``[kv_heads]``.
 
-    TensorRT-LLM multiplies by the reciprocal of the scale, ties to even.
+    As TensorRT-LLM, it multiplies by the reciprocal of the scale and rounds ties to even.
     """
     by_head = ToOriginal(scale.value[:, None])
     if dtype == FLOAT8:
@@ -80,5 +80,5 @@ def encode_cache(x: Tensor, scale: ToOriginal, dtype: torch.dtype) -> Tensor:
 
 
 def decode_cache(stored: Tensor, scale: ToOriginal, dtype: torch.dtype) -> Tensor:
-    """What a cache ``[slots, kv_heads, tokens, head_size]`` stands for."""
+    """Dequantize K or V ``[slots, kv_heads, tokens, head_size]`` of a quantized cache."""
     return (stored.float() * scale.value[:, None, None]).to(dtype)

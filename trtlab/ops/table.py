@@ -1,8 +1,11 @@
-"""The op set that computes nothing and writes one row an op: shapes, bytes, FLOPs. Reads no weight: meta tensors do.
+"""The op set that computes nothing and writes one table row per op: shapes, bytes, FLOPs. Works on meta tensors.
 
-FLOPs are counted so: 2 a multiply-add of a matrix product; 1 an element for each operation of an elementwise op, where
-an activation function is one; attention is its two products over the keys that each query really sees, its softmax
-left out; what only moves data (lookup, gather, all-reduce, send) counts none.
+How FLOPs are counted:
+
+- a matrix product: 2 per multiply-add;
+- an elementwise op: 1 per element and operation, an activation function counting as one operation;
+- attention: its two products over the keys that each query attends to, without the softmax;
+- what only moves data (lookup, gather, all-reduce, send): 0.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from trtlab.model.op_set import Ops
 from trtlab.model.quantized_weights import tensor_bytes
 from trtlab.model.weights import Embedding, LayerNorm, Linear, Norm
 
-RMS_NORM_FLOPS = 4  # square, add to the mean, times the root's inverse, times the gain
-LAYER_NORM_FLOPS = 7  # add to the mean, less the mean, square, add to the variance, root's inverse, gain, bias
-ROTARY_FLOPS = 3  # times cosine, times sine, add
+# FLOPs per element.
+RMS_NORM_FLOPS = 4  # square, sum for the mean, multiply by the inverse root, multiply by the gain
+LAYER_NORM_FLOPS = 7  # sum for the mean, subtract the mean, square, sum for the variance, inverse root, gain, bias
+ROTARY_FLOPS = 3  # multiply by the cosine, multiply by the sine, add
 
 
 class Span(NamedTuple):
@@ -32,13 +36,13 @@ class Span(NamedTuple):
 
     @property
     def keys_seen(self) -> int:
-        """Pairs of a new token and a key that it may look at: its own past and itself."""
+        """Pairs of a new token and a key that it attends to: the past tokens, the new ones before it, and itself."""
         return self.length * self.past + self.length * (self.length + 1) // 2
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor without data. ``storage`` names the tensor whose memory it lies in: its own name, or a view's source."""
+    """A tensor without data. ``storage`` names the tensor that owns its memory: itself, or the source of a view."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,18 +51,18 @@ class Spec:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers the tensor holds."""
         return prod(self.shape)
 
     @property
     def new_bytes(self) -> int:
-        """Bytes that it takes for itself: none for a view."""
+        """Bytes of memory of its own: 0 for a view."""
         return self.elements * self.dtype.itemsize if self.storage == self.name else 0
 
 
 @dataclass(frozen=True)
 class OpRow:
-    """One op: what it read, what it made, and what that costs. ``weight_bytes`` counts the bias too."""
+    """One op: its inputs, its outputs and its cost. ``weight_bytes`` includes the bias."""
 
     op: str
     weight: str | None
@@ -69,12 +73,12 @@ class OpRow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the (first) result."""
+        """Shape of the first output."""
         return self.outputs[0].shape
 
     @property
     def activation_bytes(self) -> int:
-        """Memory that the results take; a view takes none."""
+        """Bytes of the outputs; a view takes none."""
         return sum(out.new_bytes for out in self.outputs)
 
 
@@ -91,22 +95,22 @@ class OpTable(Shown):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights that the step meets; a table that serves as lookup and head counts once."""
+        """Bytes of all weights that the step reads; a table that is both lookup and head counts once."""
         return sum({row.weight: row.weight_bytes for row in self.rows if row.weight}.values())
 
     @property
     def live_bytes(self) -> list[int]:
         """Bytes of activations alive while each row runs.
 
-        A tensor lives from the row that makes it to the last row that reads it or a view of it; the last result
-        stays. Scratch space within an op is not counted, and token ids are not an activation.
+        A tensor is alive from the row that writes it to the last row that reads it or a view of it; the last result
+        stays alive. Workspace inside an op is not counted, and token ids are not an activation.
         """
         last = {spec.storage: i for i, row in enumerate(self.rows) for spec in (*row.inputs, *row.outputs)}
         live, alive, total = [], dict[str, int](), 0
         for i, row in enumerate(self.rows):
-            made = {out.name: out.new_bytes for out in row.outputs if out.new_bytes}
-            alive |= made
-            total += sum(made.values())
+            outputs = {out.name: out.new_bytes for out in row.outputs if out.new_bytes}
+            alive |= outputs
+            total += sum(outputs.values())
             live.append(total)
             for name in [name for name in alive if last[name] <= i]:
                 total -= alive.pop(name)
@@ -119,11 +123,16 @@ class OpTable(Shown):
 
 
 class TableOps(Ops[Spec]):
-    """The verbs on shapes, over one packed step of a rank; ``rows`` fills as the decoder runs. The module says what is
-    a FLOP.
+    """The verbs on shapes, over one packed step of a rank; every verb appends to ``rows``.
 
-    An op that does nothing writes no row: a sum over one rank, a choice of last tokens where there are no others.
-    ``dtype`` is that of the activations.
+    The module's docstring says how FLOPs are counted. An op that does nothing writes no row: a sum over one rank, or
+    the choice of last tokens where there are no others.
+
+    Args:
+        spans: The requests of the step.
+        dtype: Of the activations.
+        tp_size: Ranks of the tensor-parallel group.
+        every_token: Whether every token gets logits, or only the last one of each request.
     """
 
     def __init__(
@@ -137,11 +146,11 @@ class TableOps(Ops[Spec]):
 
     @property
     def table(self) -> OpTable:
-        """What has been written so far."""
+        """The rows written so far."""
         return OpTable(tuple(self.rows))
 
     def tokens(self) -> Spec:
-        """The step's token ids ``[tokens]``, with which a decoder starts."""
+        """The step's token ids ``[tokens]``, the decoder's first input."""
         return Spec("tokens", (sum(span.length for span in self._spans),), torch.int64, "tokens")
 
     def embedding(self, tokens: Spec, weight: Embedding) -> Spec:
@@ -178,7 +187,7 @@ class TableOps(Ops[Spec]):
         return q, k
 
     def attention(self, layer: int, q: Spec, k: Spec, v: Spec) -> Spec:
-        # The cache is no activation: it takes no bytes here.
+        # The cache is not an activation, so its bytes are not counted here.
         tokens, heads, size = q.shape
         products = 2  # queries by keys, then probabilities by values
         flops = products * 2 * heads * size * sum(span.keys_seen for span in self._spans)
@@ -213,7 +222,7 @@ class TableOps(Ops[Spec]):
         return self._write("last_tokens", (x,), (wanted, *x.shape[1:]))
 
     def logits(self, x: Spec, vocab_size: int) -> Spec:
-        # In float32 already, it is a view.
+        # Logits that are float32 already are a view.
         shape = (*x.shape[:-1], vocab_size)
         view_of = x if x.dtype == torch.float32 else None
         (out,) = self._write_many("logits", (x,), [shape], dtype=torch.float32, view_of=view_of)

@@ -1,4 +1,4 @@
-"""The op set that runs now, on CPU or CUDA: packed tokens, and K and V in blocks."""
+"""The op set that computes with torch, on CPU or CUDA: packed tokens, and K and V in blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> RotaryTable:
-    """The table over whole heads ``[positions, head_size]``, the sine negative where the second half comes in."""
+    """Widen a table of half heads to whole heads, ``[positions, head_size]``.
+
+    The sine of a head's first half is negative: there the second half is subtracted.
+    """
     return RotaryTable(
         torch.cat([table.cos, table.cos], -1).to(device, dtype),
         torch.cat([-table.sin, table.sin], -1).to(device, dtype),
@@ -33,7 +36,14 @@ def spread(table: RotaryTable, dtype: torch.dtype, device: torch.device) -> Rota
 
 
 class TorchOps(Ops[Tensor]):
-    """The verbs on tensors, over one packed batch. ``rotary`` tables come from ``spread``."""
+    """The verbs on tensors, over one packed batch.
+
+    Args:
+        batch: The step's tokens; its rotary tables come from ``spread``.
+        cache: Where attention keeps K and V.
+        comm: The other ranks.
+        every_token: Whether every token gets logits, or only the last one of each request.
+    """
 
     def __init__(self, batch: PackedBatch, cache: PagedCache, comm: Comm, *, every_token: bool = False) -> None:
         self._batch = batch
@@ -45,8 +55,8 @@ class TorchOps(Ops[Tensor]):
         if weight.first_row is None:
             return F.embedding(tokens, weight.weight)
         local = tokens - weight.first_row
-        held = (local >= 0) & (local < weight.weight.shape[0])
-        return F.embedding(local * held, weight.weight) * held[:, None].to(weight.weight.dtype)
+        inside = (local >= 0) & (local < weight.weight.shape[0])  # the other rows are on other ranks
+        return F.embedding(local * inside, weight.weight) * inside[:, None].to(weight.weight.dtype)
 
     def position_embedding(self, tokens: Tensor, weight: Embedding) -> Tensor:
         return F.embedding(self._batch.positions, weight.weight)
@@ -61,7 +71,7 @@ class TorchOps(Ops[Tensor]):
         return F.layer_norm(x.float(), x.shape[-1:], gain, bias, weight.epsilon).to(x.dtype)
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
-        if type(weight) is Dense:  # the common case, without the dispatch
+        if type(weight) is Dense:  # the common case, without the cost of the dispatch
             return F.linear(x, weight.weight, weight.bias)
         return linear(weight, x)
 
@@ -73,12 +83,12 @@ class TorchOps(Ops[Tensor]):
     def rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         heads = q.shape[1]
         same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-        if same and k.storage_offset() == q.storage_offset() + heads * q.stride(1):  # parts of one projection: one turn
-            both = self._turn(q.as_strided((q.shape[0], heads + k.shape[1], q.shape[2]), q.stride()))
+        if same and k.storage_offset() == q.storage_offset() + heads * q.stride(1):  # neighbours: rotate them together
+            both = self._rotated(q.as_strided((q.shape[0], heads + k.shape[1], q.shape[2]), q.stride()))
             return both[:, :heads], both[:, heads:]
-        return self._turn(q), self._turn(k)
+        return self._rotated(q), self._rotated(k)
 
-    def _turn(self, x: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor) -> Tensor:
         return torch.addcmul(x * self._batch.cos, x.roll(x.shape[-1] // 2, -1), self._batch.sin)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

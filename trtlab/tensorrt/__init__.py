@@ -1,1 +1,1 @@
-"""Everything that touches TensorRT: find it, emit a network, compile a plan, read a network back, run either."""
+"""Everything that uses TensorRT: find it, emit a network, compile a plan, read a network back, run either."""

@@ -1,4 +1,4 @@
-"""Torch and a TensorRT network side by side: every step of the decoder compared, and what the pattern points to."""
+"""Compares a TensorRT network with torch, result by result, and names the likely cause of a difference."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from trtlab.tensorrt.run.plan_rank import allocate
 
 # Relative differences that rounding alone explains in a model of a few dozen layers.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# A difference that grows this much within one operation was made there, not carried there.
+# A difference that grows by this factor within one operation arose there; a smaller growth came from earlier ones.
 JUMP = 10.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One result of the decoder, torch against the network. ``step`` 0 is the prompt, 1 the first decoded token."""
+    """The difference between torch and the network in one result; ``step`` 0 is the prompt, 1 the first new token."""
 
     step: int
     name: str
     max_abs: float
-    relative: float  # ||difference|| / ||torch's||
+    relative: float  # ||network's - torch's|| / ||torch's||
 
 
 @dataclass(frozen=True, repr=False)
 class NetworkComparison(Shown):
-    """All differences in the order in which they were computed; ``same_token`` says for each step if top-1 agrees."""
+    """All differences in the order of computation; ``same_token`` tells for each step whether top-1 agrees."""
 
     differences: tuple[Difference, ...]
     same_token: tuple[bool, ...]
@@ -55,17 +55,17 @@ class NetworkComparison(Shown):
 
     @property
     def factor(self) -> float:
-        """How much the difference grew at ``start`` over the worst before it in the same step."""
+        """By what factor the difference at ``start`` exceeds the largest one before it in the same step."""
         if self.start is None:
             return 1.0
         before = self.step(self.start.step)
         earlier = [d.relative for d in before[: before.index(self.start)]]
-        # What float32 rounding leaves of an exact result counts as the floor.
+        # 1e-6: float32 rounding leaves about this much even in an exact result.
         return self.start.relative / max([*earlier, 1e-6])
 
     @property
     def jumps(self) -> bool:
-        """Whether the difference was made at ``start``; otherwise it grew on the way."""
+        """Whether the difference arose at ``start``; otherwise it grew over several operations."""
         return self.start is not None and not self.factor < JUMP
 
     def step(self, number: int) -> tuple[Difference, ...]:
@@ -74,7 +74,7 @@ class NetworkComparison(Shown):
 
     @property
     def reading(self) -> str:
-        """What the pattern points to, in a sentence."""
+        """The likely cause of the differences, in one sentence."""
         start = self.start
         if start is None:
             agree = "and every next token agrees" if all(self.same_token) else "yet a near tie picks another token"
@@ -89,7 +89,7 @@ class NetworkComparison(Shown):
 
 
 def suspect(name: str) -> str:
-    """What can be wrong where a difference is made, by the verb at the end of the name."""
+    """What may be wrong where a difference arises, by the verb at the end of the result's name."""
     verb = name.partition(":")[2].split(".")[0]
     suspects = {
         "": "this layer's weights, their order, or the config",
@@ -117,9 +117,20 @@ def compare(
 ) -> NetworkComparison:
     """Run a prompt and ``steps`` more tokens through torch in float32 and through an emitted network.
 
-    ``weights`` are the whole model's, as the checkpoint has them; the network has its own, in its own dtype. Both
-    sides are fed torch's greedy tokens. ``tolerance`` is relative; by default what the network's dtype explains.
-    Raises EngineError for a network of one rank of several, RequestError for a prompt that does not fit.
+    Both are fed torch's greedy tokens.
+
+    Args:
+        emission: The emitted network, with its own weights in its own dtype.
+        config: The model.
+        weights: The whole model's tensors by name, as in the checkpoint.
+        token_ids: The prompt.
+        steps: New tokens after the prompt.
+        tolerance: Largest relative difference that counts as agreement; None for what rounding in the network's dtype
+            explains.
+
+    Raises:
+        EngineError: for a network of one rank of several.
+        RequestError: for a prompt that does not fit.
     """
     capacity = emission.build.seq_len
     if not 0 < len(token_ids) <= capacity - steps:
@@ -149,7 +160,7 @@ def compare(
 
 
 class Reference:
-    """The decoder in torch, float32, one request, every result recorded by name."""
+    """The decoder in torch: float32, one request, every result recorded by name."""
 
     def __init__(self, config: ModelConfig, capacity: int, weights: abc.Mapping[str, torch.Tensor]) -> None:
         self._config = config
@@ -171,7 +182,7 @@ class Reference:
         )
 
     def run(self, past: int, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Every result for some new tokens, ``[tokens, ...]`` each, the logits last."""
+        """All results for some new tokens by name, each ``[tokens, ...]``, the logits last."""
         batch = PackedBatch([NewTokens(0, past, len(ids))], self._rotary, self._tables, self._device)
         results: dict[str, torch.Tensor] = {}
         ops = NamedOps(TorchOps(batch, self._cache, Solo(), every_token=True), results.__setitem__)
@@ -180,7 +191,7 @@ class Reference:
 
 
 def per_token(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the network, padded with a batch of one, in torch's packed layout ``[tokens, ...]``."""
+    """Convert a tensor of the network, which has a batch axis of size 1, to torch's packed layout ``[tokens, ...]``."""
     return tensor[0].transpose(0, 1) if tensor.dim() == 4 else tensor[0]  # [1, heads, tokens, head_size] or [1, ...]
 
 

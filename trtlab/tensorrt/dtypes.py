@@ -1,4 +1,4 @@
-"""The correspondence between TensorRT's data types, torch's and the words this package uses for both."""
+"""Maps TensorRT's data types to torch's and to the words that this package uses for both. Needs no TensorRT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def word(dtype: Any) -> str:
-    """The word for a ``trt.DataType`` member; a type that nothing here emits keeps TensorRT's name in small letters."""
+    """The word for a ``trt.DataType`` member; a type that nothing here emits keeps TensorRT's name in lower case."""
     return WORDS.get(dtype.name, str(dtype.name).lower())
 
 
@@ -34,7 +34,7 @@ def to_trt(trt: Any, name: str) -> Any:
 
 
 def to_torch(name: str) -> torch.dtype:
-    """The torch type that holds a word's values; INT4, which torch lacks, is held one per byte in INT8."""
+    """The torch type for a word; torch has no INT4, so its values are stored one per byte as INT8."""
     dtype = torch.int8 if name == "int4" else getattr(torch, name)
     assert isinstance(dtype, torch.dtype), name
     return dtype
@@ -51,7 +51,7 @@ def nbytes(name: str, elements: int) -> int:
 
 
 def unpack_int4(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """INT4 values in -8..7, one per INT8, from bytes that hold two each, the first in the low nibble."""
+    """Unpack INT4 values (-8 to 7) to one per INT8, from bytes that hold two each, the first in the low nibble."""
     bytes_ = packed.reshape(-1).view(torch.int8)  # [elements / 2]
     low, high = (bytes_ << 4) >> 4, bytes_ >> 4  # the arithmetic shift carries the sign
     return torch.stack((low, high), dim=-1).reshape(shape)

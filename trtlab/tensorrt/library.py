@@ -1,4 +1,4 @@
-"""Finds TensorRT, checks that it has what this package calls, and says where it builds and where its plans run."""
+"""Finds TensorRT, checks that it has what this package calls, and tells where it builds and where its plans run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ INSTALL = (
     "or pip install tensorrt where NVIDIA's package index can be reached"
 )
 
-# Every name of TensorRT's module that this package uses. tests/tensorrt/test_library.py reads the sources and
-# refuses one that is missing here, so that an unsuitable TensorRT is refused at once and not in the middle of a build.
+# Every name of TensorRT's module that this package uses, so that an unsuitable TensorRT is refused at once and not in
+# the middle of a build. tests/tensorrt/test_library.py reads the sources and fails if one is missing here.
 NAMES = (
     "ActivationType.GELU_ERF",
     "ActivationType.GELU_TANH",
@@ -97,7 +97,7 @@ NAMES = (
     "UnaryOperation.SQRT",
     "Weights",
 )
-# TensorRT for RTX compiles for several GPUs at once; the other compiles for the one at hand.
+# TensorRT for RTX compiles for several GPUs at once; TensorRT compiles for this machine's GPU only.
 NAMES_FOR_RTX = ("ComputeCapability", "IBuilderConfig.set_compute_capability")
 
 Capability = tuple[int, int]
@@ -116,21 +116,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Library:
-    """The TensorRT at hand: the module, which of the two products it is, and what that product can do."""
+    """An installed TensorRT: its module, which of the two products it is, and what that product can do."""
 
     trt: Any = field(repr=False, compare=False)
     flavour: str  # "tensorrt" or "tensorrt_rtx"
     version: str
-    source: str  # the module that answered
+    source: str  # the name of the module
 
     @property
     def title(self) -> str:
-        """The product's name and version, as a message says it."""
+        """The product's name and version, for messages."""
         return f"{'TensorRT for RTX' if self.flavour == 'tensorrt_rtx' else 'TensorRT'} {self.version}"
 
     @property
     def targets(self) -> tuple[Capability, ...]:
-        """The compute capabilities that a plan can be pinned to, read from TensorRT for RTX; none for the other."""
+        """The compute capabilities that a plan can be built for by name: only TensorRT for RTX has any."""
         if self.flavour != "tensorrt_rtx":
             return ()
         numbers = [name[2:] for name in self.trt.ComputeCapability.__members__ if name.startswith("SM")]
@@ -141,7 +141,7 @@ class Library:
         if self.flavour == "tensorrt_rtx":
             return Verdict(True, f"{self.title} compiles on a CPU; no GPU is needed")
         if gpu is None:
-            return Verdict(False, f"{self.title} compiles on the GPU it compiles for; TensorRT for RTX needs none")
+            return Verdict(False, f"{self.title} compiles only on a GPU; TensorRT for RTX needs none")
         return self.runs_on(gpu)
 
     def runs_on(self, gpu: Capability, dtypes: Iterable[str] = ()) -> Verdict:
@@ -164,8 +164,9 @@ class Library:
 def library() -> Library:
     """The TensorRT of this environment: ``tensorrt``, else ``tensorrt_rtx``, else the two wheels from PyPI.
 
-    Raises MissingDependency if there is none, EngineError if it is older than the attention layer this package emits
-    or if bindings and libraries are not of one release.
+    Raises:
+        MissingDependency: if there is none.
+        EngineError: if it lacks layers that this package emits, or if bindings and libraries are of different releases.
     """
     failures = []
     for source in ("tensorrt", "tensorrt_rtx", BINDINGS):
@@ -174,28 +175,37 @@ def library() -> Library:
         try:
             release = load_shared_libraries() if source == BINDINGS else ""
             module = importlib.import_module(source)
-        except (ImportError, OSError) as error:  # installed, but its shared libraries are not to be found
+        except (ImportError, OSError) as error:  # installed, but its shared libraries are missing
             failures.append(f"{source} does not load: {error}")
             continue
         flavour = "tensorrt" if source == "tensorrt" else "tensorrt_rtx"
-        found = Library(trt=module, flavour=flavour, version=str(module.__version__), source=source)
-        if not found.version.startswith(release):
-            raise EngineError(f"TensorRT's bindings are {found.version} and its libraries {release}", remedy=INSTALL)
-        check_names(found)
-        return found
+        candidate = Library(trt=module, flavour=flavour, version=str(module.__version__), source=source)
+        if not candidate.version.startswith(release):
+            raise EngineError(
+                f"TensorRT's bindings are {candidate.version} and its libraries {release}", remedy=INSTALL
+            )
+        check_names(candidate)
+        return candidate
     what = "building, reading or running a TensorRT plan needs TensorRT"
     raise MissingDependency(what, got="; ".join(failures) or None, remedy=INSTALL)
 
 
 def load_shared_libraries() -> str:
-    """Load TensorRT for RTX's libraries from the wheel that bundles them, where the bindings find them; gives their
-    release. ImportError when the wheel is missing, OSError when one does not load."""
+    """Load TensorRT for RTX's libraries from the wheel that bundles them, so that the bindings find them.
+
+    Returns:
+        The libraries' release, such as ``"1.7.1.116"``.
+
+    Raises:
+        ImportError: when the wheel or one of its files is missing.
+        OSError: when a library does not load.
+    """
     spec = importlib.util.find_spec(LIBRARIES)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"{LIBRARIES} is not installed")
     folder = Path(spec.submodule_search_locations[0])
     release = ""
-    # The order is that of dependence: the parser needs the builder, which needs the CUDA runtime.
+    # Each library needs those before it: the parser needs the builder, which needs the CUDA runtime.
     for stem in ("libcudart.so.", "libtensorrt_rtx.so.", "libtensorrt_onnxparser_rtx.so."):
         path = min(folder.glob(f"{stem}*"), default=None)
         if path is None:
@@ -205,13 +215,13 @@ def load_shared_libraries() -> str:
     return release
 
 
-def check_names(found: Library) -> None:
-    """Refuse a TensorRT that lacks a name this package calls, before anything is emitted."""
-    needed = NAMES + (NAMES_FOR_RTX if found.flavour == "tensorrt_rtx" else ())
-    missing = [name for name in needed if not has(found.trt, name)]
+def check_names(candidate: Library) -> None:
+    """Refuse a TensorRT that lacks a name that this package calls, before anything is emitted."""
+    needed = NAMES + (NAMES_FOR_RTX if candidate.flavour == "tensorrt_rtx" else ())
+    missing = [name for name in needed if not has(candidate.trt, name)]
     if missing:
         raise EngineError(
-            f"{found.title} lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}",
+            f"{candidate.title} lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}",
             expected="TensorRT 11 or later, or TensorRT for RTX 1.5 or later",
             remedy="pip install --upgrade tensorrt",
         )

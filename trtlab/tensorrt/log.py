@@ -1,4 +1,4 @@
-"""TensorRT's log as Python's: logger ``trtlab.tensorrt``. A build listens to it for causes and memory figures."""
+"""Forwards TensorRT's log to Python's, logger ``trtlab.tensorrt``. A build listens for errors and memory sizes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Listener = Callable[[int, str], None]
 
 
 class Log:
-    """Hands TensorRT's messages to Python's logging; while someone listens, errors go to the listener alone."""
+    """Forwards TensorRT's messages to Python's logging; with a listener, it gets the errors and logging does not."""
 
     def __init__(self, trt: Any) -> None:
         self.listeners: list[Listener] = []
-        self._turn = threading.Lock()
+        self._listening = threading.Lock()
         severity = trt.ILogger.Severity
         self.levels = {
             severity.INTERNAL_ERROR: logging.ERROR,
@@ -31,21 +31,21 @@ class Log:
         self.native = native_logger(trt, self.write)
 
     def write(self, severity: Any, message: str) -> None:
-        """One message from TensorRT, from whichever of its threads."""
+        """Forward one message; TensorRT calls it from any of its threads."""
         level = self.levels[severity]
         for listener in tuple(self.listeners):
             listener(level, message)
-        # An error that a listener takes comes out in an exception; printing it as well would say it twice.
+        # A listener raises an exception with the error in it; logging it as well would print it twice.
         quiet = level == logging.ERROR and self.listeners
         logger.log(logging.DEBUG if quiet else level, message)
 
     @contextmanager
-    def heard_by(self, listener: Listener) -> Iterator[None]:
-        """Send every message to ``listener`` as well, for the length of a with block.
+    def forwarded_to(self, listener: Listener) -> Iterator[None]:
+        """Send every message to ``listener`` as well, within a ``with`` block.
 
-        A second thread waits for its turn: TensorRT does not say which build a message comes from.
+        A second thread waits for the first: TensorRT does not say which build a message comes from.
         """
-        with self._turn:
+        with self._listening:
             self.listeners.append(listener)
             try:
                 yield
@@ -55,7 +55,7 @@ class Log:
 
 @cache
 def log(trt: Any) -> Log:
-    """The one log of a TensorRT module: the library keeps the first logger it is given for the whole process."""
+    """The log of a TensorRT module, one per process: the library keeps the first logger that it gets."""
     return Log(trt)
 
 
@@ -67,7 +67,7 @@ def native_logger(trt: Any, write: Callable[[Any, str], None]) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT."""
+            """Forward a message; TensorRT calls it."""
             write(severity, message)
 
     return Forwarding()

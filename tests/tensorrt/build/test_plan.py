@@ -22,7 +22,7 @@ from trtlab.parallel.shard import shard, shared_where_possible
 from trtlab.storage.lazy import held
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
 from trtlab.tensorrt.build.plan_check import check_plan
-from trtlab.tensorrt.build.watch import Heard, Watch
+from trtlab.tensorrt.build.watch import BuildLog, Watch
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.library import Library, library
 from trtlab.tensorrt.log import log
@@ -105,7 +105,7 @@ def test_a_plan_can_be_pinned_to_targets(small, bounds, weights_of):
         (("9.0",), "float16", r"does not support compute capability 9\.0.*use tensorrt"),
         (("7.5",), "bfloat16", "7.5 takes plans in float16 only, and this one has bfloat16"),
         (("13.0",), "float16", r"cannot be pinned to compute capability 13\.0; expected 7\.5"),
-        (("sm_89",), "float16", "a number such as 8.9; got 'sm_89'"),
+        (("sm_89",), "float16", "got 'sm_89'; expected a number such as 8.9"),
     ],
 )
 def test_a_target_that_does_not_fit_is_refused_before_the_wait(
@@ -166,7 +166,7 @@ def test_a_full_disk_is_named(small, bounds, weights_of):
 
 def test_heads_that_cannot_be_tiled_are_refused_before_the_wait(small, bounds, weights_of):
     odd = small.replace(head_size=12, dtype="bfloat16")
-    with pytest.raises(EngineError, match="no bfloat16 attention with heads of 12; expected a head_size"):
+    with pytest.raises(EngineError, match="bfloat16 attention with head_size 12; expected a multiple of 8"):
         build(odd, bounds, weights_of(odd))
     assert build(odd, bounds, weights_of(odd), dtype="float32")[0].plan_bytes > 0
 
@@ -186,11 +186,11 @@ def test_what_tensorrt_refuses_says_why(small, bounds, weights_of):
 
 
 def test_the_cause_is_not_the_missing_driver():
-    heard = Heard()
-    heard(logging.ERROR, "[checkMacros.cpp] CUDA driver version is insufficient for CUDA runtime version")
-    assert "insufficient" in heard.cause()
-    heard(logging.ERROR, "the layer\n  does not fit")
-    assert heard.cause() == "the layer does not fit"
+    messages = BuildLog()
+    messages(logging.ERROR, "[checkMacros.cpp] CUDA driver version is insufficient for CUDA runtime version")
+    assert "insufficient" in messages.cause()
+    messages(logging.ERROR, "the layer\n  does not fit")
+    assert messages.cause() == "the layer does not fit"
 
 
 def test_warnings_surface_and_information_does_not(caplog):
@@ -198,10 +198,10 @@ def test_warnings_surface_and_information_does_not(caplog):
     with caplog.at_level(logging.WARNING, "trtlab.tensorrt"):
         log(library().trt).write(severity.INFO, "chatter")
         log(library().trt).write(severity.WARNING, "careful")
-        with log(library().trt).heard_by(heard := Heard()):
+        with log(library().trt).forwarded_to(messages := BuildLog()):
             log(library().trt).write(severity.ERROR, "broken")
     assert [record.message for record in caplog.records] == ["careful"]
-    assert heard.errors == ["broken"]
+    assert messages.errors == ["broken"]
 
 
 def test_a_timing_cache_is_for_full_tensorrt_alone(tmp_path):

@@ -127,7 +127,7 @@ def test_a_full_slot_is_refused_before_anything_is_written(small, bounds, weight
 
 def test_a_slot_beyond_the_batch_is_refused(small, bounds, weights_of):
     ranks = interpreter_backend(small, bounds, Mapping(), [weights_of(small)]).ranks
-    with pytest.raises(EngineError, match="slot 3 lies beyond the plan's batch; expected 0 to 2"):
+    with pytest.raises(EngineError, match="slot 3 is beyond the plan's batch; expected 0 to 2"):
         ranks.run(StepInputs([Chunk(3, 0, [1, 2])]))
 
 

@@ -96,9 +96,9 @@ def test_the_context_profile_is_bounded_by_tokens():
 def test_what_would_overflow_is_refused():
     held = [0, 5]
     check_step(StepInputs([Chunk(1, 5, [1] * 15)]), 2, 20, held)
-    with pytest.raises(RequestError, match=r"slot 1 is full: it holds 5 tokens and 16 more.*max_seq_len 20"):
+    with pytest.raises(RequestError, match=r"slot 1 is full: it holds 5 tokens and gets 16 more.*max_seq_len 20"):
         check_step(StepInputs([Chunk(1, 5, [1] * 16)]), 2, 20, held)
-    with pytest.raises(EngineError, match="slot 2 lies beyond the plan's batch"):
+    with pytest.raises(EngineError, match="slot 2 is beyond the plan's batch"):
         check_step(StepInputs([Chunk(2, 0, [1])]), 2, 20, held)
     with pytest.raises(AssertionError):
         check_step(StepInputs([Chunk(0, 4, [1])]), 2, 20, held)  # four tokens that nobody wrote

@@ -1,4 +1,4 @@
-"""How an attention call over paged K and V is cut into programs: rows, tiles and splits of the cached positions.
+"""Chooses how an attention call over paged K and V is split into programs: rows, tiles, splits of the positions.
 
 Knows the device's size and the call's shapes; launches nothing and needs no Triton.
 """
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 MOST_SPLITS = 128
-START = 4  # what a program costs before its first tile and after its last, in tiles
-WORKSPACE = 2**26  # bytes that splits may take before they are merged
+START = 4  # cost of a program before its first tile and after its last one, in tiles
+WORKSPACE = 2**26  # bytes that the results of all splits may take before they are merged
 
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How one call is cut: query ``rows`` (tokens times heads of a group) and positions of a ``tile``, ``splits``.
+    """How one call is split.
 
-    ``warps`` and ``stages`` are Triton's: warps of a program, and one more than the tiles of K and V under way.
-    ``overlap`` starts the merge while the last programs run, which Hopper and later can.
+    ``rows`` are a program's queries (tokens times heads of a group), ``tile`` the positions that it reads at a time,
+    ``splits`` the parts of the cached positions. ``warps`` and ``stages`` are Triton's: warps of a program, and one
+    more than the tiles of K and V being loaded. ``overlap`` starts the merge while the last programs run, which Hopper
+    and later GPUs support.
     """
 
     rows: int
@@ -33,13 +35,21 @@ class LaunchShape:
 
 
 def launch_shape(q: Tensor, keys: Tensor, sequences: int, longest: int, most: int) -> LaunchShape:
-    """Shapes and splits from what the host knows: types, head counts, sequences, ``longest`` and ``most``."""
+    """Choose shapes and splits from what the host knows.
+
+    Args:
+        q: Queries, ``[tokens, heads, head_size]``.
+        keys: One layer's pool, ``[kv_heads, blocks, tokens_per_block, head_size]``.
+        sequences: Their number.
+        longest: About the most tokens of a sequence, past and new.
+        most: The most new tokens of a sequence.
+    """
     kv_heads, group, width = keys.shape[0], q.shape[1] // keys.shape[0], width_of(q.shape[2])
     exact = torch.float32 in (q.dtype, keys.dtype)
     return _launch_shape(q.device, kv_heads, group, width, keys.element_size(), exact, sequences, longest, most)
 
 
-@lru_cache(maxsize=1024)  # every layer of a step asks the same
+@lru_cache(maxsize=1024)  # every layer of a step calls it with the same arguments
 def _launch_shape(
     device: torch.device,
     kv_heads: int,
@@ -51,7 +61,7 @@ def _launch_shape(
     longest: int,
     most: int,
 ) -> LaunchShape:
-    """``exact``: float32, which tensor cores would round, so that its products must be smaller."""
+    """As ``launch_shape``; ``exact`` means float32, which tensor cores would round, so its products are smaller."""
     chip = torch.cuda.get_device_properties(device)
     rows = max(power_of_two(group), min(32 if exact or width > 128 else 128, power_of_two(most * group)))
     slots = (1 if rows > 64 else 2) * chip.multi_processor_count
@@ -59,18 +69,18 @@ def _launch_shape(
     most_tile = 512 // rows if exact else 128 if itemsize == 1 and rows <= 16 else 64
     tile = max(16, min(most_tile, 16384 // (width * itemsize)))  # 16 KB of K
     while tile > 32 and programs * -(-longest // tile) < slots:
-        tile //= 2  # so short that more of the device has a share
+        tile //= 2  # shorter tiles give work to more of the device
     room = WORKSPACE // (programs * rows * width * torch.float32.itemsize)
-    merge = programs * rows // 1024  # about a tile's time for so many rows
+    merge = programs * rows // 1024  # merging 1024 rows takes about as long as one tile
     splits = split_count(programs, -(-longest // tile), slots, merge, room)
     return LaunchShape(rows, tile, splits, 8 if rows > (8 if exact else 64) else 4, stages=3, overlap=chip.major >= 9)
 
 
 def split_count(programs: int, tiles: int, slots: int, merge: int = 0, room: int = MOST_SPLITS) -> int:
-    """Into how many parts ``programs`` of ``tiles`` each are best cut on a device that runs ``slots`` at once.
+    """The best number of splits for ``programs`` of ``tiles`` each on a device that runs ``slots`` programs at once.
 
-    The cost is rounds of programs times tiles of each with its start, and the ``merge``, in tiles. It takes the fewest
-    splits within 2 % of the least cost.
+    The cost, in tiles, is the rounds of programs times the tiles of each plus its start, and the ``merge``. The result
+    is the smallest number of splits within 2 % of the least cost; ``room`` is the most that the workspace allows.
     """
 
     def cost(splits: int) -> int:
@@ -82,10 +92,10 @@ def split_count(programs: int, tiles: int, slots: int, merge: int = 0, room: int
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is no smaller."""
+    """The smallest power of two that is not below ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 def width_of(head_size: int) -> int:
-    """The columns that a head takes in a program: a tensor core's product wants a power of two, 16 at least."""
+    """The columns of a head in a program: a tensor core's product needs a power of two, at least 16."""
     return max(16, power_of_two(head_size))

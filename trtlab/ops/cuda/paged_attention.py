@@ -1,8 +1,8 @@
-"""Attention that reads K and V where they lie in the pool's blocks: Triton kernels for CUDA. Writes no cache.
+"""Attention that reads K and V in place, from the pool's blocks: Triton kernels for CUDA. Writes no cache.
 
-One kernel serves decoding and prefill. A program takes some new tokens of one sequence with all query heads of one KV
-head, so that K and V are read once for the group, and a stretch of the cached positions (flash attention's running
-softmax, arXiv:2205.14135). Where programs are few, positions are split among several and a second kernel merges them.
+One kernel serves decoding and prefill. A program handles some new tokens of one sequence, all query heads of one KV
+head, so that K and V are read once for the group, and a range of the cached positions (flash attention's running
+softmax, arXiv:2205.14135). With few programs, the positions are split among several, and a second kernel merges them.
 """
 
 # mypy: disallow-untyped-decorators=False
@@ -32,15 +32,23 @@ def paged_attention(
     value_scale: Tensor | None = None,
     plan: LaunchShape | None = None,
 ) -> Tensor:
-    """Causal attention of packed new tokens, whose K and V are already in the pool: ``[tokens, heads * head_size]``.
+    """Causal attention of packed new tokens whose K and V are already in the pool. Does not synchronize.
 
-    ``q`` is ``[tokens, heads, head_size]``, float32, float16 or bfloat16. ``keys`` and ``values`` are one layer's pool,
-    ``[kv_heads, blocks, tokens_per_block, head_size]``, contiguous, of these types, int8 or float8_e4m3fn; 8-bit ones
-    come with scales, float32 ``[1]`` or ``[kv_heads]``: stored times scale is what was meant. ``tables`` is int32
-    ``[sequences, max_blocks]``, ``pasts`` int32 ``[sequences]``: tokens cached before the new ones, ``starts`` int32
-    ``[sequences + 1]``: where each sequence's new tokens begin in ``q``; a sequence may have none. ``most`` bounds the
-    new tokens of a sequence and must hold; ``longest``, past and new together, only steers how work is split, so a
-    CUDA graph stays right when sequences grow. Rows of ``q`` that belong to no sequence stay unwritten. No sync.
+    Args:
+        q: ``[tokens, heads, head_size]``, float32, float16 or bfloat16.
+        keys, values: One layer's pool, each ``[kv_heads, blocks, tokens_per_block, head_size]``, contiguous; float32,
+            float16, bfloat16, int8 or float8_e4m3fn.
+        tables: The blocks of each sequence, int32 ``[sequences, max_blocks]``.
+        pasts: Tokens cached before the new ones, int32 ``[sequences]``.
+        starts: Where each sequence's new tokens begin in ``q``, int32 ``[sequences + 1]``; a sequence may have none.
+        longest: About the most tokens of a sequence, past and new. It only decides how the work is split, so a CUDA
+            graph stays correct when sequences grow.
+        most: An upper bound on the new tokens of a sequence; it must hold.
+        key_scale, value_scale: For 8-bit pools, float32 ``[1]`` or ``[kv_heads]``: stored number times scale.
+        plan: How the call is split; None to choose it.
+
+    Returns:
+        ``[tokens, heads * head_size]``; rows that belong to no sequence are not written.
     """
     tokens, heads, head_size = q.shape
     kv_heads, _, block, _ = keys.shape
@@ -50,7 +58,7 @@ def paged_attention(
     plan = plan or launch_shape(q, keys, sequences, longest, most)
     splits = plan.splits
     out = torch.empty(tokens, heads * head_size, dtype=q.dtype, device=q.device)
-    # of each split: what it mixed, then the greatest scores and the sums, [splits, tokens, heads] each
+    # of each split: its weighted values, then the largest scores and the sums, [splits, tokens, heads] each
     parts = out if splits == 1 else q.new_empty(splits * tokens * heads * (head_size + 2), dtype=torch.float32)
     same = keys.dtype == q.dtype or keys.element_size() == 1
     shape = {"HEAD": head_size, "WIDTH": width_of(head_size), "OVERLAP": plan.overlap}
@@ -75,7 +83,7 @@ def paged_attention(
 
 @triton.jit
 def _chunk(length: tl.tensor, splits: tl.tensor, tile: tl.tensor) -> tl.tensor:
-    """Positions of a split: whole tiles, from the sequence's own length."""
+    """How many positions a split has: whole tiles, computed from the sequence's own length."""
     return tl.cdiv(tl.cdiv(length, splits), tile) * tile
 
 
@@ -108,7 +116,7 @@ def _attend(
     OVERLAP: tl.constexpr,
     COMPUTE: tl.constexpr,
 ) -> None:
-    """Some tokens of a sequence, one KV head and its query heads, one stretch of positions."""
+    """Attention of some tokens of a sequence, for one KV head and its query heads, over one range of positions."""
     if OVERLAP and SPLIT:
         gdc_launch_dependents()
     split = tl.program_id(0) % splits
@@ -118,7 +126,7 @@ def _attend(
     new = tl.load(starts + sequence + 1) - start
     past = tl.load(pasts + sequence)
     PER_TILE: tl.constexpr = ROWS // GROUP
-    turn = (tl.num_programs(0) - 1 - tl.program_id(0)) // splits  # the last tokens have most to read and go first
+    turn = (tl.num_programs(0) - 1 - tl.program_id(0)) // splits  # the last tokens read the most and start first
     top = turn * PER_TILE  # the first of this program's new tokens
     chunk = _chunk(past + new, splits, TILE)
     first = split * chunk
@@ -145,7 +153,7 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, WIDTH], tl.float32)
     whole = first
-    if PER_TILE > 1:  # tiles that every row sees whole need no mask
+    if PER_TILE > 1:  # tiles that every row attends to as a whole need no mask
         whole += tl.maximum(tl.minimum(last, past + top + 1) - first, 0) // TILE * TILE
         peak, total, mixed = _walk(
             query, keys, values, table, first, whole, past + token, peak, total, mixed, scale,
@@ -188,9 +196,9 @@ def _walk(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running softmax over positions ``first`` to ``last``; a row sees those up to its ``limit``.
+    """The running softmax over positions ``first`` to ``last``; a row attends to those up to its ``limit``.
 
-    A row that sees none of its first tile becomes NaN here; such a split lies past the row, and no merge reads it.
+    A row that attends to none of its first tile becomes NaN here; such a split is past the row, and no merge reads it.
     """
     column = tl.arange(0, WIDTH)
     at = first + tl.arange(0, TILE)
@@ -223,7 +231,7 @@ def _fetch(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """A tile of K or V; what is unwritten may be NaN, so it must come as zero."""
+    """Load a tile of K or V; unwritten memory may hold NaN, so it is replaced by zero."""
     if HEAD != WIDTH:
         return tl.load(pointers, mask=known[:, None] & (column < HEAD)[None, :], other=0.0)
     if MASKED:
@@ -245,7 +253,7 @@ def _merge(
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One token and head: ``m = max m_i``, ``l = sum l_i 2^(m_i - m)``, ``sum o_i 2^(m_i - m) / l``."""
+    """Merge a token's splits, one head: ``m = max m_i``, ``l = sum l_i 2^(m_i - m)``, ``sum o_i 2^(m_i - m) / l``."""
     index, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(starts + sequence)
     new = tl.load(starts + sequence + 1) - start

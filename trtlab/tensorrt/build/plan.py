@@ -1,4 +1,4 @@
-"""Compiles a network into a plan: profiles, targets, flags; and the record of what the build told."""
+"""Compiles an emitted network into a plan, with profiles, targets and flags, and records facts about the build."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError
 from trtlab.hardware import gpus
 from trtlab.tensorrt.bindings import profiles
-from trtlab.tensorrt.build.watch import Heard, Watch, Writer, run_watched
+from trtlab.tensorrt.build.watch import BuildLog, Watch, Writer, run_watched
 from trtlab.tensorrt.emit.emission import Emission, emit
 from trtlab.tensorrt.emit.quantized import check_algorithm, quantized_types
 from trtlab.tensorrt.library import Capability, Library, library
 from trtlab.tensorrt.log import log
 
-# The layers whose types decide where a plan can run; a cast or a norm in float32 is possible everywhere.
+# The layers whose types decide on which GPUs a plan runs; a cast or a norm in float32 runs on all.
 COMPUTING = ("matrix_multiply", "attention_input", "quantize")
 
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """What a build tells of a plan; ``activation_bytes`` by profile, as TensorRT's log states them."""
+    """Facts about one built plan; ``activation_bytes`` are by profile, as in TensorRT's log."""
 
     flavour: str
     version: str
-    targets: tuple[str, ...]  # compute capabilities; empty: all that the library serves by default
+    targets: tuple[str, ...]  # compute capabilities; empty: all that the library supports by default
     dtypes: tuple[str, ...]  # of its products, attentions and quantizers
     digest: str  # SHA-256, in hexadecimal
     plan_bytes: int
@@ -54,11 +54,21 @@ def build_plan(
     *,
     timing_cache: Path | None = None,
 ) -> PlanRecord:
-    """Compile one rank and write its plan to ``stream``, a binary file open for writing.
+    """Compile one rank and write its plan to a file.
 
-    The weights stay as they are, and the same call can be made again. An interrupt stops at TensorRT's next callback
-    and is raised as KeyboardInterrupt; ``stream`` then holds nothing. Raises EngineError, before the wait where that
-    can be known, when a target does not take the network or TensorRT refuses it; MissingDependency without TensorRT.
+    Args:
+        config: The model.
+        build: The engine's bounds and the plan's targets.
+        mapping: How the model is split over ranks.
+        rank: The rank to compile.
+        weights: The rank's tensors by name; they stay unchanged.
+        stream: A binary file open for writing. It stays empty after an interrupt.
+        timing_cache: A file with TensorRT's timing cache, read if it exists and written.
+
+    Raises:
+        EngineError: when a target does not support the network (before the build starts), or TensorRT refuses it.
+        MissingDependency: without TensorRT.
+        KeyboardInterrupt: after an interrupt, at TensorRT's next callback.
     """
     resolved = build.resolve(config)
     check_algorithm(config)
@@ -69,84 +79,93 @@ def build_plan(
 
 def compile_plan(emission: Emission, stream: BinaryIO, *, timing_cache: Path | None = None) -> PlanRecord:
     """Compile an emitted network; see ``build_plan``."""
-    found, build = emission.library, emission.build
-    targets = check_targets(found, build)
-    writer, watch, heard = Writer(found.trt, stream), Watch(found.trt), Heard()
+    trt_library, build = emission.library, emission.build
+    targets = check_targets(trt_library, build)
+    writer, watch, messages = Writer(trt_library.trt, stream), Watch(trt_library.trt), BuildLog()
     settings = builder_config(emission, targets, watch)
-    cache = use_timing_cache(found, settings, timing_cache)
+    cache = use_timing_cache(trt_library, settings, timing_cache)
     started = time.monotonic()
 
     def work() -> bool:
         return bool(emission.builder.build_serialized_network_to_stream(emission.network, settings, writer.native))
 
-    with log(found.trt).heard_by(heard):
-        done = run_watched(work, watch, "building plan")
+    with log(trt_library.trt).forwarded_to(messages):
+        complete = run_watched(work, watch, "building plan")
     if writer.error is not None:
         raise EngineError(f"the plan could not be written: {writer.error}") from writer.error
-    if not done:
-        raise EngineError(f"TensorRT could not build the plan: {heard.cause()}", remedy=remedy_for(build))
+    if not complete:
+        raise EngineError(f"TensorRT could not build the plan: {messages.cause()}", remedy=remedy_for(build))
     if cache is not None and timing_cache is not None:
         timing_cache.write_bytes(bytes(cache.serialize()))
     return PlanRecord(
-        flavour=found.flavour,
-        version=found.version,
+        flavour=trt_library.flavour,
+        version=trt_library.version,
         targets=tuple(f"{major}.{minor}" for major, minor in targets),
         dtypes=tuple(sorted({layer.precision for layer in emission.read() if layer.kind in COMPUTING})),
         digest=writer.digest.hexdigest(),
         plan_bytes=writer.bytes_written,
-        weight_bytes=heard.weight_bytes,
-        activation_bytes=dict(zip((p.name for p in profiles(build)), heard.activation_bytes, strict=False)),
+        weight_bytes=messages.weight_bytes,
+        activation_bytes=dict(zip((p.name for p in profiles(build)), messages.activation_bytes, strict=False)),
         weight_streaming=build.weight_streaming,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def check_targets(found: Library, build: BuildConfig, types: Iterable[str] = ()) -> tuple[Capability, ...]:
-    """The targets as numbers. EngineError if this library cannot build here or one of them cannot run the plan.
+def check_targets(trt_library: Library, build: BuildConfig, types: Iterable[str] = ()) -> tuple[Capability, ...]:
+    """Check that the library can build on this machine, and that every target can run the plan.
 
-    ``types`` are those that the network computes in beside its own.
+    Args:
+        trt_library: The TensorRT that will build.
+        build: The resolved settings.
+        types: Types that the network computes in, beside its own.
+
+    Returns:
+        The targets as numbers.
+
+    Raises:
+        EngineError: when the library cannot build on this machine, or a target cannot run the plan.
     """
     cards = gpus()
     here = capability(cards[0].compute_capability) if cards else None
-    if not (verdict := found.builds(here)):
+    if not (verdict := trt_library.builds(here)):
         raise EngineError("no plan can be built here", got=verdict.reason, remedy="build with plan=False")
     targets = tuple(capability(text) for text in build.compute_capabilities)
     used = {build.dtype or "float32", *types}
     for target in targets:
-        if found.flavour == "tensorrt" and target != here:
+        if trt_library.flavour == "tensorrt" and target != here:
             raise EngineError(
-                f"{found.title} compiles for the GPU at hand",
+                f"{trt_library.title} compiles for this machine's GPU only",
                 got=f"compute_capabilities {target[0]}.{target[1]}",
                 remedy="leave compute_capabilities empty, or build with TensorRT for RTX",
             )
-        if not (verdict := found.runs_on(target, used)):
+        if not (verdict := trt_library.runs_on(target, used)):
             raise EngineError(verdict.reason, remedy="change dtype or compute_capabilities in BuildConfig")
-        if found.flavour == "tensorrt_rtx" and target not in found.targets:
-            names = ", ".join(f"{major}.{minor}" for major, minor in found.targets)
+        if trt_library.flavour == "tensorrt_rtx" and target not in trt_library.targets:
+            names = ", ".join(f"{major}.{minor}" for major, minor in trt_library.targets)
             raise EngineError(f"a plan cannot be pinned to compute capability {target[0]}.{target[1]}", expected=names)
     return targets
 
 
 def check_heads(config: ModelConfig, build: BuildConfig) -> None:
-    """Refuse heads that TensorRT's low-precision attention cannot tile; it says so only in the middle of a build."""
+    """Refuse a head size that TensorRT's low-precision attention does not support, before the build starts."""
     if build.dtype != "float32" and config.head_size % 8:
         raise EngineError(
-            f"TensorRT builds no {build.dtype} attention with heads of {config.head_size}",
-            expected="a head_size that 8 divides",
+            f"TensorRT cannot build {build.dtype} attention with head_size {config.head_size}",
+            expected="a multiple of 8",
             remedy='build with dtype="float32", or plan=False',
         )
 
 
 def capability(text: str) -> Capability:
-    """(8, 9) from "8.9"."""
+    """Parse a compute capability: ``"8.9"`` gives ``(8, 9)``."""
     match = re.fullmatch(r"(\d+)\.(\d)", text)
     if match is None:
-        raise EngineError("a compute capability is a number such as 8.9", got=repr(text))
+        raise EngineError("unknown compute capability", got=repr(text), expected="a number such as 8.9")
     return int(match[1]), int(match[2])
 
 
 def builder_config(emission: Emission, targets: tuple[Capability, ...], watch: Watch) -> Any:
-    """TensorRT's settings for a build: profiles, flags, targets, level, progress."""
+    """TensorRT's settings for a build: profiles, flags, targets, optimization level, progress monitor."""
     trt, build, builder = emission.library.trt, emission.build, emission.builder
     config = builder.create_builder_config()
     for profile in profiles(build):
@@ -155,7 +174,7 @@ def builder_config(emission: Emission, targets: tuple[Capability, ...], watch: W
         for binding in emission.bindings.inputs:
             native.set_shape(binding.name, *(trt.Dims(binding.sized(dims)) for dims in bounds))
         config.add_optimization_profile(native)
-    # TensorRT would compute float32 products with ten bits of mantissa; a float32 plan is asked for to be exact.
+    # With TF32 TensorRT rounds the operands of float32 products to ten bits of mantissa; a float32 plan must be exact.
     config.clear_flag(trt.BuilderFlag.TF32)
     if build.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
@@ -169,9 +188,9 @@ def builder_config(emission: Emission, targets: tuple[Capability, ...], watch: W
     return config
 
 
-def use_timing_cache(found: Library, settings: Any, path: Path | None) -> Any:
-    """Give the build a timing cache and hand it back; TensorRT for RTX has none, and times nothing."""
-    if path is None or found.flavour != "tensorrt":
+def use_timing_cache(trt_library: Library, settings: Any, path: Path | None) -> Any:
+    """Set the build's timing cache and return it; None for TensorRT for RTX, which times no kernels."""
+    if path is None or trt_library.flavour != "tensorrt":
         return None
     cache = settings.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     settings.set_timing_cache(cache, ignore_mismatch=False)
@@ -179,7 +198,7 @@ def use_timing_cache(found: Library, settings: Any, path: Path | None) -> Any:
 
 
 def remedy_for(build: BuildConfig) -> str | None:
-    """What most often mends a refused build."""
+    """What most often helps after a refused build."""
     if build.compute_capabilities:
-        return "try without compute_capabilities, or another dtype"
-    return "logger trtlab.tensorrt at level DEBUG has the whole log"
+        return "build without compute_capabilities, or with another dtype"
+    return "read the whole log: logger trtlab.tensorrt at level DEBUG"

@@ -1,4 +1,7 @@
-"""Whether a plan can run: whole, of the TensorRT that is here, for the GPU at hand. The one place that decides it."""
+"""Checks that a plan can run: its file is whole, and its TensorRT and its GPU are those of this machine.
+
+The only place that decides it.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,31 @@ BUILD_AGAIN = "build again with the TensorRT that is installed, or Engine.load(f
 
 
 def check_plan(record: PlanRecord, *, path: Path | None = None, gpu: Capability | None = None) -> None:
-    """Check what is asked for; the reading of the whole file for its SHA-256 is what takes time.
+    """Check a plan against its record, the installed TensorRT and a GPU.
 
     Args:
-        record: What the build says of the plan.
-        path: Its file, to be read and compared with the record; None when that was done before.
-        gpu: The compute capability that is to run it; None when only its weights may come to run, for which a missing
-            TensorRT is no fault.
+        record: The record of the plan's build.
+        path: The plan's file. It is read whole for its SHA-256, which takes time; None when that was done before.
+        gpu: The compute capability that will run the plan; None when the engine may run from its weights instead, and
+            then a missing TensorRT is not an error.
 
     Raises:
-        EngineError: With the cause and the way out. MissingDependency for a GPU without TensorRT.
+        EngineError: when the plan cannot run.
+        MissingDependency: for a GPU without TensorRT.
     """
     if path is not None:
         _check_file(record, path)
     try:
-        here = library()
-    except TrtlabError:  # none, or one too old
+        installed = library()
+    except TrtlabError:  # missing, or too old
         if gpu is None:
             return
         raise
-    if (record.flavour, record.version) != (here.flavour, here.version):
+    if (record.flavour, record.version) != (installed.flavour, installed.version):
         raise EngineError(
             "the plan was built by another TensorRT",
             got=f"{record.flavour} {record.version}",
-            expected=f"{here.flavour} {here.version}",
+            expected=f"{installed.flavour} {installed.version}",
             remedy=BUILD_AGAIN,
         )
     if gpu is None:
@@ -49,7 +53,7 @@ def check_plan(record: PlanRecord, *, path: Path | None = None, gpu: Capability 
             got=f"a GPU of {name}",
             remedy=f'build with compute_capabilities=("{name}",)',
         )
-    if not (verdict := here.runs_on(gpu, record.dtypes)):
+    if not (verdict := installed.runs_on(gpu, record.dtypes)):
         raise EngineError(verdict.reason, remedy='use backend="torch"')
 
 

@@ -1,4 +1,4 @@
-"""The plans of an engine, one a rank: built to files, saved with the engine, and checked when they are opened."""
+"""The plans of an engine, one per rank: builds them to files, saves them with the engine, checks them when opened."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan_file(rank: int) -> str:
 
 
 class Scratch:
-    """A temporary folder that goes when it is closed, or when nothing refers to it any more."""
+    """A temporary folder that is deleted by ``close``, or when nothing refers to it any more."""
 
     def __init__(self) -> None:
         self.folder = Path(mkdtemp(prefix="trtlab-plan-"))
@@ -46,9 +46,10 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Plans:
-    """Records and files, in rank order. ``scratch`` is the temporary folder of plans that were not saved yet.
+    """Records and files of an engine's plans, in rank order.
 
-    ``states`` are size and time of the files when they were checked: one that is as it was need not be hashed again.
+    ``states`` are size, time and inode of the files when they were checked: an unchanged file need not be hashed again.
+    ``scratch`` is the temporary folder of plans that were not saved yet.
     """
 
     records: tuple[PlanRecord, ...]
@@ -60,8 +61,8 @@ class Plans:
     def build(
         cls, config: ModelConfig, build: BuildConfig, mapping: Mapping, ranks: Sequence[abc.Mapping[str, LazyTensor]]
     ) -> Plans:
-        """Compile every rank, one after the other; an error or an interrupt leaves nothing behind."""
-        library()  # says what is missing before a weight is read
+        """Compile every rank, one after the other; after an error or an interrupt no file is left."""
+        library()  # raises if TensorRT is missing, before any weight is read
         scratch = Scratch()
         try:
             records, files = [], []
@@ -78,14 +79,14 @@ class Plans:
 
     @classmethod
     def load(cls, folder: Path, records: Sequence[PlanRecord]) -> Plans:
-        """Open the plans of an engine folder; EngineError when one is missing, damaged or of another TensorRT."""
+        """Open the plans of an engine folder; EngineError when a plan is missing, damaged or of another TensorRT."""
         files = tuple(folder / plan_file(rank) for rank in range(len(records)))
         for record, path in zip(records, files, strict=True):
             check_plan(record, path=path)
         return cls(tuple(records), files, tuple(map(_state, files)))
 
     def read(self, rank: int) -> bytes:
-        """One rank's plan; EngineError when its file is not the one that was checked."""
+        """Read one rank's plan; EngineError when its file has changed since it was checked."""
         path = self.files[rank]
         if not path.is_file() or _state(path) != self.states[rank]:
             raise EngineError(f"{path.name} has changed since the engine was opened", remedy=COPY_OR_BUILD)
@@ -97,11 +98,11 @@ class Plans:
             shutil.copyfile(path, folder / path.name)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The records as config.json keeps them."""
+        """The records in the form of config.json."""
         return [dataclasses.asdict(record) for record in self.records]
 
     def run_on(self, device: torch.device) -> Verdict:
-        """Whether these plans run on a GPU, and why."""
+        """Whether these plans run on the given GPU, and the reason."""
         if len(self.records) > 1:
             return Verdict(False, "plans of several ranks do not run in one process yet")
         try:
@@ -116,6 +117,6 @@ class Plans:
         return sum(record.plan_bytes for record in self.records)
 
     def close(self) -> None:
-        """Delete plans that were never saved."""
+        """Delete the temporary files of plans that were never saved."""
         if self.scratch is not None:
             self.scratch.close()

@@ -1,4 +1,4 @@
-"""What listens while TensorRT builds: the plan's bytes, the progress, the log's figures, and the interrupt."""
+"""Follows a TensorRT build: receives the plan's bytes, progress, log messages and interrupts. Starts no build."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 
 from trtlab.progress import PATIENCE_S, progress
 
-# A build that fails without a driver reports this as well; it is never the cause.
+# A build that fails on a machine without a driver reports this as well; it is never the cause.
 NO_DRIVER = re.compile(r"CUDA driver version is insufficient|CUDA initialization failure|cudaError 35")
 LONGEST_CAUSE = 400
 
 
 class Writer:
-    """Sends the plan to a file as TensorRT hands it out, and keeps its size and digest."""
+    """Writes the plan to a file piece by piece, and keeps its size and digest."""
 
     def __init__(self, trt: Any, stream: BinaryIO) -> None:
         self.bytes_written = 0
@@ -28,10 +28,10 @@ class Writer:
         self.native = native_writer(trt, self.write)
 
     def write(self, data: bytes) -> int:
-        """One piece of the plan; fewer bytes than it has tell TensorRT that writing failed."""
+        """Write one piece of the plan and return its bytes; fewer than it has tell TensorRT that writing failed."""
         try:
             self._stream.write(data)
-        except OSError as error:  # a full disk must not travel through TensorRT's own code
+        except OSError as error:  # a full disk, for example; the exception must not pass through TensorRT's own code
             self.error = error
             return 0
         self.digest.update(data)
@@ -49,8 +49,8 @@ class Watch:
         self.native = native_monitor(trt, self)
 
 
-class Heard:
-    """What a build said: its errors, and the bytes of activations (one figure a profile) and of weights."""
+class BuildLog:
+    """Listener that keeps a build's errors, and its bytes of activations (one number per profile) and of weights."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -66,16 +66,16 @@ class Heard:
             self.weight_bytes = int(match[1])
 
     def cause(self) -> str:
-        """The first error that is no mere consequence of a missing driver, on one line."""
+        """The first error that is not a consequence of a missing driver, on one line."""
         causes = [error for error in self.errors if not NO_DRIVER.search(error)] or self.errors or ["it gave no cause"]
         return " ".join(causes[0].split())[:LONGEST_CAUSE]
 
 
 def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
-    """Run a build on a thread of its own while this one draws the bar and hears the interrupt.
+    """Run a build in its own thread, while this one draws the progress bar and waits for an interrupt.
 
-    TensorRT lets other threads run, and only the main thread is told of an interrupt; inside a callback it would be
-    lost. The bar's clock runs on through TensorRT's long silences.
+    Python delivers an interrupt to the main thread only, and inside a callback of TensorRT it would be lost. The bar's
+    clock also goes on while TensorRT calls nothing for a long time.
     """
     outcome: list[bool | BaseException] = []
 
@@ -109,7 +109,7 @@ def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
 
 
 def native_writer(trt: Any, write: Callable[[bytes], int]) -> Any:
-    """An ``IStreamWriter`` that hands each piece to ``write``."""
+    """An ``IStreamWriter`` that passes each piece to ``write``."""
 
     class Forwarding(trt.IStreamWriter):  # type: ignore[misc]  # a base class known only at run time
         def __init__(self) -> None:
@@ -122,7 +122,7 @@ def native_writer(trt: Any, write: Callable[[bytes], int]) -> Any:
 
 
 def native_monitor(trt: Any, watch: Watch) -> Any:
-    """An ``IProgressMonitor`` that counts into ``watch``; TensorRT calls it from its own threads."""
+    """An ``IProgressMonitor`` that updates ``watch``; TensorRT calls it from its own threads."""
 
     class Counting(trt.IProgressMonitor):  # type: ignore[misc]  # a base class known only at run time
         def __init__(self) -> None:

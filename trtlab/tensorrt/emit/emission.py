@@ -1,4 +1,4 @@
-"""Emits one rank's decoder into a TensorRT network: what the plan builder compiles and what the interpreter runs."""
+"""Emits one rank's decoder into a TensorRT network, which the plan builder compiles and the interpreter runs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from trtlab.tensorrt.read.interpreter import LayerTable, Network
 
 @dataclass(frozen=True)
 class Emission:
-    """A network and what belongs to it. ``constants`` holds every weight alive: the network has pointers only.
+    """An emitted network, with its builder, bindings and weights.
 
-    ``taps`` maps a step of the decoder, such as ``transformer.layers.0.mlp.fc`` or ``...mlp.fc:activation``, to the
-    network's tensor; the same names come out of ``NamedOps(TorchOps)``.
+    ``constants`` keeps every weight alive, because the network has only pointers. ``taps`` maps a result of the
+    decoder, such as ``transformer.layers.0.mlp.fc`` or ``...mlp.fc:activation``, to the network's tensor;
+    ``NamedOps(TorchOps)`` uses the same names.
     """
 
     library: Library
@@ -40,13 +41,13 @@ class Emission:
     taps: abc.Mapping[str, str] = field(repr=False)
 
     def read(self) -> Network:
-        """The network read back, to walk through and to run."""
+        """Read the network back, to inspect it and to run it with torch."""
         return Network.read(self.library.trt, self.network, self.constants)
 
     def table(self, *, batch: int = 1, tokens: int = 1) -> LayerTable:
-        """One row a layer, in order: name, kind, precision, shape, weight bytes, and FLOPs for so many tokens.
+        """One row per layer, in order: name, kind, precision, shape, weight bytes, and FLOPs for these tokens.
 
-        Each row of the batch asks for the logits of one token. Only shapes are computed.
+        Only shapes are computed; each row of the batch gives the logits of one token.
         """
         dims = {BATCH: batch, TOKENS: tokens, WANTED: 1}
         return self.read().table({binding.name: binding.sized(dims) for binding in self.bindings.inputs})
@@ -61,16 +62,23 @@ def emit(
     *,
     op_set: type[TensorRTOps] = TensorRTOps,
 ) -> Emission:
-    """The decoder of one rank as a strongly typed network in ``build``'s dtype.
+    """Emit the decoder of one rank as a strongly typed network in ``build``'s dtype.
 
-    ``weights`` are the rank's own tensors by name and stay unchanged; those of another dtype are converted to copies.
-    ``op_set`` may be a subclass that emits some verb in another way, to try it or to plant an error for ``compare``.
-    Raises MissingDependency without TensorRT.
+    Args:
+        config: The model.
+        build: The engine's bounds.
+        mapping: How the model is split over ranks.
+        rank: The rank to emit.
+        weights: The rank's tensors by name. They stay unchanged; those of another dtype are converted to copies.
+        op_set: A subclass may emit some verb in another way, to try it or to plant an error for ``compare``.
+
+    Raises:
+        MissingDependency: without TensorRT.
     """
     build = build.resolve(config)
-    assert build.dtype is not None
-    found = library()
-    trt = found.trt
+    assert build.dtype is not None, "the build config is not resolved: it has no dtype"
+    trt_library = library()
+    trt = trt_library.trt
     builder = trt.Builder(log(trt).native)
     network = builder.create_network(0)
     table = bindings(config, build, mapping, rank)
@@ -86,11 +94,11 @@ def emit(
     for tensor in (result, *ops.presents):
         network.mark_output(tensor)
     taps = {name: str(tensor.name) for name, tensor in tensors.items()}
-    return Emission(found, builder, network, table, build, ops.constants, taps)
+    return Emission(trt_library, builder, network, table, build, ops.constants, taps)
 
 
 def add_input(trt: Any, network: Any, binding: Binding) -> Any:
-    """Declare one input; its dimensions get names, so that TensorRT knows which of them are equal."""
+    """Declare one input; its dimensions get names, so that TensorRT knows which dimensions are equal."""
     tensor = network.add_input(binding.name, dtypes.to_trt(trt, binding.dtype), trt.Dims(binding.declared))
     for axis, size in enumerate(binding.shape):
         if isinstance(size, str):

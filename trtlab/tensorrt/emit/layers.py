@@ -1,6 +1,6 @@
-"""Adds single layers to an ``INetworkDefinition`` and names them; keeps the tensors that it points to alive.
+"""Adds single layers to an ``INetworkDefinition``, names them, and keeps their constants alive. Knows no model.
 
-Every layer bears the name of the weight it belongs to, or of the last weight before it, and a suffix.
+A layer's name is that of its weight, or of the last weight before it, and a suffix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from trtlab.tensorrt import dtypes
 
 
 class NetworkLayers:
-    """What op sets emit with. ``dtype`` is the network's own type; ``constants`` holds by name what it points to."""
+    """Base class of op sets that emit. ``dtype`` is the network's type.
+
+    ``constants`` keeps by name every tensor whose memory the network points to.
+    """
 
     def __init__(self, trt: Any, network: Any, dtype: str) -> None:
         self.constants: dict[str, torch.Tensor] = {}
@@ -23,7 +26,7 @@ class NetworkLayers:
         self._network = network
         self._dtype = dtypes.to_trt(trt, dtype)
         self._torch_dtype = dtypes.to_torch(dtype)
-        self._kept: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}  # of the constants, by name
         self._names: dict[str, int] = {}
         self._scope = "network"
 
@@ -31,31 +34,31 @@ class NetworkLayers:
         self._scope = weight_name.removesuffix(".weight")
 
     def _add(self, suffix: str, layer: Any) -> Any:
-        """Name a new layer, number the name if it is taken, and give its output."""
+        """Name a new layer, with a number if the name is taken, and return its output."""
         base = f"{self._scope}:{suffix}"
         count = self._names[base] = self._names.get(base, 0) + 1
         if layer is None:
-            raise EngineError(f"TensorRT refused layer {base}", remedy="its log, logger trtlab.tensorrt, says why")
+            raise EngineError(f"TensorRT refused layer {base}", remedy="read the log: logger trtlab.tensorrt")
         layer.name = base if count == 1 else f"{base}.{count}"
         return layer.get_output(0)
 
     def _weight(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Any:
-        """A constant in the network's own type."""
+        """Add a constant in the network's type."""
         return self._constant(name, tensor.to(self._torch_dtype), shape)
 
     def _constant(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], kind: str | None = None) -> Any:
-        """A tensor by its pointer; one that is used twice (tied embeddings) is one constant.
+        """Add a constant by its pointer; a tensor that is used twice (tied embeddings) becomes one constant.
 
-        ``kind`` names a type that torch lacks, which is INT4, two values a byte.
+        ``kind`` names a type that torch lacks: ``"int4"``, two values per byte.
         """
-        if name not in self._kept:
-            held = self.constants[name] = tensor.detach().contiguous()
-            dtype = dtypes.to_trt(self._trt, kind or dtypes.from_torch(held.dtype))
-            weights = self._trt.Weights(dtype, held.data_ptr(), math.prod(shape))
+        if name not in self._outputs:
+            data = self.constants[name] = tensor.detach().contiguous()
+            dtype = dtypes.to_trt(self._trt, kind or dtypes.from_torch(data.dtype))
+            weights = self._trt.Weights(dtype, data.data_ptr(), math.prod(shape))
             layer = self._network.add_constant(self._trt.Dims(shape), weights)
             layer.name = name
-            self._kept[name] = layer.get_output(0)
-        return self._kept[name]
+            self._outputs[name] = layer.get_output(0)
+        return self._outputs[name]
 
     def _scalar(self, suffix: str, value: float, rank: int, dtype: torch.dtype) -> Any:
         return self._constant(f"{self._scope}.{suffix}", torch.tensor(value, dtype=dtype).reshape(-1), (1,) * rank)
@@ -78,7 +81,7 @@ class NetworkLayers:
         return self._add(suffix, layer)
 
     def _slice(self, suffix: str, x: Any, axis: int, start: int, size: int) -> Any:
-        """A range of one axis; naming the axis keeps the others dynamic."""
+        """Add a slice of one axis; naming the axis keeps the others dynamic."""
         dims = self._trt.Dims
         layer = self._network.add_slice(x, dims((start,)), dims((size,)), dims((1,)))
         layer.axes = dims((axis,))
@@ -90,14 +93,14 @@ class NetworkLayers:
         return self._add(suffix, layer)
 
     def _quantize(self, suffix: str, x: Any, scale: torch.Tensor, dtype: Any, axis: int = 1) -> Any:
-        """``x / scale`` rounded to ``dtype``, with one scale ``[1, 1]`` or one an index of ``axis`` ``[n, 1]``."""
+        """``x / scale`` rounded to ``dtype``; one scale ``[1, 1]``, or one per index of ``axis`` ``[n, 1]``."""
         layer = self._network.add_quantize(x, self._scale(suffix, scale), dtype)
         if scale.numel() > 1:
             layer.axis = axis
         return self._add(suffix, layer)
 
     def _dequantize(self, suffix: str, q: Any, scale: torch.Tensor, dtype: Any, axis: int = 1) -> Any:
-        """``q * scale``; scales as in ``_quantize``, or ``[n, groups]`` for groups along the last of three axes."""
+        """``q * scale``; scales as for ``_quantize``, or ``[n, groups]`` for groups along the last of three axes."""
         layer = self._network.add_dequantize(q, self._scale(suffix, scale), dtype)
         if scale.numel() > 1 and scale.shape[1] == 1:
             layer.axis = axis

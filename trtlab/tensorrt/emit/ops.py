@@ -1,4 +1,7 @@
-"""The op set that adds layers to an ``INetworkDefinition``: strongly typed, padded ``[batch, tokens, hidden]``."""
+"""The op set that adds layers to an ``INetworkDefinition``: strongly typed, padded ``[batch, tokens, hidden]``.
+
+Computes nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,16 @@ ACTIVATIONS = {"silu": "SIGMOID", "gelu": "GELU_ERF", "gelu_pytorch_tanh": "GELU
 
 
 class TensorRTOps(QuantizedLinears, Ops[Any]):
-    """The verbs as layers of a network. ``inputs`` are its own, by the names of ``bindings``; ``group`` the TP ranks.
+    """The verbs as layers of a network.
 
-    ``kv_scales``, one a layer, belong to a cache in INT8 or FP8.
+    Args:
+        trt: TensorRT's module.
+        network: The network definition to add layers to.
+        inputs: The network's inputs, by the names in ``bindings``.
+        dtype: The network's type.
+        rotary: Cosine and sine, each ``[positions, head_size / 2]``; None without rotary embedding.
+        group: The ranks of the tensor-parallel group.
+        kv_scales: One per layer for a cache in INT8 or FP8; empty without.
     """
 
     def __init__(
@@ -42,7 +52,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         self._group = list(group)
         self._kv_scales = kv_scales
         self._joined_mask: Any = None
-        # The tables stay in float32 and so does the rotation: a rounded cosine is an error at every position.
+        # The tables and the rotation stay in float32: a rounded cosine would be an error at every position.
         tables = zip(("cos", "sin"), rotary or (), strict=rotary is not None)
         self._rotary = [self._constant(f"rotary.{name}", table, tuple(table.shape)) for name, table in tables]
 
@@ -51,13 +61,12 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         table = self._weight(weight.name, weight.weight, tuple(weight.weight.shape))
         if weight.first_row is None:
             return self._add("gather", self._network.add_gather(table, tokens, 0))
-        # Ids of other ranks are clamped into the table and their rows replaced by zero.
+        # Ids of other ranks' rows are clamped into the table, and their results are replaced by zero.
         first, last = weight.first_row, weight.first_row + weight.weight.shape[0] - 1
         low, high = self._scalar("first", first, 2, torch.int32), self._scalar("last", last, 2, torch.int32)
-        held = self._elementwise("clamp_low", "MAX", tokens, low)
-        held = self._elementwise("clamp_high", "MIN", held, high)
-        inside = self._elementwise("inside", "EQUAL", tokens, held)
-        rows = self._network.add_gather(table, self._elementwise("local", "SUB", held, low), 0)
+        clamped = self._elementwise("clamp_high", "MIN", self._elementwise("clamp_low", "MAX", tokens, low), high)
+        inside = self._elementwise("inside", "EQUAL", tokens, clamped)
+        rows = self._network.add_gather(table, self._elementwise("local", "SUB", clamped, low), 0)
         inside = self._reshape("inside_rows", inside, (0, 0, 1))
         zero = self._weight("zero", torch.zeros(1, 1, 1), (1, 1, 1))
         return self._add("select", self._network.add_select(inside, self._add("gather", rows), zero))
@@ -68,7 +77,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._add("gather", self._network.add_gather(table, self._inputs[io.POSITION_IDS], 0))
 
     def rms_norm(self, x: Any, weight: Norm) -> Any:
-        # TensorRT's own normalization subtracts the mean, so this one is written out.
+        # TensorRT's normalization layer subtracts the mean, so RMSNorm is emitted as single operations.
         self._enter(weight.name)
         rank = len(x.shape)
         wide = self._cast("wide", x, self._trt.float32)
@@ -79,7 +88,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._elementwise("gain", "PROD", narrow, gain)
 
     def layer_norm(self, x: Any, weight: LayerNorm) -> Any:
-        # TensorRT's own normalization is not among the layers that are read back; it is written out, in float32.
+        # TensorRT's normalization layer cannot be read back here, so the norm is emitted as float32 operations.
         self._enter(weight.name)
         rank = len(x.shape)
         wide = self._cast("wide", x, self._trt.float32)
@@ -93,7 +102,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._cast("narrow", result, self._dtype)
 
     def _mean(self, suffix: str, x: Any) -> Any:
-        """Over the last axis, which stays with size 1."""
+        """The mean over the last axis, which keeps size 1."""
         last = 1 << (len(x.shape) - 1)
         return self._add(suffix, self._network.add_reduce(x, self._trt.ReduceOperation.AVG, last, True))
 
@@ -108,7 +117,6 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._product(weight, x)
 
     def split_heads(self, qkv: Any, heads: int, kv_heads: int) -> tuple[Any, Any, Any]:
-        # Head tensors are ``[batch, heads, tokens, head_size]``.
         total = heads + 2 * kv_heads
         layer = self._network.add_shuffle(qkv)
         layer.reshape_dims = self._trt.Dims((0, 0, total, qkv.shape[-1] // total))
@@ -121,13 +129,13 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         )
 
     def rotary(self, q: Any, k: Any) -> tuple[Any, Any]:
-        # Queries stay in float32, because the softmax scale is multiplied in next.
+        # Queries stay in float32, because they are multiplied by the softmax scale next.
         return self._rotate("rotary_q", q), self._cast("narrow_k", self._rotate("rotary_k", k), self._dtype)
 
     def attention(self, layer: int, q: Any, k: Any, v: Any) -> Any:
-        # The mask is explicit: key lengths give wrong tokens on a cache of fixed capacity.
+        # The mask is an input: TensorRT's key lengths give wrong tokens on a cache of fixed capacity.
         head_size, heads = q.shape[-1], q.shape[1]
-        # The attention layer has no scale. Rounded to BF16 it would flip near ties, so it meets Q in float32.
+        # The attention layer has no scale. Rounded to BF16 a scale would flip near ties, so Q is scaled in float32.
         wide = self._cast("wide_q", q, self._trt.float32)
         scaled = self._elementwise("scale_q", "PROD", wide, self._scalar("scale", head_size**-0.5, 4, torch.float32))
         keys, values, mask = self._cached(layer, k, v)
@@ -135,7 +143,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         narrow = self._cast("narrow_q", scaled, self._dtype)
         attention = self._network.add_attention_v2(narrow, keys, values, softmax, kind)
         attention.mask = mask
-        attention.decomposable = True  # without it FP32 never builds and BF16 not everywhere
+        attention.decomposable = True  # without it FP32 never builds, and BF16 not on every GPU
         out = self._add("attention", attention)  # [batch, heads, tokens, head_size]
         merge = self._network.add_shuffle(out)
         merge.first_transpose = self._trt.Permutation([0, 2, 1, 3])
@@ -143,10 +151,9 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._add("merge_heads", merge)
 
     def activation(self, kind: str, x: Any) -> Any:
-        # silu is computed in float32 and rounded once.
         if kind not in ACTIVATIONS:
             raise ConfigError("unknown activation", got=repr(kind), expected=" | ".join(ACTIVATIONS))
-        wide = self._cast("wide", x, self._trt.float32) if kind == "silu" else x
+        wide = self._cast("wide", x, self._trt.float32) if kind == "silu" else x  # two layers, rounded once
         function = getattr(self._trt.ActivationType, ACTIVATIONS[kind])
         y = self._add(ACTIVATIONS[kind].lower(), self._network.add_activation(wide, function))
         if kind == "silu":
@@ -163,22 +170,22 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._collective("all_reduce", x, "ALL_REDUCE", "SUM")
 
     def all_gather(self, x: Any) -> Any:
-        # TensorRT joins along the first axis, so the last one goes there and back.
+        # TensorRT concatenates along the first axis, so the last axis is moved there and back.
         if len(self._group) == 1:
             return x
         front = self._transpose("columns_first", x, (2, 0, 1))
         return self._transpose("columns_last", self._collective("all_gather", front, "ALL_GATHER", "NONE"), (1, 2, 0))
 
     def receive(self, tokens: Any, hidden_size: int) -> Any:
-        # They are the network's first input, in the place of token ids.
+        # The hidden states are the network's first input, instead of token ids.
         return tokens
 
     def send(self, x: Any) -> Any:
-        # They are the network's first output, in the place of logits.
+        # The hidden states are the network's first output, instead of logits.
         return x
 
     def last_tokens(self, x: Any) -> Any:
-        # Which rows is an input, ``last_token_ids [batch, wanted]``.
+        # An input names the rows: ``last_token_ids [batch, wanted]``.
         layer = self._network.add_gather(x, self._inputs[io.LAST_TOKENS], 1)
         layer.num_elementwise_dims = 1
         return self._add("last_tokens", layer)  # [batch, wanted, hidden]
@@ -194,7 +201,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return self._add(suffix, layer)
 
     def _cached(self, layer: int, k: Any, v: Any) -> tuple[Any, Any, Any]:
-        """Every key and value that is there after this step, and which of them each token sees."""
+        """All keys and values after this step, and the mask of those that each token attends to."""
         if not self._kv_scales:
             return self._written("k", layer, k), self._written("v", layer, v), self._inputs[io.MASK]
         scales = self._kv_scales[layer]
@@ -206,7 +213,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return keys, values, self._joined_mask
 
     def _written(self, kind: str, layer: int, update: Any) -> Any:
-        """The whole cache with the new keys or values in it: an output, bound to the input's address."""
+        """The whole cache with the new keys or values written: an output, bound to the input's address."""
         cache, starts = self._inputs[io.cache_name(kind, layer)], self._inputs[io.WRITE_INDICES]
         written = self._network.add_kv_cache_update(cache, update, starts, self._trt.KVCacheMode.LINEAR)
         tensor = self._add(f"cache_{kind}", written)
@@ -215,7 +222,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         return tensor
 
     def _joined(self, kind: str, layer: int, update: Any, scale: ToOriginal) -> Any:
-        """The quantized cache followed by the new tokens, both turned back; the new ones, quantized, are an output."""
+        """The quantized cache and the new tokens, concatenated and dequantized; the new ones also become an output."""
         cache, values = self._inputs[io.cache_name(kind, layer)], scale.stored(torch.float32).reshape(-1, 1)
         wide = self._cast(f"wide_{kind}", update, self._trt.float32)
         new = self._quantize(f"quantize_{kind}", wide, values, cache.dtype)
@@ -233,7 +240,7 @@ class TensorRTOps(QuantizedLinears, Ops[Any]):
         )
         out = self._add(suffix, layer)
         layer.num_ranks = len(self._group)
-        # A collective shows nothing but its number of ranks when it is read back.
+        # A collective that is read back shows only its number of ranks, so the rest is kept in its metadata.
         layer.metadata = json.dumps(
             {"operation": operation.lower(), "reduce": reduction.lower(), "groups": self._group}
         )

@@ -1,7 +1,7 @@
-"""Emits linear layers, plain and quantized: constants as they are stored, and quantize and dequantize layers.
+"""Emits linear layers, dense and quantized: constants as they are stored, with quantize and dequantize layers.
 
-Weight-only weights are turned back into the network's type. Where activations are quantized too, the product is
-written in float32 between integers (or E4M3) and their scales: TensorRT's own pattern for an 8-bit kernel, and exact.
+Weight-only weights are dequantized to the network's type. Where activations are quantized too, both operands are
+quantized and dequantized in float32 before the product: TensorRT's pattern for an 8-bit kernel, and exact.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from trtlab.tensorrt.emit.layers import NetworkLayers
 # Families of algorithms that no TensorRT layer expresses.
 REFUSED = {"awq_fp8": "TensorRT has no product of INT4 weights, read as FP8, with FP8 activations"}
 IN_TORCH = 'build(plan=False) and run it with backend="torch"'
-SMALLEST = 1e-6  # the largest magnitude of a token counts as no less, so that its scale is not zero
+SMALLEST = 1e-6  # lower bound of a token's largest magnitude, so that its scale is not zero
 
 
 def check_algorithm(config: ModelConfig) -> None:
-    """EngineError for a quantization that no TensorRT network holds, before anything is emitted."""
+    """Raise EngineError for a quantization that no TensorRT network can express, before anything is emitted."""
     algorithm = config.quantization.algorithm
     if algorithm is not None and algorithm.family in REFUSED:
         raise EngineError(f"{algorithm.name} does not become a plan: {REFUSED[algorithm.family]}", remedy=IN_TORCH)
 
 
 def quantized_types(config: ModelConfig) -> set[str]:
-    """The types that decide where a plan of this model runs, beside the network's own."""
+    """The types, beside the network's own, that decide on which GPUs a plan of this model runs."""
     quant = config.quantization
     return {"float8_e4m3fn"} if "FP8" in (quant.quant_algo, quant.kv_cache_quant_algo) else set()
 
 
 class QuantizedLinears(NetworkLayers):
-    """One method for each type of weight; each gives ``[batch, tokens, out]`` in the network's type."""
+    """One method for each type of weight; each returns ``[batch, tokens, out]`` in the network's type."""
 
     @singledispatchmethod
     def _product(self, weight: object, x: Any) -> Any:
-        raise TypeError(f"no product for {type(weight).__name__}")
+        raise TypeError(f"linear() has no emission for weights of type {type(weight).__name__}")
 
     @_product.register
     def _dense(self, weight: Dense, x: Any) -> Any:
@@ -53,7 +53,7 @@ class QuantizedLinears(NetworkLayers):
 
     @_product.register
     def _weight_only(self, weight: WeightOnly, x: Any) -> Any:
-        """The constant is turned back, one scale a row or a group of columns."""
+        """The constant is dequantized, with one scale per row or per group of columns."""
         if weight.prequant is not None:
             gain = self._weight(f"{self._scope}.prequant", weight.prequant, (1, 1, weight.shape[1]))
             x = self._elementwise("prequant", "PROD", x, gain)
@@ -68,23 +68,23 @@ class QuantizedLinears(NetworkLayers):
 
     @_product.register
     def _int8(self, weight: Int8Linear, x: Any) -> Any:
-        """Static: a quantize layer. Per token: each row is divided by its own scale and quantized with 1."""
+        """Static scale: a quantize layer. Scale per token: each row is divided by its scale and quantized with 1."""
         wide = self._cast("wide", x, self._trt.float32)
         for suffix, operation, factor in (("smoother", "DIV", weight.smoother), ("prequant", "PROD", weight.prequant)):
             if factor is not None:
                 constant = self._constant(f"{self._scope}.{suffix}", factor.float(), (1, 1, weight.shape[1]))
                 wide = self._elementwise(suffix, operation, wide, constant)
-        back = None
+        row_scale = None
         if weight.input_scale is None:
-            wide, back = self._rows_to_integers(wide)
+            wide, row_scale = self._rows_to_integers(wide)
             input_scale = ToOriginal(torch.ones(1))
         else:
             input_scale = to_original(weight.input_scale)
         restored = self._rounded("input", wide, input_scale, self._trt.int8)
         weight_scale = ToOriginal(weight.output_scale.value / input_scale.value)
         y = self._matmul(restored, self._eight_bits(weight, weight_scale))
-        if back is not None:
-            y = self._elementwise("times_row_scale", "PROD", y, back)
+        if row_scale is not None:
+            y = self._elementwise("times_row_scale", "PROD", y, row_scale)
         return self._cast("narrow", self._with_bias(y, weight.bias, torch.float32), self._dtype)
 
     @_product.register
@@ -99,7 +99,7 @@ class QuantizedLinears(NetworkLayers):
         raise EngineError(f"{weight.name} is W4A8: {REFUSED['awq_fp8']}", remedy=IN_TORCH)
 
     def _rows_to_integers(self, wide: Any) -> tuple[Any, Any]:
-        """Each token times 127 over its largest magnitude, and what turns its products back ``[batch, tokens, 1]``."""
+        """Each token times 127 over its largest magnitude, and the inverse of that factor ``[batch, tokens, 1]``."""
         operations, last = self._trt.ReduceOperation, 1 << (len(wide.shape) - 1)
         magnitude = self._add("abs", self._network.add_unary(wide, self._trt.UnaryOperation.ABS))
         largest = self._add("row_max", self._network.add_reduce(magnitude, operations.MAX, last, True))
@@ -110,13 +110,13 @@ class QuantizedLinears(NetworkLayers):
         return scaled, self._elementwise("row_scale", "DIV", largest, limit)
 
     def _eight_bits(self, weight: Int8Linear | Float8Linear, scale: ToOriginal) -> Any:
-        """The constant ``[1, out, in]`` turned back into float32, one scale for all or one a row."""
+        """The constant ``[1, out, in]`` dequantized to float32, with one scale for all or one per row."""
         constant = self._constant(weight.name, weight.weight, (1, *weight.shape))
         values = scale.stored(torch.float32).reshape(-1, 1)  # [1 or out, 1]
         return self._dequantize("dequantize_weight", constant, values, self._trt.float32)
 
     def _rounded(self, suffix: str, x: Any, scale: ToOriginal, dtype: Any) -> Any:
-        """What is left of float32 ``x`` after it was quantized with one scale for all."""
+        """Float32 ``x`` quantized and dequantized with one scale for all."""
         values = scale.stored(torch.float32).reshape(1, 1)
         q = self._quantize(f"quantize_{suffix}", x, values, dtype)
         return self._dequantize(f"dequantize_{suffix}", q, values, self._trt.float32)
@@ -133,11 +133,11 @@ class QuantizedLinears(NetworkLayers):
 
 
 def to_original(scale: ToOriginal | ToQuantized) -> ToOriginal:
-    """TensorRT's direction."""
+    """The scale in TensorRT's direction: stored number times scale is the original."""
     return scale if isinstance(scale, ToOriginal) else scale.inverse
 
 
 def pack_columns(q: torch.Tensor) -> torch.Tensor:
-    """Integers -8 to 7 ``[out, in]`` two to a byte along in, the first in the low nibble: TensorRT's order."""
+    """Pack integers -8 to 7 ``[out, in]`` in pairs along in, the first in the low nibble: TensorRT's order."""
     flat = torch.nn.functional.pad(q.flatten(), (0, q.numel() % 2)).to(torch.int16) & 15
     return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)

@@ -1,6 +1,6 @@
-"""A TensorRT network as an object to walk through and to run with torch, one layer at a time. Needs no GPU.
+"""Network: a TensorRT network to inspect and to run with torch, one layer at a time. Needs no GPU.
 
-What it runs is what TensorRT compiles: every layer is read back from the ``INetworkDefinition``, nothing is assumed.
+It runs exactly what TensorRT compiles: every layer is read back from the ``INetworkDefinition``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trtlab.tensorrt.read.readback import NetworkLayer, NetworkTensor, read_laye
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of a layer table: what a layer is, how large its result and its weights, how much it computes."""
+    """One row of a layer table: a layer's name, kind and precision, the shape of its result, its bytes and FLOPs."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class LayerRow:
 
 @dataclass(frozen=True, repr=False)
 class LayerTable(Shown):
-    """The rows of a network's layers, in the order in which they run; a sequence."""
+    """One row per layer of a network, in the order in which they run; a sequence."""
 
     rows: tuple[LayerRow, ...]
 
@@ -55,12 +55,12 @@ class LayerTable(Shown):
 
     @property
     def flops(self) -> int:
-        """Arithmetic of one run."""
+        """FLOPs of one run."""
         return sum(row.flops for row in self.rows)
 
     @property
     def mix(self) -> dict[str, int]:
-        """How many layers there are of each kind, the most frequent first."""
+        """The number of layers of each kind, the most frequent first."""
         return dict(Counter(row.kind for row in self.rows).most_common())
 
 
@@ -71,15 +71,21 @@ class Network(Shown):
     layers: tuple[NetworkLayer, ...]
     inputs: tuple[NetworkTensor, ...]
     outputs: tuple[NetworkTensor, ...]
-    # Constants are views of memory that belongs to whoever emitted the network.
+    # What keeps the constants' memory alive: they are views of the emitted network's.
     alive: object = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(cls, trt: Any, network: Any, constants: Mapping[str, torch.Tensor] | None = None) -> Network:
         """Read an ``INetworkDefinition`` back.
 
-        ``constants`` maps a constant layer's name to its tensor, for the types that TensorRT does not give back (BF16,
-        FP8, INT4, this one packed two per byte). Raises EngineError for a kind of layer that has no kernel here.
+        Args:
+            trt: TensorRT's module.
+            network: The network definition.
+            constants: Tensors by name of their constant layer, for types that TensorRT does not return: BF16, FP8, and
+                INT4, which is packed two values per byte.
+
+        Raises:
+            EngineError: for a kind of layer that cannot be read back here.
         """
         table = constants or {}
         layers = tuple(read_layer(trt, network.get_layer(i), table) for i in range(network.num_layers))
@@ -103,10 +109,18 @@ class Network(Shown):
     def run(
         self, inputs: Mapping[str, torch.Tensor], keep: Iterable[str] = (), comm: Comm | None = None
     ) -> dict[str, torch.Tensor]:
-        """The outputs by name, and the tensors named in ``keep``, each by its own name or by its layer's.
+        """Run the network once.
 
-        A cache given as input is written in place, and the output that stands for it is the same tensor. A network
-        that is split over ranks needs ``comm``, and every rank has to run at the same time.
+        Args:
+            inputs: All inputs by name. A cache is written in place, and its output is the same tensor.
+            keep: Names of more tensors to return, each by its own name or by its layer's.
+            comm: The other ranks of a network that is split; all of them must run at the same time.
+
+        Returns:
+            The outputs, and the tensors in ``keep``, by name.
+
+        Raises:
+            EngineError: when an input is missing, unknown or of another type or shape.
         """
         wanted = {name: self.tensor_name(name) for name in keep}
         wanted |= {output.name: output.name for output in self.outputs}
@@ -119,13 +133,13 @@ class Network(Shown):
     def steps(
         self, inputs: Mapping[str, torch.Tensor], comm: Comm | None = None
     ) -> Iterator[tuple[NetworkLayer, torch.Tensor]]:
-        """Run layer by layer, yielding each layer with its result; a tensor is dropped after its last reader."""
+        """Run layer by layer and yield each layer with its result; a tensor is freed after its last use."""
         self.check_inputs(inputs)
         last = {tensor.name: i for i, layer in enumerate(self.layers) for tensor in layer.inputs if tensor}
         tensors = dict(inputs)
         for i, layer in enumerate(self.layers):
-            read = [None if tensor is None else tensors[tensor.name] for tensor in layer.inputs]
-            result = kernels.compute(layer, read, comm)
+            operands = [None if tensor is None else tensors[tensor.name] for tensor in layer.inputs]
+            result = kernels.compute(layer, operands, comm)
             check_result(layer, result)
             tensors[layer.outputs[0].name] = result
             yield layer, result
@@ -134,22 +148,22 @@ class Network(Shown):
                     tensors.pop(name, None)
 
     def table(self, shapes: Mapping[str, tuple[int, ...]]) -> LayerTable:
-        """One row a layer for inputs of the given shapes; only shapes are computed, no numbers."""
+        """One row per layer for inputs of the given shapes; only shapes are computed, no numbers."""
         meta = Network(tuple(on_meta(layer) for layer in self.layers), self.inputs, self.outputs)
         inputs = {t.name: empty(t, shapes.get(t.name, t.shape)) for t in self.inputs}
         sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         rows = []
         for layer, result in meta.steps(inputs):
             sizes[layer.outputs[0].name] = tuple(result.shape)
-            read = [() if t is None else sizes[t.name] for t in layer.inputs]
-            work = flops(layer, read, tuple(result.shape))
+            operands = [() if t is None else sizes[t.name] for t in layer.inputs]
+            work = flops(layer, operands, tuple(result.shape))
             rows.append(
                 LayerRow(layer.name, layer.kind, layer.precision, tuple(result.shape), layer.weight_bytes, work)
             )
         return LayerTable(tuple(rows))
 
     def tensor_name(self, name: str) -> str:
-        """The tensor that a name stands for: an input, a tensor, or what a layer of that name writes."""
+        """The tensor that a name refers to: an input, a tensor, or the result of a layer."""
         if any(name == tensor.name for tensor in self.inputs):
             return name
         return self[name].outputs[0].name
@@ -159,45 +173,50 @@ class Network(Shown):
         declared = {tensor.name: tensor for tensor in self.inputs}
         if set(inputs) != set(declared):
             missing, unknown = sorted(set(declared) - set(inputs)), sorted(set(inputs) - set(declared))
-            raise EngineError(f"inputs do not match the network: missing {missing}, unknown {unknown}")
+            raise EngineError(
+                f"inputs do not match the network: missing {missing}, unknown {unknown}",
+                remedy="network.inputs lists them",
+            )
         for name, tensor in declared.items():
-            given, dtype = inputs[name], dtypes.from_torch(inputs[name].dtype)
-            if dtype != tensor.dtype or not fits(tuple(given.shape), tensor.shape):
+            shape, dtype = tuple(inputs[name].shape), dtypes.from_torch(inputs[name].dtype)
+            if dtype != tensor.dtype or not fits(shape, tensor.shape):
                 raise EngineError(
                     f"input {name!r} does not fit",
-                    got=f"{dtype} {list(given.shape)}",
+                    got=f"{dtype} {list(shape)}",
                     expected=f"{tensor.dtype} {list(tensor.shape)}",
                 )
 
 
 def fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
-    """Whether a shape has the declared rank and sizes, -1 standing for any."""
-    return len(shape) == len(declared) and all(size in (-1, got) for got, size in zip(shape, declared, strict=True))
+    """Whether a shape has the declared rank and sizes, where -1 means any size."""
+    return len(shape) == len(declared) and all(
+        expected in (-1, size) for size, expected in zip(shape, declared, strict=True)
+    )
 
 
 def check_result(layer: NetworkLayer, result: torch.Tensor) -> None:
-    """Our kernel and TensorRT's shape inference agree, or one of the two is wrong."""
+    """Raise AssertionError when our kernel and TensorRT's shape inference disagree: one of the two is wrong."""
     declared = layer.outputs[0]
     assert fits(tuple(result.shape), declared.shape), (layer.name, tuple(result.shape), declared)
     assert result.dtype == dtypes.to_torch(declared.dtype), (layer.name, result.dtype, declared)
 
 
 def on_meta(layer: NetworkLayer) -> NetworkLayer:
-    """The same layer with a constant's shape in place of its numbers."""
+    """The same layer, a constant with its shape but without its numbers."""
     if layer.value is None:
         return layer
     return NetworkLayer(layer.name, layer.kind, layer.inputs, layer.outputs, {}, layer.metadata, layer.value.to("meta"))
 
 
 def empty(tensor: NetworkTensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor with a shape and no numbers; every dimension has to be known."""
+    """A tensor without numbers; every dimension of its shape must be known."""
     if min(shape, default=0) < 0:
-        raise EngineError(f"input {tensor.name!r} has no shape", got=list(shape), remedy="name it in shapes=")
+        raise EngineError(f"input {tensor.name!r} has no fixed shape", got=list(shape), remedy="add it to shapes=")
     return torch.empty(shape, dtype=dtypes.to_torch(tensor.dtype), device="meta")
 
 
 def flops(layer: NetworkLayer, inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
-    """Arithmetic of a layer: 2 for a multiply-add, 1 for each element of any other floating-point result."""
+    """FLOPs of a layer: 2 per multiply-add of a product, 1 per element of any other floating-point result."""
     if layer.kind == "matrix_multiply":
         inner = inputs[0][-2 if layer.attributes["op0"] == "transpose" else -1]
         return 2 * inner * math.prod(output)

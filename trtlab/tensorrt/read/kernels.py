@@ -1,7 +1,7 @@
-"""What each kind of layer computes, written with torch. Knows TensorRT's documented meaning, not TensorRT's module.
+"""Computes each kind of layer with torch. Knows TensorRT's documentation, and does not need its module.
 
-Floating-point layers compute in float32 and round once to the type of their output. TensorRT accumulates the same way;
-inside a fused kernel it may round more often, so equality in FP16 and BF16 is a matter of tolerances.
+Floating-point layers compute in float32 and round once to the type of their output. TensorRT accumulates the same way,
+but may round more often inside a fused kernel, so FP16 and BF16 results agree only within a tolerance.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ Kernel = Callable[[NetworkLayer, Inputs, Comm | None], torch.Tensor]
 def compute(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
     """The output of one layer, in the type that TensorRT inferred for it."""
     if layer.kind not in KERNELS:
-        raise EngineError(f"layer {layer.name!r} is a {layer.kind}, which the interpreter cannot run")
+        raise EngineError(
+            f"layer {layer.name!r} is a {layer.kind}, which the interpreter cannot run",
+            remedy="add it to KERNELS in trtlab/tensorrt/read/kernels.py",
+        )
     output = KERNELS[layer.kind](layer, inputs, comm)
     dtype = dtypes.to_torch(layer.precision)
     return output if output.dtype == dtype else output.to(dtype)
 
 
 def only(inputs: Inputs, index: int = 0) -> torch.Tensor:
-    """An input that the layer cannot do without."""
+    """A required input of the layer."""
     tensor = inputs[index]
-    assert tensor is not None, index
+    assert tensor is not None, f"required input {index} is not set"
     return tensor
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """A floating-point tensor in float32; any other as it is."""
+    """A floating-point tensor in float32; any other tensor unchanged."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
@@ -48,20 +51,20 @@ def axes_of(mask: int, rank: int) -> list[int]:
 
 
 def unsupported(layer: NetworkLayer, attribute: str) -> EngineError:
-    """The error for a parameter that the interpreter has no meaning for."""
+    """The error for a parameter that the interpreter does not implement."""
     return EngineError(
         f"layer {layer.name!r}: {layer.kind} with {attribute}={layer.attributes[attribute]} has no kernel"
     )
 
 
 def constant(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """The numbers that the layer holds."""
-    assert layer.value is not None, layer.name
+    """The layer's stored numbers."""
+    assert layer.value is not None, f"constant {layer.name} was read without its numbers"
     return layer.value
 
 
 def identity(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """What comes in; a cast is this and a change of type, an attention is computed where it begins."""
+    """The input. ``compute`` changes the type for a cast; an attention is computed at its first layer."""
     return only(inputs)
 
 
@@ -82,7 +85,7 @@ ELEMENTWISE: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 
 
 def elementwise(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Two tensors of one rank, axes of size 1 broadcast."""
+    """An operation on two tensors of the same rank; axes of size 1 are broadcast."""
     if layer.attributes["op"] not in ELEMENTWISE:
         raise unsupported(layer, "op")
     return ELEMENTWISE[layer.attributes["op"]](wide(only(inputs)), wide(only(inputs, 1)))
@@ -101,7 +104,7 @@ UNARY: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def unary(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """One function of each element."""
+    """A function of each element."""
     if layer.attributes["op"] not in UNARY:
         raise unsupported(layer, "op")
     return UNARY[layer.attributes["op"]](wide(only(inputs)))
@@ -117,14 +120,14 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """One activation function of each element."""
+    """An activation function of each element."""
     if layer.attributes["type"] not in ACTIVATIONS:
         raise unsupported(layer, "type")
     return ACTIVATIONS[layer.attributes["type"]](wide(only(inputs)))
 
 
 def softmax(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Over the one axis of the mask."""
+    """Softmax over the only axis in the layer's axis mask."""
     x = wide(only(inputs))
     (axis,) = axes_of(layer.attributes["axes"], x.dim())
     return torch.softmax(x, dim=axis)
@@ -139,7 +142,7 @@ REDUCTIONS: Mapping[str, Callable[[torch.Tensor, list[int], bool], torch.Tensor]
 
 
 def reduce(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Over the axes of the mask, kept with size 1 or dropped."""
+    """A reduction over the axes in the layer's axis mask, which keep size 1 or are dropped."""
     if layer.attributes["op"] not in REDUCTIONS:
         raise unsupported(layer, "op")
     x = wide(only(inputs))
@@ -148,7 +151,7 @@ def reduce(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tens
 
 
 def matrix_multiply(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """The product over the last two axes, either operand transposed; leading axes broadcast."""
+    """The matrix product over the last two axes; each operand may be transposed, and leading axes are broadcast."""
     operands = []
     for index in (0, 1):
         operand, operation = wide(only(inputs, index)), layer.attributes[f"op{index}"]
@@ -170,7 +173,7 @@ def shuffle(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Ten
 
 
 def slice_(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """From a start, so many elements, at a stride; ``axes`` names those that are cut, else all are."""
+    """A start, a size and a stride for each axis in ``axes``; for all axes if it is empty."""
     if layer.attributes["mode"] != "strict_bounds":
         raise unsupported(layer, "mode")
     x = only(inputs)
@@ -182,7 +185,7 @@ def slice_(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tens
 
 
 def concatenation(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Side by side along one axis."""
+    """The inputs concatenated along one axis."""
     return torch.cat([only(inputs, i) for i in range(len(inputs))], dim=layer.attributes["axis"])
 
 
@@ -192,7 +195,7 @@ def select(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tens
 
 
 def gather(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Slices of the data along one axis; with a leading elementwise axis each row has its own indices."""
+    """Slices of the data along one axis; with leading elementwise axes, each row has its own indices."""
     if layer.attributes["mode"] != "default":
         raise unsupported(layer, "mode")
     data, indices = only(inputs), only(inputs, 1).long()
@@ -225,7 +228,7 @@ RANGES = {"int8": (-128.0, 127.0), "int4": (-8.0, 7.0), "float8_e4m3fn": (-448.0
 
 
 def quantize(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """x / scale, rounded half to even (FP8: to its own grid) and saturated."""
+    """``x / scale``, rounded half to even (FP8: to its own grid) and saturated."""
     x = wide(only(inputs))
     scaled = x / expanded_scale(layer, x, only(inputs, 1))
     if layer.precision != "float8_e4m3fn":
@@ -234,13 +237,13 @@ def quantize(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Te
 
 
 def dequantize(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """q * scale."""
+    """``q * scale``."""
     x = only(inputs).float()
     return x * expanded_scale(layer, x, only(inputs, 1))
 
 
 def rotary_embedding(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Pairs (i, i + half), or neighbours when interleaved, turned by the angles of their positions."""
+    """Pairs (i, i + half), or neighbours when interleaved, rotated by the angles of their positions."""
     x = wide(only(inputs))  # [batch, heads, tokens, head]
     cos, sin = wide(only(inputs, 1)), wide(only(inputs, 2))
     if len(inputs) > 3 and inputs[3] is not None:
@@ -248,18 +251,18 @@ def rotary_embedding(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> 
         cos, sin = cos[positions], sin[positions]  # [batch, tokens, rotary / 2]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotary = layer.attributes["rotary_embedding_dim"] or x.shape[-1]
-    turned, rest = x[..., :rotary], x[..., rotary:]
+    pairs, rest = x[..., :rotary], x[..., rotary:]
     if layer.attributes["interleaved"]:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = pairs[..., 0::2], pairs[..., 1::2]
     else:
-        first, second = turned.chunk(2, dim=-1)
+        first, second = pairs.chunk(2, dim=-1)
     parts = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(parts, -1).flatten(-2) if layer.attributes["interleaved"] else torch.cat(parts, -1)
-    return torch.cat((turned, rest), dim=-1)
+    rotated = torch.stack(parts, -1).flatten(-2) if layer.attributes["interleaved"] else torch.cat(parts, -1)
+    return torch.cat((rotated, rest), dim=-1)
 
 
 def kv_cache_update(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """Writes into the bound cache and returns it; a token past the capacity is dropped in silence, as TensorRT does."""
+    """Write into the bound cache and return it; a token past the capacity is dropped, as in TensorRT."""
     if layer.attributes["update_form"] != "padded_bhnd":
         raise unsupported(layer, "update_form")
     cache, update, starts = only(inputs), only(inputs, 1), only(inputs, 2)
@@ -273,7 +276,7 @@ def kv_cache_update(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> t
 
 
 def attention(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """softmax(Q Kᵀ) V: the layer has no scale, so Q comes scaled; True in a boolean mask means attend."""
+    """``softmax(Q Kᵀ) V``. The layer has no scale, so Q is scaled already; True in a boolean mask means attend."""
     if layer.attributes["query_form"] != "padded_bhnd":
         raise unsupported(layer, "query_form")
     query, key, value = (wide(only(inputs, i)) for i in range(3))
@@ -293,9 +296,9 @@ def attention(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.T
 
 
 def dist_collective(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> torch.Tensor:
-    """A sum over ranks, or the ranks' tensors put together along the first axis."""
+    """A sum over ranks, or the ranks' tensors concatenated along the first axis."""
     x, operation = only(inputs), layer.attributes["operation"]
-    if x.is_meta:  # shapes alone are asked for
+    if x.is_meta:  # only the shape is wanted, for a table
         return torch.cat([x] * layer.attributes["num_ranks"]) if operation == "all_gather" else x
     if comm is None:
         raise EngineError(
@@ -304,7 +307,7 @@ def dist_collective(layer: NetworkLayer, inputs: Inputs, comm: Comm | None) -> t
             remedy="run every rank's network with its comm: network.run(inputs, comm=comm)",
         )
     if operation == "all_gather":
-        return comm.all_gather(x.movedim(0, -1)).movedim(-1, 0)  # ours joins last axes, TensorRT's first ones
+        return comm.all_gather(x.movedim(0, -1)).movedim(-1, 0)  # Comm concatenates last axes, TensorRT first ones
     if (operation, layer.attributes["reduce"]) != ("all_reduce", "sum"):
         raise unsupported(layer, "operation")
     return comm.all_reduce(x)

@@ -12,8 +12,8 @@ import torch
 from trtlab.errors import EngineError
 from trtlab.tensorrt import dtypes
 
-# Kind of layer -> the class that shows its parameters, and those that are read. The class must match the kind
-# exactly, for a wrong one crashes the process; a kind that is not listed here is therefore never cast.
+# Kind of layer -> the class that has its parameters, and the parameters that are read. The class must match the kind
+# exactly: a wrong one crashes the process. A kind that is not listed here is therefore never cast.
 PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ACTIVATION": ("IActivationLayer", ("type", "alpha", "beta")),
     "ATTENTION_INPUT": ("IAttentionInputLayer", ()),
@@ -41,7 +41,7 @@ PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class NetworkTensor:
-    """A tensor of the network: its name, its type as a word and its shape, -1 where a profile decides."""
+    """A tensor of the network: its name, its type as a word, and its shape, with -1 where a profile decides."""
 
     name: str
     dtype: str
@@ -50,7 +50,7 @@ class NetworkTensor:
 
 @dataclass(frozen=True)
 class NetworkLayer:
-    """One layer as TensorRT holds it; ``attributes`` are its parameters, ``value`` a constant's numbers."""
+    """One layer of a network; ``attributes`` are its parameters, ``value`` a constant's numbers."""
 
     name: str
     kind: str
@@ -62,17 +62,17 @@ class NetworkLayer:
 
     @property
     def precision(self) -> str:
-        """The type of what the layer computes."""
+        """The type of the layer's result."""
         return self.outputs[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what the layer computes, -1 where a profile decides."""
+        """The shape of the layer's result, with -1 where a profile decides."""
         return self.outputs[0].shape
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a constant in the plan; zero for any other layer."""
+        """Bytes of a constant in the plan; 0 for any other layer."""
         if self.value is None:
             return 0
         elements = 1
@@ -82,8 +82,8 @@ class NetworkLayer:
 
 
 def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> NetworkLayer:
-    """One layer as plain Python; ``constants`` holds by layer name the weights that TensorRT does not give back."""
-    # The kind comes first: once cast, an activation's .type is its ActivationType.
+    """Read one layer; ``constants`` has by layer name the weights that TensorRT does not return."""
+    # The kind must be read first: once cast, an activation's .type is its ActivationType.
     kind = str(layer.type.name)
     if kind not in PARAMETERS:
         raise EngineError(
@@ -99,11 +99,11 @@ def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> N
     if kind in ("SHUFFLE", "SLICE") and len(inputs) > 1:
         raise EngineError(
             f"layer {name!r} takes its shape from a tensor",
-            expected="static dimensions, with 0 and -1 where a profile decides",
+            expected="fixed dimensions, with 0 and -1 where a profile decides",
         )
     attributes = {parameter: plain(getattr(layer, parameter)) for parameter in parameters}
     value = None
-    if kind == "SHUFFLE" and inputs[0] is not None:  # permutations are always eight long: cut them to the rank
+    if kind == "SHUFFLE" and inputs[0] is not None:  # TensorRT's permutations always have eight axes
         attributes["first_transpose"] = attributes["first_transpose"][: len(inputs[0].shape)]
         attributes["second_transpose"] = attributes["second_transpose"][: len(outputs[0].shape)]
     elif kind == "CONSTANT":
@@ -116,7 +116,7 @@ def read_layer(trt: Any, layer: Any, constants: Mapping[str, torch.Tensor]) -> N
 
 
 def read_tensor(tensor: Any) -> NetworkTensor | None:
-    """Name, type and shape of an ``ITensor``; None for an optional input that is not set."""
+    """Read the name, type and shape of an ``ITensor``; None for an optional input that is not set."""
     if tensor is None:
         return None
     return NetworkTensor(str(tensor.name), dtypes.word(tensor.dtype), tuple(tensor.shape))
@@ -132,28 +132,26 @@ def plain(value: Any) -> Any:
 
 
 def constant(layer: Any, name: str, output: NetworkTensor, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A constant's values, INT4 unpacked: the network's own memory where it gives it, else the table's."""
+    """A constant's values, with INT4 unpacked: from the network if TensorRT returns them, else from ``constants``."""
     weights = layer.weights
-    if hasattr(weights, "__array__"):  # numpy on the same memory; BF16, FP8 and INT4 come back without data
+    if hasattr(weights, "__array__"):  # numpy on the same memory; BF16, FP8 and INT4 are returned without data
         return torch.from_numpy(weights).reshape(output.shape)
     if name not in constants:
         raise EngineError(
-            f"constant {name!r} is {output.dtype}, which TensorRT does not give back",
-            expected="its tensor in the table kept at emission",
+            f"constant {name!r} is {output.dtype}, which TensorRT does not return",
+            expected="its tensor in constants",
             remedy="pass constants={layer name: tensor}",
         )
-    held = constants[name].detach()
+    data = constants[name].detach()
     if output.dtype == "int4":
-        return dtypes.unpack_int4(held, output.shape)
-    return held.reshape(output.shape)
+        return dtypes.unpack_int4(data, output.shape)
+    return data.reshape(output.shape)
 
 
 def attention(boundary: Any) -> dict[str, Any]:
-    """The parameters of the attention to which a boundary layer belongs."""
+    """The parameters of an attention, from one of the two layers (input or output) that stand for it."""
     if boundary.key_value_lengths is not None or boundary.query_lengths is not None:
-        raise EngineError(
-            f"attention {boundary.name!r} has query or key lengths", expected="an explicit mask and padded tensors"
-        )
+        raise EngineError(f"attention {boundary.name!r} has query or key lengths", expected="a mask and padded tensors")
     return {
         "mask": None if boundary.mask is None else str(boundary.mask.name),
         "causal_kind": plain(boundary.causal_kind),
@@ -164,13 +162,13 @@ def attention(boundary: Any) -> dict[str, Any]:
 
 
 def collective(name: str, metadata: str) -> dict[str, Any]:
-    """Operation and reduction of a collective, which TensorRT keeps to itself, from the JSON put in its metadata."""
+    """Operation and reduction of a collective, from the JSON in its metadata: TensorRT does not return them."""
     try:
         parsed = json.loads(metadata)
         return {"operation": str(parsed["operation"]), "reduce": parsed.get("reduce")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(
-            f"collective {name!r} does not say what it does",
+            f"the metadata of collective {name!r} does not name its operation",
             got=repr(metadata),
             expected='metadata such as {"operation": "all_reduce", "reduce": "sum"}',
         ) from error

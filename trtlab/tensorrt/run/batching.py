@@ -1,8 +1,8 @@
-"""Turns a step into runs of one profile each, and a run into the tensors a plan is fed. Knows slots, not requests.
+"""Turns a step into runs of one profile each, and a run into a plan's input tensors. Knows slots, not requests.
 
-A run covers a range of neighbouring slots, so that a view of the cache needs no copy. A row in the range that has
-nothing to do sees one key (a softmax over none gives NaN, which would spread) and writes past the end, where the
-cache layer drops it.
+A run covers a range of neighbouring slots, so that a view of the cache needs no copy. An idle row in the range attends
+to one key (a softmax over no key gives NaN, which would spread) and writes past the end, where the cache layer drops
+the write.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from trtlab.tensorrt.bindings import Bindings, Profile
 
 @dataclass(frozen=True)
 class Run:
-    """One call of a profile: ``pieces[row]`` are the new tokens of slot ``first + row``, None for an idle row.
+    """One call of a profile.
 
-    ``rows`` says for each wanted row of logits where it belongs: (place in the step's result, row, token).
+    ``pieces[row]`` are the new tokens of slot ``first + row``, None for an idle row. ``wanted`` is the number of logits
+    per row. ``results`` gives for each wanted row of logits (place in the step's result, row, token).
     """
 
     profile: str
@@ -34,37 +35,47 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens a row, of which shorter rows use the first."""
+        """Tokens per row; shorter rows use the first ones."""
         return max(len(piece.token_ids) for piece in self.pieces if piece is not None)
 
 
 def check_step(step: StepInputs, slots: int, capacity: int, held: Sequence[int]) -> None:
-    """Refuse what would overflow a slot or a profile; ``held`` counts the tokens that each slot holds.
+    """Refuse a step that would overflow a slot or a profile.
 
-    The cache layer drops a write past its end in silence, and the text would merely become wrong.
+    Without this check the cache layer would drop a write past its end without an error, and the text would be wrong.
+
+    Args:
+        step: The step to run.
+        slots: The plan's ``max_batch_size``.
+        capacity: The plan's ``max_seq_len``.
+        held: Cached tokens of each slot.
+
+    Raises:
+        EngineError: for a slot that the plan does not have.
+        RequestError: for a slot without room for the new tokens.
     """
-    taken = [chunk.slot for chunk in step.chunks]
-    assert len(set(taken)) == len(taken), taken
+    numbers = [chunk.slot for chunk in step.chunks]
+    assert len(set(numbers)) == len(numbers), f"a slot has two chunks in one step: {numbers}"
     for chunk in step.chunks:
         if not 0 <= chunk.slot < slots:
             raise EngineError(
-                f"slot {chunk.slot} lies beyond the plan's batch",
+                f"slot {chunk.slot} is beyond the plan's batch",
                 expected=f"0 to {slots - 1}",
                 remedy="build with a larger max_batch_size",
             )
         end = chunk.past + len(chunk.token_ids)
         if end > capacity:
             raise RequestError(
-                f"slot {chunk.slot} is full: it holds {chunk.past} tokens and {len(chunk.token_ids)} more are to come",
+                f"slot {chunk.slot} is full: it holds {chunk.past} tokens and gets {len(chunk.token_ids)} more",
                 expected=f"max_seq_len {capacity}",
                 remedy="build with a larger max_seq_len",
             )
-        assert len(chunk.token_ids) > 0, chunk
-        assert chunk.past <= held[chunk.slot], (chunk, held[chunk.slot])
+        assert len(chunk.token_ids) > 0, f"chunk without tokens: {chunk}"
+        assert chunk.past <= held[chunk.slot], f"{chunk} follows tokens that are not cached: {held[chunk.slot]} are"
 
 
 def runs_of(step: StepInputs, context: Profile) -> list[Run]:
-    """All single tokens in one generation run, then each longer chunk by itself, in pieces that the profile takes."""
+    """Split a step into one generation run of all single tokens, and context runs for each longer chunk."""
     places, total = [], 0  # where each chunk's rows begin in the step's result
     for chunk in step.chunks:
         places.append(total)
@@ -78,7 +89,7 @@ def runs_of(step: StepInputs, context: Profile) -> list[Run]:
 
 
 def generation_run(chunks: Sequence[Chunk], singles: Sequence[int], places: Sequence[int]) -> Run:
-    """One token for each of ``singles``, over the range of their slots."""
+    """A run of one token for each chunk in ``singles``, over the range of their slots."""
     by_slot = {chunks[i].slot: i for i in singles}
     first, last = min(by_slot), max(by_slot)
     pieces = tuple(chunks[by_slot[slot]] if slot in by_slot else None for slot in range(first, last + 1))
@@ -87,7 +98,7 @@ def generation_run(chunks: Sequence[Chunk], singles: Sequence[int], places: Sequ
 
 
 def context_runs(chunk: Chunk, place: int, every_token: bool, context: Profile) -> list[Run]:
-    """A prompt, or a part of one, in pieces; with ``every_token`` no longer than the rows of logits a run can give."""
+    """Runs for the pieces of a longer chunk: as long as the profile allows, by tokens or by rows of logits."""
     longest = context.wanted.max if every_token else context.tokens.max
     runs = []
     for start in range(0, len(chunk.token_ids), longest):
@@ -103,7 +114,7 @@ def context_runs(chunk: Chunk, place: int, every_token: bool, context: Profile) 
 
 
 def input_tensors(run: Run, capacity: int) -> dict[str, torch.Tensor]:
-    """Everything a plan reads but the caches, on the CPU, by the names of ``bindings``."""
+    """All inputs of a plan but the caches, on the CPU, by the names in ``bindings``."""
     batch, tokens = len(run.pieces), run.tokens
     ids = torch.zeros(batch, tokens, dtype=torch.int32)
     positions = torch.zeros(batch, tokens, dtype=torch.int32)
@@ -117,7 +128,7 @@ def input_tensors(run: Run, capacity: int) -> dict[str, torch.Tensor]:
     wanted = torch.zeros(batch, run.wanted, dtype=torch.int32)
     for place, (_, row, token) in enumerate(run.results):
         wanted[row, place if run.profile == "context" else 0] = token
-    # A token sees every key up to its own position; an idle row, at position 0, sees the first key alone.
+    # A token attends to every key up to its own position; an idle row, at position 0, only to the first key.
     mask = torch.arange(capacity) <= positions[:, None, :, None]  # [batch, 1, tokens, capacity]
     return {
         io.INPUT_IDS: ids,
@@ -129,9 +140,9 @@ def input_tensors(run: Run, capacity: int) -> dict[str, torch.Tensor]:
 
 
 def cache_masks(run: Run, capacity: int) -> dict[str, torch.Tensor]:
-    """For a quantized cache: which cached keys, and which keys of its own run, each token sees.
+    """For a quantized cache: the cached keys, and the keys of its own run, that each token attends to.
 
-    Every token sees itself, an idle row's too, so that no softmax is over none.
+    Every token attends to itself, also in an idle row, so that no softmax is over no key.
     """
     past = torch.tensor([0 if piece is None else piece.past for piece in run.pieces])[:, None, None, None]
     cached = (torch.arange(capacity) < past).expand(-1, 1, run.tokens, -1)  # [batch, 1, tokens, capacity]
@@ -140,7 +151,7 @@ def cache_masks(run: Run, capacity: int) -> dict[str, torch.Tensor]:
 
 
 def plan_inputs(run: Run, table: Bindings, capacity: int) -> dict[str, torch.Tensor]:
-    """Everything that a plan of this table reads but caches and another stage's hidden states, on the CPU."""
+    """The inputs that a plan with these bindings has, but caches and another stage's hidden states; on the CPU."""
     tensors = input_tensors(run, capacity)
     if table.updates:
         tensors |= cache_masks(run, capacity)
@@ -150,19 +161,20 @@ def plan_inputs(run: Run, table: Bindings, capacity: int) -> dict[str, torch.Ten
 def write_updates(
     run: Run, table: Bindings, outputs: abc.Mapping[str, torch.Tensor], caches: abc.Mapping[str, torch.Tensor]
 ) -> None:
-    """Put the new tokens of a quantized cache, ``[batch, kv_heads, tokens, head_size]``, at their places.
+    """Write the new tokens ``[batch, kv_heads, tokens, head_size]`` into a quantized cache.
 
-    ``caches`` are the rows of the run. Padding and idle rows leave no trace.
+    ``caches`` are the run's rows of each cache. Nothing is written for padding and idle rows.
     """
     if not table.updates:
         return
-    found = [(row, token, piece.past + token) for row, piece in enumerate(run.pieces) if piece for token in _own(piece)]
+    places = [
+        (row, token, piece.past + token)
+        for row, piece in enumerate(run.pieces)
+        if piece
+        for token in range(len(piece.token_ids))
+    ]
     device = next(iter(caches.values())).device
-    rows, tokens, positions = torch.tensor(found, device=device).unbind(1)
+    rows, tokens, positions = torch.tensor(places, device=device).unbind(1)
     for update, cache in table.updates.items():  # by bytes, which every device can index
         target, source = caches[cache].view(torch.uint8), outputs[update].view(torch.uint8)
         target[rows, :, positions] = source[rows, :, tokens]
-
-
-def _own(piece: Chunk) -> range:
-    return range(len(piece.token_ids))

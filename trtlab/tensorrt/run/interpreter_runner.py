@@ -1,4 +1,4 @@
-"""Runs the network that TensorRT compiles with torch on the CPU, in the network's own types."""
+"""Runs an emitted network, the one that TensorRT compiles, with torch on the CPU, in the network's own types."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def interpreter_backend(
     ranks: Sequence[abc.Mapping[str, torch.Tensor]],
     session: SessionConfig | None = None,
 ) -> Backend:
-    """A backend that steps through the networks that TensorRT compiles. ``ranks`` are the tensors of each rank."""
+    """Open a backend that interprets the networks that TensorRT compiles; ``ranks`` are the tensors of each rank."""
     build = build.resolve(config)
     emissions = [emit(config, build, mapping, rank, weights) for rank, weights in enumerate(ranks)]
     runners = [InterpreterRunner(emission) for emission in emissions]

@@ -1,4 +1,4 @@
-"""A rank that runs a plan, or the interpreter in its place: cache slots, runs, guards, and logits in order."""
+"""Runs one rank by a plan or by the interpreter: keeps cache slots, checks steps, returns logits in order."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ from trtlab.tensorrt.run.batching import check_step, plan_inputs, runs_of, write
 
 
 class Runner(Protocol):
-    """What runs a profile of one rank once: TensorRT on a GPU, or the interpreter on a CPU."""
+    """Runs a profile of one rank once: TensorRT on a GPU, or the interpreter on a CPU."""
 
     device: torch.device
 
     def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
-        """The rank's outputs by name, valid until the next run.
+        """Run a profile and return the rank's outputs by name, valid until the next run.
 
-        A cache in the network's own type is written in place and is no output here.
+        A cache in the network's own type is written in place and is not among the outputs.
         """
         ...
 
     def close(self) -> None:
-        """Free what the runner holds."""
+        """Free the runner's network or plan."""
         ...
 
 
 class PlanRank:
-    """A ``Rank`` over a Runner. Every slot is a row of each layer's cache, which starts at zero; blocks only count."""
+    """A ``Rank`` over a Runner. A slot is a row of each layer's cache; the pool's blocks only keep account of it."""
 
     def __init__(self, runner: Runner, table: Bindings, build: BuildConfig) -> None:
         self._runner = runner
         self._table = table
         self._build = build
         self._context = profiles(build)[0]
-        self._held = [0] * build.max_batch_size
+        self._held = [0] * build.max_batch_size  # cached tokens of each slot
         self.caches = allocate(table, build.max_batch_size, runner.device)
 
     @torch.inference_mode()
     def run(self, step: StepInputs, comm: Comm) -> torch.Tensor | None:
         """See ``Rank``.
 
-        Raises RequestError when a slot is full, EngineError for a slot beyond the plan's batch, before anything runs.
+        Raises:
+            RequestError: when a slot is full, before anything runs.
+            EngineError: for a slot beyond the plan's batch, before anything runs.
         """
         check_step(step, self._build.max_batch_size, self._build.seq_len, self._held)
         for chunk in step.chunks:
@@ -72,13 +74,13 @@ class PlanRank:
         return torch.stack([parts[place] for place in range(len(parts))]) if parts else None
 
     def _clear(self, slot: int) -> None:
-        """Forget who had the slot: a mask hides a number, but 0 x NaN, which a failed request leaves, spreads."""
+        """Zero a slot for a new request: a failed one may leave NaN, and 0 x NaN is NaN in spite of the mask."""
         for cache in self.caches.values():
             cache[slot].zero_()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """See ``Rank``. A slot belongs to one request: nothing is shared, so nothing is copied."""
-        raise AssertionError(f"no block of a slot is shared: {copies}")
+        """See ``Rank``. Never called: a slot belongs to one request, so no block is shared and none is copied."""
+        raise AssertionError(f"slots share no blocks, and cannot copy {copies}")
 
     def close(self) -> None:
         """See ``Rank``."""
@@ -87,7 +89,7 @@ class PlanRank:
 
 
 def allocate(table: Bindings, slots: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A rank's caches, ``[slots, kv_heads, capacity, head_size]`` each; zero, for 0 x NaN would spread."""
+    """A rank's caches by name, each ``[slots, kv_heads, capacity, head_size]``; zeros, because 0 x NaN would spread."""
     return {
         binding.name: torch.zeros(binding.sized({"batch": slots}), dtype=dtypes.to_torch(binding.dtype), device=device)
         for binding in table.cache_inputs
@@ -102,18 +104,18 @@ def slot_backend(
     mapping: Mapping,
     session: SessionConfig | None = None,
 ) -> Backend:
-    """A backend over one Runner and its bindings a rank; ``build`` is resolved."""
+    """Open a backend with one Runner and its bindings per rank; ``build`` is resolved."""
     pool = _slot_pool(tables, build, session or SessionConfig())
     ranks = [PlanRank(runner, table, build) for runner, table in zip(runners, tables, strict=True)]
     return Backend(name, pool, RankGroup(ranks, mapping))
 
 
 def _slot_pool(tables: Sequence[Bindings], build: BuildConfig, session: SessionConfig) -> PoolSize:
-    """The account in blocks of caches that lie in one slot a request: the plan's bounds, or fewer if asked."""
-    place = sum(
+    """The size, counted in blocks, of caches with one slot per request: the plan's bounds, or fewer by the settings."""
+    slot_bytes = sum(
         torch.Size(binding.sized({"batch": 1})).numel() * dtypes.to_torch(binding.dtype).itemsize
         for table in tables
         for binding in table.cache_inputs
     )
-    block_bytes = place // build.seq_len * build.tokens_per_block
+    block_bytes = slot_bytes // build.seq_len * build.tokens_per_block
     return pool_size(build, session, block_bytes, paged=False)

@@ -1,6 +1,6 @@
-"""The calls that touch TensorRT's runtime, and nothing else: open a plan, bind, run, replay a CUDA graph.
+"""Makes the calls of TensorRT's runtime, and nothing else: open a plan, bind, run, replay a CUDA graph.
 
-This file needs a GPU that the plan runs on. Everything around it (slots, masks, runs, guards) is shared with the
+This file needs a GPU that the plan runs on. Everything around it (slots, masks, runs, checks) is shared with the
 interpreter and tested on a CPU.
 """
 
@@ -27,7 +27,7 @@ from trtlab.tensorrt.run.plan_rank import slot_backend
 
 
 class PlanRunner:
-    """A deserialized plan with one execution context a profile, on one stream, in one block of activation memory.
+    """A ``Runner`` over a plan: one execution context per profile, one stream, one block of activation memory.
 
     ``streaming_budget_bytes`` is how much of the weights stays on the GPU; None lets TensorRT choose.
     """
@@ -48,7 +48,7 @@ class PlanRunner:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError("TensorRT could not open the plan on this GPU", remedy="build it again on this machine")
-        if build.weight_streaming:  # before a context exists, and before memory is asked for
+        if build.weight_streaming:  # must be set before a context is created and before its memory size is read
             automatic = self._engine.get_weight_streaming_automatic_budget()
             self._engine.weight_streaming_budget_v2 = (
                 automatic if streaming_budget_bytes is None else streaming_budget_bytes
@@ -69,17 +69,17 @@ class PlanRunner:
                     kind, count = dtypes.to_torch(binding.dtype), torch.Size(binding.sized(largest)).numel()
                     self._buffers[profile.name, binding.name] = torch.empty(count, dtype=kind, device=device)
         self._stream.synchronize()
-        # Streamed weights are copied while the plan runs, which a graph would not repeat.
+        # Streamed weights are copied while the plan runs, and a graph would not repeat the copies.
         self._may_capture = not build.weight_streaming
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_key: object = None
 
     def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
-        """See ``Runner``. A generation run like the one before, in shape and slots, is replayed as a CUDA graph."""
-        # What the caller queued on torch's stream, a fresh cache above all, comes first.
+        """See ``Runner``. A generation run of the same shape and slots as the last one is replayed as a CUDA graph."""
+        # Wait for what the caller queued on torch's stream, such as the zeros of a new cache.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            bound = {name: self._staged(profile, name, tensor) for name, tensor in inputs.items()}
+            bound = {name: self._at_fixed_address(profile, name, tensor) for name, tensor in inputs.items()}
             outputs = self._outputs(profile, inputs)
             key = tuple((name, tensor.data_ptr(), tuple(tensor.shape)) for name, tensor in bound.items())
             if self._graph is not None and key == self._graph_key:
@@ -90,7 +90,7 @@ class PlanRunner:
                 if profile == "generation" and self._may_capture:
                     self._capture(key)
             name = self._table.result.name
-            outputs[name] = outputs[name].clone()  # the buffer is written again by the next run
+            outputs[name] = outputs[name].clone()  # the next run overwrites the buffer
         self._stream.synchronize()
         return outputs
 
@@ -101,21 +101,21 @@ class PlanRunner:
         self._engine = self._runtime = None
         self._memory = torch.empty(0)
 
-    def _staged(self, profile: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """An input at an address that stays, as a graph needs it; a cache is where it is."""
+    def _at_fixed_address(self, profile: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy an input to a fixed address, as a graph needs it; a cache already has one."""
         if any(name == binding.name for binding in self._table.cache_inputs):
             return tensor
         buffer = self._buffers[profile, name][: tensor.numel()].view(tensor.shape)
         buffer.copy_(tensor, non_blocking=True)
         return buffer
 
-    def _outputs(self, profile: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The buffers of everything that is not a cache, in the shapes that these inputs lead to."""
+    def _outputs(self, profile: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The buffers of all outputs that are not caches, in the shapes that follow from these inputs."""
         sizes = {}
         for binding in self._table.inputs:
             for axis, size in enumerate(binding.shape):
                 if isinstance(size, str):
-                    sizes[size] = given[binding.name].shape[axis]
+                    sizes[size] = inputs[binding.name].shape[axis]
         outputs = {}
         for output in self._table.outputs:
             if output.name not in self._table.caches:
@@ -136,10 +136,12 @@ class PlanRunner:
 
     def _enqueue(self, profile: str) -> None:
         if not self._contexts[profile].execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise EngineError(f"TensorRT could not run the {profile} profile", remedy="see logger trtlab.tensorrt")
+            raise EngineError(
+                f"TensorRT could not run the {profile} profile", remedy="read the log: logger trtlab.tensorrt"
+            )
 
     def _capture(self, key: object) -> None:
-        """Capture a generation run the second time it comes, so that a batch that changes each step costs nothing."""
+        """Capture a generation run when it comes a second time; a batch that changes each step is never captured."""
         if key == self._graph_key and self._graph is None:
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -160,10 +162,20 @@ def plan_backend(
     session: SessionConfig | None = None,
     streaming_budget_bytes: int | None = None,
 ) -> Backend:
-    """A backend for a plan on a GPU.
+    """Open a backend for a plan on a GPU.
 
-    ``plan`` is whole: ``Plans.read`` gives it. Raises EngineError, before the plan is opened, when it is of another
-    TensorRT or not for this GPU.
+    Args:
+        config: The model.
+        build: The bounds that the plan was built with.
+        mapping: One rank only.
+        plan: The bytes of the plan, as ``Plans.read`` returns them.
+        record: The record of the plan's build.
+        device: The GPU.
+        session: Settings of the pool; None for the defaults.
+        streaming_budget_bytes: Bytes of weights that stay on the GPU; None lets TensorRT choose.
+
+    Raises:
+        EngineError: before the plan is opened, when it is of another TensorRT, not for this GPU, or one of several.
     """
     check_plan(record, gpu=torch.cuda.get_device_capability(device))
     if len(mapping.ranks) > 1:
