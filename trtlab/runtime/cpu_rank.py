@@ -14,11 +14,12 @@ from trtlab.model.weights import ModelWeights
 from trtlab.ops.cpu.ops import CpuBatch, CpuOps, CpuPool, compile_loops
 from trtlab.ops.paged import PagedCache
 from trtlab.parallel.comm import Comm
+from trtlab.parallel.ranks import Rank
 from trtlab.parallel.step_inputs import StepInputs
 from trtlab.runtime.rank_tables import RankTables, in_step_order, singles_first
 
 
-class CpuRank:
+class CpuRank(Rank):
     """A ``Rank`` over ``CpuOps``. ``weights`` come from ``cpu_weights``, ``rotary`` from ``spread``."""
 
     def __init__(
@@ -34,7 +35,6 @@ class CpuRank:
 
     @torch.inference_mode()
     def run(self, step: StepInputs, comm: Comm) -> Tensor | None:
-        """See ``Rank``."""
         order, chunks = singles_first(step.chunks)
         batch = CpuBatch(chunks, self._tables.update(chunks))
         logits = self.forward(batch, comm, step.every_token)
@@ -48,9 +48,7 @@ class CpuRank:
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """See ``Rank``."""
         self.cache.copy(copies)
 
     def close(self) -> None:
-        """See ``Rank``."""
         del self._weights, self.cache, self._pool

@@ -14,11 +14,12 @@ from trtlab.model.weights import ModelWeights
 from trtlab.ops.paged import Kernel, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps
 from trtlab.parallel.comm import Comm
+from trtlab.parallel.ranks import Rank
 from trtlab.parallel.step_inputs import StepInputs
 from trtlab.runtime.rank_tables import RankTables, in_step_order, singles_first
 
 
-class TorchRank:
+class TorchRank(Rank):
     """A ``Rank`` over ``TorchOps``, on the device of its cache.
 
     ``rotary`` comes from ``spread``. With a ``kernel``, attention reads the blocks in place and gathers nothing.
@@ -43,7 +44,6 @@ class TorchRank:
 
     @torch.inference_mode()
     def run(self, step: StepInputs, comm: Comm) -> Tensor | None:
-        """See ``Rank``."""
         order, chunks = singles_first(step.chunks)
         sequences = [NewTokens(slot, past, len(token_ids)) for slot, past, token_ids, _ in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
@@ -60,10 +60,8 @@ class TorchRank:
 
     @torch.inference_mode()
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """See ``Rank``."""
         self.cache.copy(copies)
 
     def close(self) -> None:
-        """See ``Rank``."""
         del self._weights, self.cache
         torch.cuda.empty_cache()  # does nothing where CUDA was never used

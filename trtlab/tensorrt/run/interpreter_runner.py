@@ -15,10 +15,10 @@ from trtlab.parallel.comm import Comm
 from trtlab.runtime.backend import Backend
 from trtlab.tensorrt.bindings import HIDDEN_OUTPUT, HIDDEN_STATES
 from trtlab.tensorrt.emit.emission import Emission, emit
-from trtlab.tensorrt.run.plan_rank import slot_backend
+from trtlab.tensorrt.run.plan_rank import Runner, slot_backend
 
 
-class InterpreterRunner:
+class InterpreterRunner(Runner):
     """A ``Runner`` over one rank's emitted network."""
 
     device = torch.device("cpu")
@@ -28,7 +28,6 @@ class InterpreterRunner:
         self._table = emission.bindings
 
     def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
-        """See ``Runner``."""
         if self._table.first.name == HIDDEN_STATES:
             inputs = {HIDDEN_STATES: comm.receive(), **inputs}
         outputs = self._network.run(inputs, comm=comm)
@@ -37,7 +36,6 @@ class InterpreterRunner:
         return {name: tensor for name, tensor in outputs.items() if name not in self._table.caches}
 
     def close(self) -> None:
-        """See ``Runner``."""
         del self._network
 
 

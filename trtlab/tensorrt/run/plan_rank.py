@@ -11,7 +11,7 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.session import SessionConfig
 from trtlab.parallel.comm import Comm
-from trtlab.parallel.ranks import RankGroup
+from trtlab.parallel.ranks import Rank, RankGroup
 from trtlab.parallel.step_inputs import StepInputs
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.pool_size import PoolSize, pool_size
@@ -37,7 +37,7 @@ class Runner(Protocol):
         ...
 
 
-class PlanRank:
+class PlanRank(Rank):
     """A ``Rank`` over a Runner. A slot is a row of each layer's cache; the pool's blocks only keep account of it."""
 
     def __init__(self, runner: Runner, table: Bindings, build: BuildConfig) -> None:
@@ -50,7 +50,7 @@ class PlanRank:
 
     @torch.inference_mode()
     def run(self, step: StepInputs, comm: Comm) -> torch.Tensor | None:
-        """See ``Rank``.
+        """The rank's logits, or None.
 
         Raises:
             RequestError: when a slot is full, before anything runs.
@@ -79,11 +79,10 @@ class PlanRank:
             cache[slot].zero_()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """See ``Rank``. Never called: a slot belongs to one request, so no block is shared and none is copied."""
+        # Never called: a slot belongs to one request, so no block is shared and none is copied.
         raise AssertionError(f"slots share no blocks, and cannot copy {copies}")
 
     def close(self) -> None:
-        """See ``Rank``."""
         self.caches = {}
         self._runner.close()
 

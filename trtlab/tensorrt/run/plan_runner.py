@@ -23,10 +23,10 @@ from trtlab.tensorrt.build.plan import PlanRecord
 from trtlab.tensorrt.build.plan_check import check_plan
 from trtlab.tensorrt.library import library
 from trtlab.tensorrt.log import log
-from trtlab.tensorrt.run.plan_rank import slot_backend
+from trtlab.tensorrt.run.plan_rank import Runner, slot_backend
 
 
-class PlanRunner:
+class PlanRunner(Runner):
     """A ``Runner`` over a plan: one execution context per profile, one stream, one block of activation memory.
 
     ``streaming_budget_bytes`` is how much of the weights stays on the GPU; None lets TensorRT choose.
@@ -75,7 +75,7 @@ class PlanRunner:
         self._graph_key: object = None
 
     def run(self, profile: str, inputs: dict[str, torch.Tensor], comm: Comm) -> dict[str, torch.Tensor]:
-        """See ``Runner``. A generation run of the same shape and slots as the last one is replayed as a CUDA graph."""
+        # A generation run of the same shape and slots as the last one is replayed as a CUDA graph.
         # Wait for what the caller queued on torch's stream, such as the zeros of a new cache.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -95,7 +95,6 @@ class PlanRunner:
         return outputs
 
     def close(self) -> None:
-        """See ``Runner``."""
         self._graph = None
         self._contexts, self._buffers = {}, {}
         self._engine = self._runtime = None
