@@ -121,7 +121,7 @@ def test_ranks_together_equal_one(small, bounds, weights_of, torch_reference, ma
 def test_a_full_slot_is_refused_before_anything_is_written(small, bounds, weights_of):
     ranks = interpreter_backend(small, bounds, Mapping(), [weights_of(small)]).ranks
     ranks.run(StepInputs([Chunk(0, 0, [1] * 40)]))
-    with pytest.raises(RequestError, match=r"slot 0 is full: it holds 40 tokens and 1 more.*max_seq_len 40"):
+    with pytest.raises(RequestError, match=r"slot 0 is full: it holds 40 tokens and gets 1 more.*max_seq_len 40"):
         ranks.run(StepInputs([Chunk(0, 40, [1])]))
 
 
