@@ -37,7 +37,7 @@ from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.storage.files import PathLike, TensorFile, replacing, write_safetensors
-from trtlab.storage.lazy import LazyTensor, held
+from trtlab.storage.lazy import LazyTensor, in_memory
 from trtlab.validation import require
 
 
@@ -85,7 +85,7 @@ class Checkpoint(Shown):
 
         Raises CheckpointError listing every missing, surplus and mis-shaped tensor with the shape expected.
         """
-        tensors = {name: held(tensor) for name, tensor in weights.items()}
+        tensors = {name: in_memory(tensor) for name, tensor in weights.items()}
         check_tensors("the weights", tensors, {name: spec.shape for name, spec in tensor_specs(config).items()})
         check_floating("the weights", tensors.items())
         return cls(config, {n: t.to(config.torch_dtype) for n, t in tensors.items()}, "weights in memory")

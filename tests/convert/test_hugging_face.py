@@ -348,7 +348,7 @@ FOLDERS = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), "not JSON"),
     "config is no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not JSON"),
     "config is nested beyond reason": (lambda f: (f / "config.json").write_text("[" * 100000), "not JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not hold a JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights.*from_meta_ckpt"),
     "cut in the data": (lambda f: cut(f / "model.safetensors"), "model.safetensors cannot be read.*truncated"),
     "cut in the header": (lambda f: cut(f / "model.safetensors", 100), "model.safetensors cannot be read"),

@@ -181,7 +181,7 @@ FAULTS = {
     "no folder": (lambda m: m.rename(m.with_name("gone")), "not a folder"),
     "no params": (lambda m: (m / "params.json").unlink(), "params.json is missing"),
     "no weights": (lambda m: [f.unlink() for f in m.glob("*.pth")], "no consolidated"),
-    "params is a list": (lambda m: (m / "params.json").write_text("[1]"), "no JSON object"),
+    "params is a list": (lambda m: (m / "params.json").write_text("[1]"), "not hold a JSON object"),
     "params cut short": (lambda m: (m / "params.json").write_text('{"dim": 6'), "not JSON"),
     "no dim": (lambda m: (m / "params.json").write_text('{"n_layers": 2, "n_heads": 4}'), "dim is missing"),
     "heads do not fit": (lambda m: set_param(m, n_heads=8), "does not fit"),

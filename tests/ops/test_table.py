@@ -29,7 +29,7 @@ from trtlab.ops.table import Span, TableOps
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Comm, Solo, ThreadComm, thread_group
 from trtlab.parallel.shard import EmbeddingLayout, shard
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 
 from ..models import normal_weights, small_config
 
@@ -90,7 +90,7 @@ def _own_bytes(tensor: Tensor, sources: set[int]) -> int:
 
 
 def random_ranks(config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> list[dict[str, Tensor]]:
-    whole = {name: held(tensor) for name, tensor in normal_weights(config).items()}
+    whole = {name: in_memory(tensor) for name, tensor in normal_weights(config).items()}
     return [
         {name: t.read() for name, t in shard(config, mapping, rank, whole, layout).items()} for rank in mapping.ranks
     ]

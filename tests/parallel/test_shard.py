@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trtlab import Checkpoint, ConfigError, Mapping, ModelConfig
 from trtlab.parallel.shard import EmbeddingLayout, shard, unshard
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 
 from ..models import normal_weights, small_config
 
@@ -211,7 +211,7 @@ def shapes(draw):
 def test_any_legal_split_is_the_reference_table_and_inverts(case):
     config, tp, pp, layout = case
     whole = normal_weights(config)
-    lazy, mapping, table = {n: held(t) for n, t in whole.items()}, Mapping(None, tp, pp), EmbeddingLayout(**layout)
+    lazy, mapping, table = {n: in_memory(t) for n, t in whole.items()}, Mapping(None, tp, pp), EmbeddingLayout(**layout)
     ranks = [shard(config, mapping, rank, lazy, table) for rank in mapping.ranks]
     for rank, parts in enumerate(ranks):
         read = {name: part.read() for name, part in parts.items()}

@@ -30,7 +30,7 @@ from trtlab import (
 from trtlab.model.names import EMBEDDING
 from trtlab.ops.cpu.weights import has_loops
 from trtlab.runtime import loop
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 
 PROMPTS = [[5, 17, 3, 0, 96], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [98, 0], [41] * 9, [3, 3], [64, 8, 2]]
 BOUNDS = {"max_seq_len": 64, "max_input_len": 48}
@@ -503,7 +503,7 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
     checkpoint = Checkpoint.from_hugging_face(random_model())
     table = checkpoint.tensors[EMBEDDING].read().clone()
     table[5] = torch.nan
-    checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, EMBEDDING: held(table)})
+    checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, EMBEDDING: in_memory(table)})
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     prompts = [[9, 8, 7], [11] * 9, [13, 14], [15, 16, 17, 18, 19, 20]]
     bounds = BuildConfig(max_batch_size=3, max_seq_len=64, max_input_len=32, tokens_per_block=8)

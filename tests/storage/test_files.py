@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from trtlab import BuildConfig, Checkpoint, CheckpointError, Engine, EngineError, TrtlabError
 from trtlab.storage.files import replacing, write_safetensors
-from trtlab.storage.lazy import LazyTensor, held, open_safetensors
+from trtlab.storage.lazy import LazyTensor, in_memory, open_safetensors
 
 
 def ours(name: str) -> bool:
@@ -153,7 +153,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path, specs):
     }
     seen = []
     write_safetensors(
-        tmp_path / "f", {n: held(t) for n, t in tensors.items()}, on_tensor=lambda t: seen.append(t.nbytes)
+        tmp_path / "f", {n: in_memory(t) for n, t in tensors.items()}, on_tensor=lambda t: seen.append(t.nbytes)
     )
     for found in (load_file(tmp_path / "f"), {n: t.read() for n, t in open_safetensors(tmp_path / "f").items()}):
         assert found.keys() == tensors.keys()
@@ -165,7 +165,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path, specs):
 def test_views_and_parameters_are_written_by_their_values(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     parts = {"turned": base.T, "cut": base[:, 1:3], "learned": torch.nn.Parameter(base.clone())}
-    write_safetensors(tmp_path / "f", {name: held(tensor) for name, tensor in parts.items()})
+    write_safetensors(tmp_path / "f", {name: in_memory(tensor) for name, tensor in parts.items()})
     found = load_file(tmp_path / "f")
     assert all(torch.equal(found[name], tensor) for name, tensor in parts.items())
 
@@ -184,10 +184,10 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
 
 def test_a_file_that_is_replaced_while_open_is_noticed(tmp_path):
-    write_safetensors(tmp_path / "f", {"x": held(torch.zeros(4))})
+    write_safetensors(tmp_path / "f", {"x": in_memory(torch.zeros(4))})
     opened = open_safetensors(tmp_path / "f")
     assert opened["x"].read().tolist() == [0.0] * 4
-    write_safetensors(tmp_path / "g", {"x": held(torch.ones(4))})
+    write_safetensors(tmp_path / "g", {"x": in_memory(torch.ones(4))})
     (tmp_path / "g").replace(tmp_path / "f")
     with pytest.raises(CheckpointError, match="changed since it was opened") as caught:
         opened["x"].read()

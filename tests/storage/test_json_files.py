@@ -197,7 +197,7 @@ def read(folder: Path, text: str, kind: type[StoredObject] = Outer, **options: A
     [
         ("{'a': 1}", "x.json is not JSON"),
         ("[" * 100_000, "x.json is not JSON"),
-        ("[1]", "x.json holds no JSON object; got list"),
+        ("[1]", "x.json does not hold a JSON object; got list"),
         ('{"inner": 3}', "inner is 3, expected an object with the keys size"),
         ('{"inner": {"size": true}}', r"inner\.size is True, expected an int"),
         ('{"inner": {"size": 1.0}}', r"inner\.size is 1\.0, expected an int"),

@@ -1,4 +1,4 @@
-"""Compares the tensors of a source with what a model needs, and names every difference at once."""
+"""Compares the tensors of a source with those that a model needs, and lists every difference in one error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LISTED = 8  # differences that an error spells out
 
 
 def check_layers(where: str, layers: int, tensors: int) -> None:
-    """CheckpointError when a config asks for more layers than there are tensors, before all their names are listed."""
+    """Raise CheckpointError when a config has more layers than there are tensors; listing all names would take long."""
     if layers > tensors:
         raise CheckpointError(
             f"{where} does not fit its config: {layers} layers and {tensors} tensors",
@@ -22,15 +22,15 @@ def check_layers(where: str, layers: int, tensors: int) -> None:
 
 
 def check_tensors(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """CheckpointError listing missing, surplus and mis-shaped tensors together, with the shapes expected."""
+    """Raise CheckpointError that lists missing, surplus and mis-shaped tensors, with the expected shapes."""
     missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
     surplus = [f"surplus {name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in expected]
-    shaped = [
+    misshaped = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != tuple(shape)
     ]
-    problems = missing + surplus + shaped
+    problems = missing + surplus + misshaped
     if problems:
         raise CheckpointError(
             f"{where} does not fit its config: {_listed(problems)}",
@@ -39,7 +39,7 @@ def check_tensors(where: str, tensors: Mapping[str, LazyTensor], expected: Mappi
 
 
 def check_floating(where: str, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
-    """CheckpointError for a weight that is not a plain floating-point tensor, as a quantized model's are not."""
+    """Raise CheckpointError for weights of fewer than 16 bits or of integers, as in a quantized model."""
     refused = [
         f"{name} is {tensor.dtype}"
         for name, tensor in tensors
@@ -52,16 +52,14 @@ def check_floating(where: str, tensors: Iterable[tuple[str, LazyTensor]]) -> Non
 
 
 def check_dtype(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping[str, torch.dtype]) -> None:
-    """CheckpointError for tensors that are not stored in the dtypes that the config leads to."""
+    """Raise CheckpointError for tensors whose dtype is not the one that the config implies."""
     refused = [
         f"{name} is {tensor.dtype}, expected {expected[name]}"
         for name, tensor in tensors.items()
         if tensor.dtype != expected[name]
     ]
     if refused:
-        raise CheckpointError(
-            f"{where} does not hold what its config says: {_listed(refused)}", remedy="convert the model again"
-        )
+        raise CheckpointError(f"{where} does not fit its config: {_listed(refused)}", remedy="convert the model again")
 
 
 def _listed(problems: list[str]) -> str:

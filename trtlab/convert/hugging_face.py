@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder: its tensors, lazily, under TensorRT-LLM's names, and its ModelConfig."""
+"""Reads a Hugging Face folder: its ModelConfig, and its lazy tensors under TensorRT-LLM's names."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from trtlab.errors import CheckpointError
 from trtlab.storage.json_files import OpenObject, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle, open_safetensors
 
-BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old folders store the rotary frequencies; Hugging Face ignores them
+BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # rotary frequencies in old folders; Hugging Face ignores them
 
 
 def _plain_name(name: str) -> str:
-    """A file of the folder itself, by a name that every file system takes."""
+    """The name itself when it is that of a file in the same folder and valid on every file system."""
     if Path(name).name != name or name in ("", "..") or "\0" in name or len(name.encode(errors="replace")) > 255:
         raise ValueError("the name of a file in the same folder")
     return name
 
 
 class WeightIndex(OpenObject):
-    """model.safetensors.index.json, or that of pytorch_model.bin: which shard holds which tensor."""
+    """model.safetensors.index.json or pytorch_model.bin.index.json: the shard of each tensor."""
 
     weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]]
 
 
 def read_hugging_face(model_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """Config and lazy tensors of a folder; CheckpointError for what is missing, unknown or does not fit."""
+    """Config and lazy tensors of a folder; CheckpointError when the folder is incomplete or not supported."""
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is not a folder", remedy="give a folder with config.json and safetensors")
     stored = read_config(model_dir)
-    config = stored.to_model_config("float32")  # what the config forbids is said before the weights are opened
+    config = stored.to_model_config("float32")  # refuses a config before the weights are opened
     tensors = {name: t for name, t in _find_tensors(model_dir).items() if not BUFFERS.search(name)}
     check_floating(model_dir.name, tensors.items())
     config = config.replace(dtype=_choose_dtype(stored, dtype, tensors))
@@ -52,13 +52,13 @@ def read_hugging_face(model_dir: Path, dtype: str = "auto") -> tuple[ModelConfig
 
 
 def _head_differs(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether a folder that calls itself tied holds two different tables; transformers 5 then uses both, as we do."""
+    """Whether a folder whose config says tied holds two different tables; transformers 5 then uses both, as we do."""
     table, head = tensors.get("model.embed_tokens.weight"), tensors["lm_head.weight"]
     return table is not None and (table.shape != head.shape or not torch.equal(table.read(), head.read()))
 
 
 def _choose_dtype(stored: HuggingFaceConfig, dtype: str, tensors: Mapping[str, LazyTensor]) -> DtypeName:
-    """``auto`` is the config's word, or what the tensors are when it says nothing."""
+    """For ``auto`` the dtype in the config, or that of the first tensor where the config has none."""
     if dtype != "auto":
         return dtype_name(dtype)
     named = stored.stored_dtype
@@ -73,22 +73,22 @@ def _rename(where: str, config: ModelConfig, tensors: dict[str, LazyTensor]) -> 
     table = FAMILIES[config.architecture].names
     check_tensors(where, tensors, table.shapes(config))
     kind = config.torch_dtype
-    return {ours: cat([tensors[theirs].to(kind) for theirs in names]) for ours, names in table.sources(config).items()}
+    return {name: cat([tensors[part].to(kind) for part in parts]) for name, parts in table.sources(config).items()}
 
 
 def _find_tensors(model_dir: Path) -> dict[str, LazyTensor]:
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_pickle)):
         index = model_dir / f"{stem}.index.json"
         if index.is_file():
-            where = read_model(index, WeightIndex, remedy="copy the folder again").weight_map
-            shards = {file: opener(model_dir / file) for file in sorted(set(where.values()))}
-            absent = [name for name, file in where.items() if name not in shards[file]]
-            if absent:
+            file_of = read_model(index, WeightIndex, remedy="copy the folder again").weight_map
+            shards = {file: opener(model_dir / file) for file in sorted(set(file_of.values()))}
+            missing = [name for name, file in file_of.items() if name not in shards[file]]
+            if missing:
                 raise CheckpointError(
-                    f"{index.name} lists tensors that its shards lack: {', '.join(absent[:5])}",
+                    f"{index.name} lists tensors that its shards lack: {', '.join(missing[:5])}",
                     remedy="copy the folder again",
                 )
-            return {name: shards[file][name] for name, file in where.items()}
+            return {name: shards[file][name] for name, file in file_of.items()}
         if (model_dir / stem).is_file():
             return opener(model_dir / stem)
     raise CheckpointError(

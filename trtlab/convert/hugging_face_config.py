@@ -28,7 +28,7 @@ class RopeParameters(StoredScaling):
 
 
 class _Header(OpenObject):
-    """What tells whether the rest of the file is worth reading."""
+    """The keys that are checked first: architecture and quantization."""
 
     architectures: Listed[str] | None = None
     quantization_config: dict[str, Any] | None = None
@@ -48,14 +48,14 @@ class _Header(OpenObject):
         if self.quantization_config:
             method = self.quantization_config.get("quant_method", "unnamed")
             raise CheckpointError(
-                f"the folder is quantized already (quantization_config, method {method!r}), which is not supported yet",
+                f"the folder is quantized already (quantization_config, method {method!r}); this is not supported yet",
                 remedy="start from the unquantized model and use checkpoint.quantize()",
             )
         return FAMILIES[self.architecture]
 
 
 class HuggingFaceConfig(_Header):
-    """The keys that are handled, and by name those that change no number; any other must ask for nothing.
+    """The keys that are read, and in ``neutral`` those that change no number; any other must be empty or off.
 
     A key that the file leaves out has its family's default.
     """
@@ -110,7 +110,7 @@ class HuggingFaceConfig(_Header):
         return self.dtype or self.torch_dtype
 
     def to_model_config(self, dtype: DtypeName) -> ModelConfig:
-        """The model's shape; CheckpointError naming a value that is not supported, or settings that contradict."""
+        """The model's shape; CheckpointError for values that are not supported or contradict each other."""
         family = self.family()
         self._check(family)
         heads = self.num_attention_heads
@@ -153,32 +153,32 @@ class HuggingFaceConfig(_Header):
             )
 
     def _window(self) -> int | None:
-        """The window that some layer of the source applies, None when every layer sees everything."""
+        """The attention window of some layer in tokens, None when every layer has full attention."""
         kinds = set(self.layer_types or ())
         if kinds - KINDS_OF_ATTENTION:
             raise CheckpointError(
-                f"layer_types names kinds of attention that are not supported: {sorted(kinds - KINDS_OF_ATTENTION)}",
+                f"layer_types has kinds of attention that are not supported: {sorted(kinds - KINDS_OF_ATTENTION)}",
                 expected=" | ".join(sorted(KINDS_OF_ATTENTION)),
             )
         return None if self.use_sliding_window is False or kinds == {"full_attention"} else self.sliding_window
 
     def _rope(self) -> tuple[float, RotaryScaling | None]:
         """Base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
-        new, old = ({} if rope is None else rope.given() for rope in (self.rope_parameters, self.rope_scaling))
+        new, old = ({} if rope is None else rope.stored_values() for rope in (self.rope_parameters, self.rope_scaling))
         if new and old and new != old:
             raise CheckpointError(
                 f"config.json has both rope_parameters {new} and rope_scaling {old}",
-                remedy="keep the one that is meant",
+                remedy="remove the wrong one",
             )
         rope = (self.rope_parameters if new else self.rope_scaling) or RopeParameters()
-        given = rope.model_fields_set
-        partial = rope.partial_rotary_factor if "partial_rotary_factor" in given else self.partial_rotary_factor
+        present = rope.model_fields_set
+        partial = rope.partial_rotary_factor if "partial_rotary_factor" in present else self.partial_rotary_factor
         if partial not in (None, 1.0):
             raise CheckpointError(f"partial_rotary_factor={partial} is not supported yet", expected=1.0)
-        base = rope.rope_theta if "rope_theta" in given else self.rope_theta
+        base = rope.rope_theta if "rope_theta" in present else self.rope_theta
         if base is None:
             raise CheckpointError("config.json lacks rope_theta", remedy=REMEDY)
-        kind = rope.rope_type if "rope_type" in given else rope.type
+        kind = rope.rope_type if "rope_type" in present else rope.type
         return base, None if kind in NO_SCALING else _scaling(str(kind), rope, self.max_position_embeddings)
 
 
@@ -188,7 +188,7 @@ def _scaling(kind: str, rope: RopeParameters, longest: int) -> RotaryScaling:
     if factor is None:
         raise CheckpointError(f"{kind} rotary scaling lacks its factor", remedy=REMEDY)
     return RotaryScaling(
-        kind=cast(RotaryKind, kind),  # any other is refused there
+        kind=cast(RotaryKind, kind),  # RotaryScaling refuses any other
         factor=factor,
         original_max_position_embeddings=trained,
         low_freq_factor=rope.low_freq_factor,
@@ -203,10 +203,10 @@ def _scaling(kind: str, rope: RopeParameters, longest: int) -> RotaryScaling:
 
 
 def read_config(model_dir: Path) -> HuggingFaceConfig:
-    """config.json of a folder.
+    """Read config.json of a folder.
 
     Raises:
-        CheckpointError: Naming an unknown architecture, a quantized source, missing keys, values of the wrong type,
-            and keys that may change the numbers and are not handled.
+        CheckpointError: For an unknown architecture, a quantized source, missing keys, values of the wrong type, and
+            keys that may change the numbers and are not supported.
     """
     return read_model(model_dir / "config.json", HuggingFaceConfig, remedy=REMEDY)

@@ -1,4 +1,4 @@
-"""Reads Meta's format: params.json and consolidated.*.pth, whose shards are put together lazily."""
+"""Reads Meta's format: params.json and consolidated.*.pth, whose shards are joined when they are read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
 REMEDY = "give Meta's own folder, or take out an unknown key that changes no number"
 BUFFERS = ("rope.freqs",)
-COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards lie side by side
-# params.json of Llama 3.2 does not tell its factor of 32 from Llama 3.1's 8: these (dim, n_layers) do.
+COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards are joined by columns
+# params.json of Llama 3.2 does not store its factor of 32 (Llama 3.1 has 8): these (dim, n_layers) identify it.
 FACTOR_32 = ((2048, 16), (3072, 28))
 
 
 class Params(StoredObject):
-    """params.json: the keys that are used, and by name those that the tensors tell or that change no number."""
+    """params.json: the keys that are read, and in ``neutral`` those that the tensors show or that change no number."""
 
     neutral: ClassVar[frozenset[str]] = frozenset({"vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size"})
     passes_empty: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class Params(StoredObject):
 
 
 def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """Config and lazy tensors of a folder in Meta's format; CheckpointError for what does not fit."""
+    """Config and lazy tensors of a folder in Meta's format; CheckpointError when it is incomplete or not supported."""
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder with params.json and *.pth")
     params = read_model(ckpt_dir / "params.json", Params, remedy=REMEDY)
@@ -60,7 +60,7 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
     whole = [part for part in parts if part is not None]
     if len(whole) != len(parts):
         raise CheckpointError(f"{name} is not in every consolidated.*.pth", remedy="copy the folder again")
-    if len(whole[0].shape) == 1:  # norms: every shard has the whole
+    if len(whole[0].shape) == 1:  # norms: every shard has the whole tensor
         return whole[0]
     cut_columns = name.endswith(COLUMN_SPLIT) or (name.startswith("tok_embeddings") and whole[0].shape[1] != hidden)
     return cat(whole, dim=1 if cut_columns else 0)
@@ -69,7 +69,7 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
 def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if any(name not in tensors for name in needed):
-        raise CheckpointError("these are not the weights of a LLaMA", expected=", ".join(needed))
+        raise CheckpointError("the weights are not those of a LLaMA", expected=", ".join(needed))
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
     stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == tensors[needed[0]].dtype), "float32")
@@ -92,7 +92,7 @@ def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) 
 
 
 def _context(scaled: bool, base: float) -> int:
-    """The trained context, which params.json does not tell: Llama 3.1 and later, Llama 3, Llama 1 and 2."""
+    """The trained context, which params.json does not store: of Llama 3.1 and later, of Llama 3, of Llama 1 and 2."""
     return 131072 if scaled else 8192 if base == 500000.0 else 4096
 
 
@@ -107,12 +107,12 @@ def _rename(where: str, config: ModelConfig, tensors: Mapping[str, LazyTensor]) 
     check_tensors(where, tensors, META_NAMES.shapes(config))
     kind = config.torch_dtype
 
-    def turned(name: str) -> LazyTensor:
+    def converted(name: str) -> LazyTensor:
         tensor = tensors[name].to(kind)
         rotated = name.endswith((".wq.weight", ".wk.weight"))
         return tensor.map(lambda w: to_half_split(w, config.head_size)) if rotated else tensor
 
-    return {ours: cat([turned(theirs) for theirs in names]) for ours, names in sources.items()}
+    return {name: cat([converted(part) for part in parts]) for name, parts in sources.items()}
 
 
 def to_half_split(weight: Tensor, head_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The quantization part of a TensorRT-LLM config.json, both ways. Knows no tensors."""
+"""Reads and writes the quantization section of a TensorRT-LLM config.json. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trtlab.storage.json_files import Listed, StoredObject
 
 
 class StoredQuantization(StoredObject):
-    """The part by TensorRT-LLM's names. Zero points and a clamp are not supported: they must be absent or null."""
+    """The section under TensorRT-LLM's names. Zero points and clamps are not supported: they must be absent or null."""
 
-    neutral: ClassVar[frozenset[str]] = frozenset({"pre_quant_scale"})  # the algorithm tells
+    neutral: ClassVar[frozenset[str]] = frozenset({"pre_quant_scale"})  # follows from the algorithm
     passes_empty: ClassVar[bool] = True
 
     quant_algo: str | None = None
@@ -26,12 +26,12 @@ class StoredQuantization(StoredObject):
         """The inverse of ``quantization_to_json``.
 
         Args:
-            kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not tell.
+            kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not say.
 
         Raises:
             CheckpointError: For an unknown algorithm, or a setting that it does not allow.
         """
-        values = self.given()
+        values = self.stored_values()
         if not self.group_size:
             values.pop("group_size", None)
         if self.kv_cache_quant_algo is not None:
@@ -48,7 +48,7 @@ class StoredQuantization(StoredObject):
 
 
 def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
-    """TensorRT-LLM's keys; what an algorithm does not use is left out."""
+    """TensorRT-LLM's keys, without those that the algorithm does not use."""
     algorithm = quant.algorithm
     stored: dict[str, Any] = {"quant_algo": quant.quant_algo, "kv_cache_quant_algo": quant.kv_cache_quant_algo}
     if algorithm is not None:
@@ -61,5 +61,5 @@ def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
 
 
 def quantization_extras(quant: QuantConfig) -> dict[str, Any]:
-    """What TensorRT-LLM's keys cannot say: how many scales a layer's cache has."""
+    """The settings that TensorRT-LLM has no key for: how many scales a layer's cache has."""
     return {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}

@@ -1,12 +1,16 @@
-"""The keys by which Hugging Face and TensorRT-LLM store how rotary frequencies are stretched."""
+"""The keys under which Hugging Face and TensorRT-LLM store the scaling of rotary frequencies."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+from trtlab.config.model import RotaryScaling
 from trtlab.storage.json_files import Count, Positive, StoredObject
 
 
 class StoredScaling(StoredObject):
-    """A scaling by its names in config.json; what a kind does not use is left out or null."""
+    """A scaling under its names in config.json; keys that a kind does not use are absent or null."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -21,3 +25,9 @@ class StoredScaling(StoredObject):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = True
+
+
+def scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
+    """The keys of a scaling in config.json, without the fields that are None."""
+    fields = dataclasses.asdict(scaling)
+    return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}

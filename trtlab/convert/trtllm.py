@@ -1,4 +1,4 @@
-"""TensorRT-LLM's checkpoint format: its folders, with one rank{r}.safetensors a rank, name for name."""
+"""Reads TensorRT-LLM's checkpoint folders: config.json and a rank{r}.safetensors for each rank."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def rank_file(rank: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint folder: whole tensors, or with ``rank`` that rank's own."""
+    """A checkpoint folder: the whole tensors, or the tensors of one rank."""
 
     config: ModelConfig
     mapping: Mapping
     layout: EmbeddingLayout
     tensors: dict[str, LazyTensor]
     source: str | None
-    """Where the weights came from, if the folder says so."""
+    """Origin of the weights, None where the folder does not say."""
 
 
 def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint:
-    """A folder in this format; with ``rank`` only that rank's file is opened.
+    """Read a folder in this format; with ``rank`` only that rank's file is opened.
 
     Raises CheckpointError for a missing folder, config or rank, and for tensors that do not fit the config.
     """
@@ -55,31 +55,31 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
         _check_scales(where, config, contents)
         check_tensors(where, contents, rank_shapes(config, mapping, r, layout))
         dtypes = rank_dtypes(config, mapping, r, layout)
-        ranks[r] = {name: _as_bytes(tensor, dtypes[name]) for name, tensor in contents.items()}
+        ranks[r] = {name: _with_dtype(tensor, dtypes[name]) for name, tensor in contents.items()}
         check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
 
 
 def _check_scales(where: str, config: ModelConfig, tensors: abc.Mapping[str, LazyTensor]) -> None:
-    """Say which step was left out when the config names an algorithm and no tensor holds a scale."""
+    """Raise CheckpointError when the config has an algorithm and no tensor holds a scale."""
     algorithm = config.quantization.quant_algo
     if algorithm is not None and not any("scal" in name for name in tensors):
         raise CheckpointError(
-            f"{where} holds plain weights, though config.json says {algorithm}: the step that quantizes was left out",
+            f"{where} holds plain weights, though config.json says {algorithm}: they were not quantized",
             remedy=f"set quant_algo to null, load, and call checkpoint.quantize(QuantConfig(quant_algo={algorithm!r}))",
         )
 
 
-def _as_bytes(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """Packed INT4 and FP8 may be announced as plain int8: the bytes are the same."""
+def _with_dtype(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Packed INT4 and FP8 may be stored under the dtype int8: the bytes are the same."""
     if tensor.dtype != torch.int8 or dtype not in (torch.uint8, torch.float8_e4m3fn):
         return tensor
     return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 
 
 def _with_dense_bias(config: ModelConfig, ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]]) -> ModelConfig:
-    """TensorRT-LLM's ``attn_bias`` does not tell whether the output projection has one: the tensors do."""
+    """Set ``dense_bias`` from the tensors: TensorRT-LLM's ``attn_bias`` does not cover the output projection."""
     has = any(layer_name(0, "attention.dense.bias") in tensors for tensors in ranks.values())
     return config if has == config.dense_bias else config.replace(dense_bias=has)
 
@@ -92,5 +92,5 @@ def rank_shapes(
 
 
 def rank_dtypes(config: ModelConfig, mapping: Mapping, rank: int, layout: EmbeddingLayout) -> dict[str, torch.dtype]:
-    """The name and dtype of every tensor that one rank's file holds: the model's, or what its algorithm stores."""
+    """The name and dtype of every tensor that one rank's file holds: the model's dtype, or that of the algorithm."""
     return {name: tensor.dtype for name, tensor in rank_tensors(config, mapping, rank, layout).items()}

@@ -1,8 +1,7 @@
-"""TensorRT-LLM's config.json, both ways: a ModelConfig, a Mapping and the layout of the embedding."""
+"""Reads and writes TensorRT-LLM's config.json: a ModelConfig, a Mapping and the layout of the embedding."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import abc
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,14 +11,14 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig, RotaryScaling
 from trtlab.convert.families import FAMILIES
 from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
-from trtlab.convert.rope_scaling import StoredScaling
+from trtlab.convert.rope_scaling import StoredScaling, scaling_to_json
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.storage.json_files import Count, OpenObject, Positive, StoredObject, parse_model
 from trtlab.version import VERSION
 
-FORMAT = 1  # raised when an older trtlab could no longer read what this one writes
+FORMAT = 1  # raised when an older trtlab cannot read what this version writes
 REMEDY = "give a folder that checkpoint.save() wrote, or take out an unknown key that changes no number"
 
 
@@ -45,7 +44,7 @@ class _Producer(OpenObject):
 
 
 class _Header(OpenObject):
-    """What tells whether the rest of the file is worth reading."""
+    """The keys that are checked first: they show which program wrote the file."""
 
     architecture: object = None
     architectures: object = None
@@ -54,11 +53,11 @@ class _Header(OpenObject):
     trtlab: _Format | None = None
 
     def check(self, where: str) -> None:
-        """CheckpointError for a file of another program, or of a later trtlab; ``where`` names it."""
+        """Raise CheckpointError for a file of another program or of a later trtlab; ``where`` names the file."""
         if self.architecture is None and self.architectures is not None:
             raise CheckpointError(
-                f"{where} is of a Hugging Face folder",
-                expected="one that checkpoint.save() or TensorRT-LLM wrote",
+                f"{where} is the config.json of a Hugging Face folder",
+                expected="a folder that checkpoint.save() or TensorRT-LLM wrote",
                 remedy="open it with Checkpoint.from_hugging_face()",
             )
         if self.trtlab is not None and self.trtlab.format > FORMAT:
@@ -74,7 +73,7 @@ class _Header(OpenObject):
 
 
 class ModelFields(StoredObject):
-    """The fields of a ModelConfig that config.json has under the same name; None is ModelConfig's default."""
+    """The fields of a ModelConfig that have the same name in config.json; None is ModelConfig's default."""
 
     architecture: str
     dtype: str
@@ -103,10 +102,10 @@ class _Scaling(StoredScaling):
     factor: Positive
 
     def to_rotary_scaling(self) -> RotaryScaling:
-        fields = self.given()
+        fields = self.stored_values()
         kind = fields.pop("rope_type", None) or fields.pop("type", None)
         if kind is None or "type" in fields:
-            raise CheckpointError("rotary_scaling is not understood", got=fields, expected="rope_type, once")
+            raise CheckpointError("rotary_scaling must have one rope_type", got=fields)
         return RotaryScaling(kind=kind, **fields)
 
 
@@ -127,14 +126,14 @@ class _Experts(OpenObject):
 
 
 class Provenance(OpenObject):
-    """The part that is trtlab's own."""
+    """The section that only trtlab writes."""
 
     source: str | None = None
     kv_cache_scales: str = "merged"
 
 
 class TrtllmConfig(ModelFields):
-    """config.json of a checkpoint. What nothing but one value is served for must have it, or be left out."""
+    """config.json of a checkpoint. A key with one supported value must have that value or be absent."""
 
     neutral: ClassVar[frozenset[str]] = frozenset(
         """
@@ -170,11 +169,11 @@ class TrtllmConfig(ModelFields):
 
     @property
     def provenance(self) -> Provenance:
-        """What the file says of its origin."""
+        """The origin of the weights; empty where the file does not say."""
         return self.trtlab or Provenance()
 
     def to_settings(self) -> tuple[ModelConfig, Mapping, EmbeddingLayout]:
-        """The inverse of ``config_to_json``; keys that a checkpoint of TensorRT-LLM's own lacks take its defaults.
+        """The inverse of ``config_to_json``; missing keys have TensorRT-LLM's defaults.
 
         Raises:
             CheckpointError: For an architecture, an activation or an algorithm that is not supported.
@@ -207,12 +206,12 @@ class TrtllmConfig(ModelFields):
 def config_to_json(
     config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: abc.Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json as TensorRT-LLM lays it out; ``trtlab`` holds what is ours: format number and provenance."""
+    """config.json in TensorRT-LLM's layout; its section ``trtlab`` holds our format number and ``provenance``."""
     scaling = config.rotary_scaling
     return {
         **{name: getattr(config, name) for name in ModelFields.model_fields},
         "logits_dtype": "float32",
-        "rotary_scaling": None if scaling is None else _scaling_to_json(scaling),
+        "rotary_scaling": None if scaling is None else scaling_to_json(scaling),
         "use_parallel_embedding": layout.use_parallel_embedding,
         "embedding_sharding_dim": layout.embedding_sharding_dim,
         "share_embedding_table": layout.use_embedding_sharing,
@@ -225,8 +224,3 @@ def config_to_json(
         "producer": {"name": "trtlab", "version": VERSION},
         "trtlab": {"format": FORMAT, **quantization_extras(config.quantization), **provenance},
     }
-
-
-def _scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
-    fields = dataclasses.asdict(scaling)
-    return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import QuantConfig
+from trtlab.convert.rope_scaling import scaling_to_json
 from trtlab.errors import MissingDependency, QuantizeError
 
 ModeloptConfig = dict[str, Any]
@@ -102,8 +102,7 @@ def export_with_modelopt(
     stored = json.loads(file.read_text(encoding="utf-8"))
     stored["rotary_base"] = config.rotary_base
     if config.rotary_scaling is not None:
-        fields = {k: v for k, v in dataclasses.asdict(config.rotary_scaling).items() if v is not None}
-        stored["rotary_scaling"] = {"rope_type": fields.pop("kind"), **fields}
+        stored["rotary_scaling"] = scaling_to_json(config.rotary_scaling)
     file.write_text(json.dumps(stored), encoding="utf-8")
 
 

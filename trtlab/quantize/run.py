@@ -25,7 +25,7 @@ from trtlab.quantize.peak import Peak, predict
 from trtlab.quantize.report import LinearReport, QuantizationReport, report_kv, report_linears
 from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
 from trtlab.runtime.tokenizer import Tokenizer
-from trtlab.storage.lazy import LazyTensor, held
+from trtlab.storage.lazy import LazyTensor, in_memory
 
 Sink = Callable[[str, LazyTensor], None]
 QUANTIZERS: dict[str, Callable[[CalibratedLayer], QuantizedLayer]] = {
@@ -111,7 +111,7 @@ class Quantization:
                 continue
             dtype = spec.dtype or self.config.torch_dtype
             assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, dtype), (name, tensor.shape, tensor.dtype, spec)
-            sink(name, held(tensor))
+            sink(name, in_memory(tensor))
 
 
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:

@@ -1,4 +1,4 @@
-"""Writes folders and safetensors files so that a killed process leaves the old one or the new one, whole."""
+"""Writes folders and safetensors files; a killed process leaves the complete old one or the complete new one."""
 
 from __future__ import annotations
 
@@ -25,19 +25,24 @@ PathLike = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: type[TrtlabError]) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of ``folder`` in one step when the block ends without an error.
+    """A new folder to fill, which replaces ``folder`` in one step when the block ends without an error.
 
-    An existing folder is replaced only when it is empty, or when every name in it satisfies ``ours`` and its
-    config.json has the key ``marker``; otherwise ``error`` is raised before anything is written. After an exception
-    (a full disk, an interrupt) the old folder is as it was. After a kill it is too; what the killed process had
-    written, a hidden folder that ends in ``.partial``, goes with the next call.
+    After an exception (a full disk, an interrupt) or a kill the old folder is unchanged. A killed process leaves a
+    hidden folder that ends in ``.partial``; the next call for the same folder removes it.
+
+    Args:
+        folder: The folder to write. An existing folder is replaced only when it is empty, or when ``ours`` accepts
+            every name in it and its config.json has the key ``marker``.
+        ours: Whether a file of this name may be replaced.
+        marker: A key of config.json that identifies the kind of folder.
+        error: The class of error to raise; nothing is written before it.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
-    foreign = _foreign(folder, ours, marker)
-    if foreign:
+    obstacles = _obstacles(folder, ours, marker)
+    if obstacles:
         raise error(
             f"{folder} is not a folder that this call may replace",
-            got=f"it holds {', '.join(foreign[:3])}",
+            got=f"it holds {', '.join(obstacles[:3])}",
             remedy="choose a new folder",
         )
     try:
@@ -55,46 +60,46 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
             remedy="nothing was changed; free some space or choose another place",
         ) from cause
     finally:
-        if scratch.is_symlink():  # the folder was a link: what it points to stays
+        if scratch.is_symlink():  # the folder was a link: its target stays
             scratch.unlink()
         shutil.rmtree(scratch, ignore_errors=True)
         lock.close()
 
 
-def _scratch_beside(folder: Path) -> tuple[Path, _Locked]:
-    """A new hidden folder beside ``folder``, locked while this process lives; what dead ones left there is removed."""
-    with contextlib.closing(_Locked(folder.parent, wait=True)):
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*.partial"):
-            with contextlib.closing(_Locked(left, wait=False)) as lock:
-                if lock.held:
-                    shutil.rmtree(left, ignore_errors=True)
+def _scratch_beside(folder: Path) -> tuple[Path, _FolderLock]:
+    """A new hidden folder beside ``folder``, locked while this process lives; those of dead processes are removed."""
+    with contextlib.closing(_FolderLock(folder.parent, wait=True)):
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-*.partial"):
+            with contextlib.closing(_FolderLock(leftover, wait=False)) as lock:
+                if lock.acquired:
+                    shutil.rmtree(leftover, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent))
-        return scratch, _Locked(scratch, wait=False)
+        return scratch, _FolderLock(scratch, wait=False)
 
 
-class _Locked:
-    """A folder that one process at a time may hold; the system lets go of it when that process ends, however it ends.
+class _FolderLock:
+    """A lock on a folder for one process at a time; the system releases it when that process ends, however it ends.
 
-    ``held`` is false while another one has it, and where the system cannot tell.
+    ``acquired`` is False while another process has the lock, and where the system has no such locks.
     """
 
     def __init__(self, folder: Path, *, wait: bool) -> None:
-        self._descriptor, self.held = -1, False
-        with contextlib.suppress(ImportError, OSError):  # Windows has no such locks, some file systems neither
+        self._descriptor, self.acquired = -1, False
+        with contextlib.suppress(ImportError, OSError):  # missing on Windows and on some file systems
             import fcntl
 
             self._descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            self.held = True
+            self.acquired = True
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
 
-def _foreign(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:
-    """What in a folder forbids that it be replaced."""
+def _obstacles(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:
+    """The names in a folder that forbid replacing it."""
     if not folder.is_dir():
         return [f"a file of that name, {folder.name}"] if folder.exists() else []
     names = sorted(entry.name for entry in folder.iterdir())
@@ -115,7 +120,7 @@ def _umask() -> int:
 
 
 def _swap(scratch: Path, folder: Path) -> None:
-    """Put ``scratch`` in the place of ``folder``; the old content is left at ``scratch``."""
+    """Replace ``folder`` by ``scratch``; the old content stays at ``scratch``."""
     if not folder.exists():
         scratch.rename(folder)
         return
@@ -133,10 +138,10 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class TensorFile:
-    """A safetensors file whose tensors come in any order: their shapes are known, so the header goes first.
+    """A safetensors file whose tensors are written in any order; their shapes must be known, as the header comes first.
 
     The library's own writer needs every tensor at once. Format: eight bytes of header length, the JSON header, the
-    tensors' bytes. Widest dtypes lie first, so that each tensor is aligned. Use it as a context manager.
+    tensors' bytes. Wide dtypes come first, so that each tensor is aligned. Use it as a context manager.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -160,11 +165,11 @@ class TensorFile:
 
     @property
     def order(self) -> list[str]:
-        """The names still missing, in the order of their places in the file."""
+        """The names of the tensors that are not yet written, in file order."""
         return sorted(self._missing, key=lambda name: (-self._missing[name][1].itemsize, name))
 
     def put(self, name: str, value: Tensor) -> None:
-        """Write one tensor to its place; CheckpointError when it is not of the shape and dtype announced."""
+        """Write one tensor to its place; CheckpointError when its shape or dtype is not that of the header."""
         shape, dtype = self._missing[name]
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise CheckpointError(
@@ -181,7 +186,7 @@ class TensorFile:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            assert not self._missing, f"{self._path.name} lacks {list(self._missing)[:3]}"
+            assert not self._missing, f"{self._path.name} lacks tensors: {list(self._missing)[:3]}"
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
@@ -190,7 +195,7 @@ class TensorFile:
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], *, on_tensor: Callable[[LazyTensor], object] | None = None
 ) -> None:
-    """A safetensors file, one tensor in memory at a time; ``on_tensor`` is called after each."""
+    """Write a safetensors file with one tensor in memory at a time; ``on_tensor`` is called after each."""
     with TensorFile(path, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}) as file:
         for name in file.order:
             file.put(name, tensors[name].read())

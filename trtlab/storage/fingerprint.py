@@ -1,4 +1,4 @@
-"""Tells two sets of weights apart by a little of each tensor, so that a folder of any size is checked at once."""
+"""Identifies a set of weights by a few rows of each tensor, so that a large folder is checked quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trtlab.storage.lazy import LazyTensor
 def fingerprint(tensors: Mapping[str, LazyTensor]) -> str:
     """SHA-256, in hexadecimal, over names, dtypes, shapes and three rows of each tensor: first, middle, last.
 
-    It finds other weights, missing files and truncation. It does not find a flipped bit in a row between.
+    It detects other weights, missing files and truncation. It does not detect a flipped bit in any other row.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

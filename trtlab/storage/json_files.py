@@ -1,4 +1,4 @@
-"""Reads a JSON file into a typed model: whatever the file holds, the result is that model or an error that names it."""
+"""Reads a JSON file into a typed model; any file that does not fit is an error that names the file and the key."""
 
 from __future__ import annotations
 
@@ -24,53 +24,53 @@ from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.validation import problems, shorten
 
 LISTED = 8  # problems that an error spells out
-LARGEST = 2**63 - 1  # what a 64-bit integer holds
+LARGEST = 2**63 - 1  # of a 64-bit integer
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON knows no tuples; the items stay strict
+Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has no tuples; the items stay strict
 
 
 class StoredObject(BaseModel):
-    """Base of what one JSON object holds: a bool is no int there, a number no str, and unknown keys are refused."""
+    """Base of the models of a JSON object: types are strict (a bool is not an int) and unknown keys are refused."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
     neutral: ClassVar[Collection[str]] = ()
-    """Keys that pass with any value."""
+    """Unknown keys that are accepted with any value."""
     passes_empty: ClassVar[bool] = False
-    """Whether an unknown key passes when it asks for nothing: null, false, 0, or empty."""
+    """Whether an unknown key is accepted when its value switches nothing on: null, false, 0, or empty."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, raw: object) -> object:
+    def _drop_accepted_keys(cls, raw: object) -> object:
         if not isinstance(raw, dict):
             raise ValueError(f"an object with the keys {', '.join(list(cls.model_fields)[:LISTED])}")
-        return {key: value for key, value in raw.items() if key in cls.model_fields or not cls._passes(key, value)}
+        return {key: value for key, value in raw.items() if key in cls.model_fields or not cls._is_accepted(key, value)}
 
     @classmethod
-    def _passes(cls, key: str, value: object) -> bool:
+    def _is_accepted(cls, key: str, value: object) -> bool:
         return key in cls.neutral or (cls.passes_empty and not value)
 
-    def given(self) -> dict[str, Any]:
-        """The values that the file holds, without the defaults of those that it leaves out."""
+    def stored_values(self) -> dict[str, Any]:
+        """The values in the file, without the defaults of fields that it leaves out."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
 class OpenObject(StoredObject):
-    """Base of what one JSON object holds whose other keys do not matter."""
+    """Base of the models of a JSON object whose unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class ByFields:
-    """Reads a dataclass from the object that ``dataclasses.asdict`` wrote of it: ``Annotated[Row, ByFields()]``.
+    """Reads a dataclass from the JSON object that ``dataclasses.asdict`` gives: ``Annotated[Row, ByFields()]``.
 
     Args:
         allow_inf_nan: Whether numbers may be infinite.
-        **stricter: Fields that the file must have, with their types there, where the dataclass has a default.
+        **stricter: Fields that the file must have though the dataclass has a default, with their types.
     """
 
     def __init__(self, *, allow_inf_nan: bool = False, **stricter: Any) -> None:
@@ -87,7 +87,7 @@ class ByFields:
         base = _WithInfinity if self._allow_inf_nan else StoredObject
         model: type[StoredObject] = create_model(kind.__name__, __base__=base, **fields)
         return core_schema.no_info_after_validator_function(
-            lambda stored: kind(**stored.given()), handler.generate_schema(model)
+            lambda stored: kind(**stored.stored_values()), handler.generate_schema(model)
         )
 
 
@@ -100,7 +100,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _from_json(hint: Any) -> Any:
-    """The type as JSON writes it: a list where a tuple is meant."""
+    """The type as JSON stores it, with a list for a tuple."""
     return Annotated[hint, Field(strict=False)] if typing.get_origin(hint) is tuple else hint
 
 
@@ -108,17 +108,17 @@ S = TypeVar("S", bound=StoredObject)
 
 
 def read_model(path: Path, kind: type[S], *, remedy: str, error: type[TrtlabError] = CheckpointError) -> S:
-    """What a JSON file holds.
+    """Read a JSON file into a model.
 
     Args:
         path: The file.
         kind: The model that it must fit.
-        remedy: What to do about a file that does not.
+        remedy: What to do about a file that does not fit.
         error: The class of error to raise.
 
     Raises:
-        TrtlabError: As ``error``, with the file's name and up to eight problems, each with its key: the file is
-            missing, is no JSON, or holds keys or values that the model does not allow.
+        TrtlabError: Of the class ``error``, with the file's name and up to eight problems, each with its key: the file
+            is missing, is not JSON, or holds keys or values that the model does not allow.
     """
     return parse_model(read_object(path, remedy=remedy, error=error), kind, str(path), remedy=remedy, error=error)
 
@@ -126,7 +126,7 @@ def read_model(path: Path, kind: type[S], *, remedy: str, error: type[TrtlabErro
 def parse_model(
     raw: dict[str, Any], kind: type[S], where: str, *, remedy: str, error: type[TrtlabError] = CheckpointError
 ) -> S:
-    """``read_model`` for an object in memory; ``where`` names it in an error, and is the context of its validators."""
+    """``read_model`` for an object in memory; ``where`` names it in errors and is the context of its validators."""
     try:
         return kind.model_validate(raw, context=where)
     except ValidationError as refusal:
@@ -136,7 +136,7 @@ def parse_model(
 
 
 def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:
-    """A JSON object from a file, not looked into; an error when the file is missing or is no JSON object."""
+    """Read a JSON object from a file without checking its keys; an error when there is no file or no JSON object."""
     if not path.is_file():
         raise error(f"{path} is missing", remedy=remedy)
     try:
@@ -146,12 +146,12 @@ def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = Checkpoin
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not JSON: {cause}", remedy=remedy) from cause
     if not isinstance(value, dict):
-        raise error(f"{path} holds no JSON object", got=type(value).__name__, remedy=remedy)
+        raise error(f"{path} does not hold a JSON object", got=type(value).__name__, remedy=remedy)
     return value
 
 
 class _LargeInteger:
-    """An integer of more than 64 bits, which JSON allows: no model has a field for it, and it passes where none is."""
+    """An integer of more than 64 bits, which JSON allows: it fits no field, and is accepted where a key is ignored."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -166,7 +166,7 @@ def _integer(digits: str) -> int | _LargeInteger:
 
 
 def _lines(refusal: ValidationError, kind: type[StoredObject]) -> list[str]:
-    """A line for each problem; an unknown key with its value, which tells whether it matters."""
+    """A line for each problem; that of an unknown key shows its value, so that a reader can see if it matters."""
     unknown = {
         "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"])[1:]: entry["input"]
         for entry in refusal.errors(include_url=False)

@@ -1,4 +1,4 @@
-"""A tensor that is read when asked for: shape and dtype now, bytes later, only those that are needed."""
+"""Lazy tensors: shape and dtype are known at once, and only the bytes that are used are read, when they are used."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype of a tensor, and how to read it. Each ``read()`` reads anew: nothing is kept."""
+    """Shape and dtype of a tensor, and a function that reads it. Each ``read()`` reads again: nothing is cached."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    parts: tuple[LazyTensor, ...] = ()  # what it is put together from by rows, so that a part reads its own alone
+    parts: tuple[LazyTensor, ...] = ()  # joined by rows; a slice reads only its own parts
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor once read."""
+        """Bytes of the tensor in memory."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
-        """A contiguous part along one dimension; of a stored tensor only its pages are touched."""
+        """A contiguous slice along one dimension; of a stored tensor only the pages of the slice are read."""
         if dim == 0 and self.parts:
             return cat(tuple(_overlapping(self.parts, start, length)))
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return LazyTensor(shape, self.dtype, lambda: self.read().narrow(dim, start, length))
 
     def pad_rows(self, rows: int) -> LazyTensor:
-        """Zero rows appended up to ``rows``."""
+        """The tensor with zero rows appended, ``rows`` in all."""
         if rows == self.shape[0]:
             return self
         shape = (rows, *self.shape[1:])
@@ -67,7 +67,7 @@ class LazyTensor:
         return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """A function of the tensor that keeps its shape and dtype."""
+        """The result of a function that keeps shape and dtype."""
         return LazyTensor(self.shape, self.dtype, lambda: function(self.read()))
 
     def meta(self) -> Tensor:
@@ -75,14 +75,14 @@ class LazyTensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def held(tensor: Tensor) -> LazyTensor:
-    """A tensor that is in memory already; of a trained parameter its values."""
+def in_memory(tensor: Tensor) -> LazyTensor:
+    """A lazy tensor from one in memory; gradients are dropped."""
     values = tensor.detach()
     return LazyTensor(tuple(values.shape), values.dtype, lambda: values)
 
 
 def cat(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
-    """Parts put together along one dimension; a single part is itself."""
+    """Join parts along one dimension; a single part is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -100,7 +100,7 @@ def _overlapping(parts: Sequence[LazyTensor], start: int, length: int) -> Iterat
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors file; the file is mapped at each read and let go after it.
+    """The tensors of one safetensors file; the file is mapped for each read and released after it.
 
     Raises CheckpointError when the file is missing, truncated or holds a dtype that no model weight has.
     """
@@ -120,7 +120,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one ``torch.save`` file, loaded as data alone; it stays mapped, its pages are read when used.
+    """The tensors of one ``torch.save`` file, loaded as data only; it stays mapped, its pages are read when used.
 
     Raises CheckpointError when the file is missing or damaged, or when its pickle would run code.
     """
@@ -143,7 +143,7 @@ Stamp = tuple[int, int, int]
 
 
 def _stamp(path: Path) -> Stamp:
-    """What tells a file from one that took its place: its inode, its size and when it was last written."""
+    """Inode, size and modification time of a file: another file of the same name has another stamp."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -159,14 +159,14 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} is refused: its pickle holds more than tensors, and loading it would run code",
-            remedy="convert it to safetensors where you trust it",
+            remedy="if you trust it, convert it to safetensors",
         ) from error
     except Exception as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
         ) from error
     if not isinstance(loaded, dict) or any(not isinstance(name, str) for name in loaded):
-        raise CheckpointError(f"{path.name} holds no tensors by name", remedy="copy the model's own file again")
+        raise CheckpointError(f"{path.name} does not hold a dict of tensors", remedy="copy the model's own file again")
     return loaded
 
 

@@ -19,7 +19,7 @@ import trtlab.tensorrt.build.plan as plan_module
 from trtlab.config.mapping import Mapping
 from trtlab.errors import ConfigError, EngineError, MissingDependency
 from trtlab.parallel.shard import shard, shared_where_possible
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan, compile_plan, use_timing_cache
 from trtlab.tensorrt.build.plan_check import check_plan
 from trtlab.tensorrt.build.watch import BuildLog, Watch
@@ -65,7 +65,7 @@ def test_a_plan_is_built_for_each_family(small, bounds, weights_of, changes):
 
 def test_a_plan_of_one_rank_of_two_is_built(small, bounds, weights_of):
     mapping, config = Mapping(tp_size=2), small.replace(dtype="float16")
-    whole = {name: held(tensor) for name, tensor in weights_of(config).items()}
+    whole = {name: in_memory(tensor) for name, tensor in weights_of(config).items()}
     lazy = shard(config, mapping, 1, whole, shared_where_possible(config, mapping))
     weights = {name: tensor.read() for name, tensor in lazy.items()}
     assert build_plan(config, bounds, mapping, 1, weights, io.BytesIO()).plan_bytes > 0

@@ -13,7 +13,7 @@ from trtlab.convert.trtllm import rank_shapes
 from trtlab.errors import EngineError, RequestError
 from trtlab.parallel.shard import shard, shared_where_possible
 from trtlab.parallel.step_inputs import Chunk, StepInputs
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
 VARIANTS = {
@@ -102,7 +102,7 @@ def test_ranks_together_equal_one(small, bounds, weights_of, torch_reference, ma
     config = small.replace(attn_bias=True, dense_bias=True)
     weights = weights_of(config)
     layout = shared_where_possible(config, mapping)
-    lazy = {name: held(tensor) for name, tensor in weights.items()}
+    lazy = {name: in_memory(tensor) for name, tensor in weights.items()}
     shards = [
         {name: tensor.read() for name, tensor in shard(config, mapping, rank, lazy, layout).items()}
         for rank in mapping.ranks

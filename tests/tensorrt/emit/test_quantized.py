@@ -14,7 +14,7 @@ from trtlab.errors import EngineError
 from trtlab.model.weights import rank_weights
 from trtlab.ops.quantized_linear import linear
 from trtlab.parallel.step_inputs import Chunk, StepInputs
-from trtlab.storage.lazy import held
+from trtlab.storage.lazy import in_memory
 from trtlab.tensorrt import bindings as names
 from trtlab.tensorrt.bindings import CACHE_DTYPES
 from trtlab.tensorrt.build import plan
@@ -225,7 +225,7 @@ class KeyScaleForValues(TensorRTOps):
 def test_the_scale_of_the_keys_used_for_the_values_is_found(quantized):
     checkpoint = quantized(None, "INT8")
     name = "transformer.layers.0.attention.k_cache_scaling_factor"
-    small = {**checkpoint.tensors, name: held(checkpoint.tensors[name].read() / 8)}  # values by it would saturate
+    small = {**checkpoint.tensors, name: in_memory(checkpoint.tensors[name].read() / 8)}  # values by it would saturate
     checkpoint = dataclasses.replace(checkpoint, tensors=small)
     with checkpoint.build(BUILD, plan=False) as engine:
         honest = engine.compare(checkpoint, [3, 14, 15, 92, 65, 35], steps=1)

@@ -1,4 +1,4 @@
-"""The families that can be converted, by Hugging Face's name of their architecture; one file a family."""
+"""The supported families, by Hugging Face's name of the architecture; one file for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family is: which settings its config has, what is fixed in it, and what its tensors are called."""
+"""Defines a family: the defaults of its config, its fixed settings, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trtlab.model.tensor_specs import tensor_specs
 
 @dataclass(frozen=True)
 class NameTable:
-    """What a source calls the tensors, by TensorRT-LLM's names of the modules that hold them.
+    """A source's names of the modules, by TensorRT-LLM's names.
 
-    ``outside`` are the modules outside the layers, ``layer`` is the prefix of a layer with its number left open, and
-    ``parts`` are a layer's modules: several where TensorRT-LLM has one that is put together from them by rows.
+    ``outside`` has the modules outside the layers. ``layer`` is the prefix of a layer, with ``{}`` for its number.
+    ``parts`` has the modules of a layer: several where TensorRT-LLM joins them by rows into one.
     """
 
     outside: Mapping[str, str]
@@ -25,7 +25,7 @@ class NameTable:
     parts: Mapping[str, tuple[str, ...]]
 
     def sources(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
-        """For each tensor of the model by TensorRT-LLM's name, the source's names in the order of its rows."""
+        """For each tensor, by TensorRT-LLM's name, the source's names in the order of its rows."""
         return {name: self._source(name) for name in tensor_specs(config)}
 
     def _source(self, name: str) -> tuple[str, ...]:
@@ -34,14 +34,14 @@ class NameTable:
             return (f"{self.outside[module]}.{kind}",)
         number, part = place
         parts = self.parts[part.removesuffix(f".{kind}")]
-        return tuple(f"{self.layer.format(number)}.{theirs}.{kind}" for theirs in parts)
+        return tuple(f"{self.layer.format(number)}.{source}.{kind}" for source in parts)
 
     def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that the source must hold, by the source's name."""
         return {
-            theirs: shape
-            for ours, names in self.sources(config).items()
-            for theirs, shape in zip(names, source_shapes(config, ours), strict=True)
+            source: shape
+            for name, sources in self.sources(config).items()
+            for source, shape in zip(sources, source_shapes(config, name), strict=True)
         }
 
 
@@ -49,8 +49,8 @@ class NameTable:
 class Family:
     """One architecture by Hugging Face's name.
 
-    ``defaults`` says what a missing key of config.json means. ``attn_bias`` None leaves it to the config's
-    ``attention_bias``, on the output projection too; ``mlp_bias`` tells whether the config may ask for one.
+    ``defaults`` are the values of keys that config.json leaves out. Where ``attn_bias`` is None, the config's
+    ``attention_bias`` decides, also for the output projection. ``mlp_bias`` is whether the config may have one.
     ``settings`` are the fields of ModelConfig that are fixed for the family, such as its norm.
     """
 
@@ -63,7 +63,7 @@ class Family:
 
 
 def source_shapes(config: ModelConfig, name: str) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the tensors that make up ``name``: three for a fused projection, else one."""
+    """The shapes of the source tensors of ``name``: three for a fused projection, else one."""
     shape, place = tensor_specs(config)[name].shape, split_layer_name(name)
     if place is None or place[1].rpartition(".")[0] != QKV.part:
         return (shape,)

@@ -1,4 +1,4 @@
-"""LLaMA: the names that Hugging Face and Meta give its tensors, and what its config leaves open."""
+"""LLaMA: the names of its tensors in Hugging Face's and Meta's format, and the defaults of its config."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ META_NAMES = NameTable(
         "mlp.proj": ("feed_forward.w2",),
     },
 )
-# What LLaMA's config leaves open; the other families start from it.
+# The values of keys that config.json leaves out; the other families start from them.
 DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,

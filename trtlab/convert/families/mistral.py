@@ -1,4 +1,4 @@
-"""Mistral: LLaMA's tensors, no bias, and a sliding window that its config may leave out."""
+"""Mistral: LLaMA's tensors, no bias, and a sliding window whose size its config may leave out."""
 
 from __future__ import annotations
 
