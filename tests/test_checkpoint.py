@@ -1,4 +1,4 @@
-"""Checkpoints: weights in memory and on disk, TensorRT-LLM's own folders, what does not fit, and how much is held."""
+"""Checkpoints: weights in memory and on disk, TensorRT-LLM's own folders, faulty folders, and the memory they take."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def test_converting_holds_less_than_one_shard_and_one_rank(tmp_path):
 
 
 def write_shards(folder: Path) -> tuple[int, int, int]:
-    """A sharded folder of tens of megabytes a shard, without a model in memory: one layer a file."""
+    """A sharded folder with one layer of tens of megabytes in each file, made without a model in memory."""
     folder.mkdir()
     hidden, inner, layers, vocab = 768, 2048, 8, 8000
     linear = {

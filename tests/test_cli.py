@@ -1,4 +1,4 @@
-"""Each command is one object call: the whole path by commands gives what the objects give."""
+"""Each command makes one object call: the commands give the same results as the objects."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Engines without a plan: built as often as one likes, saved three ways, loaded whole or refused by name."""
+"""Engines without a plan: built repeatedly, saved in three ways, loaded, or refused with the fault named."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_linked_is_copied(engine, tmp_path, monkeypatch):
 
 
 def test_a_link_is_made_only_of_the_weights_that_the_engine_has(random_model, checkpoint, tmp_path):
-    """Another dtype, another split, a shared table: then the checkpoint's file is not the engine's."""
+    """With another dtype, another split or a shared table the engine cannot link the checkpoint's file."""
     for build, mapping in ((BuildConfig(dtype="float16", **BOUNDS), None), (BuildConfig(**BOUNDS), Mapping(tp_size=2))):
         engine = checkpoint.build(build, mapping=mapping, plan=False)
         engine.save(tmp_path / "engine")

@@ -1,4 +1,4 @@
-"""An engine with TensorRT plans: built wherever TensorRT is, saved whole, refused when it does not fit."""
+"""An engine with TensorRT plans: built where TensorRT is installed, saved, and refused when a plan does not fit."""
 
 import hashlib
 import json

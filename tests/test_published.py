@@ -1,4 +1,4 @@
-"""The published V100 table against one line of arithmetic."""
+"""The published V100 table against its prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's code runs, prints what it says, and its links lead somewhere."""
+"""The README's code runs and prints the output shown, and its links are valid."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Problems that pydantic finds, in trtlab's words: the field, what was got, what was expected."""
+"""pydantic's validation errors as trtlab's problems: the field, the value, what was expected."""
 
 from __future__ import annotations
 

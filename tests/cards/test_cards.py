@@ -1,4 +1,4 @@
-"""Every public object shows itself: the same facts as text and as HTML, and nothing that changes from run to run."""
+"""Every public object has a card: the same facts as text and as HTML, and nothing that changes between runs."""
 
 import re
 from html import unescape

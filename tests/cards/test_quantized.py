@@ -1,4 +1,4 @@
-"""What the card of a quantized checkpoint says."""
+"""The card of a quantized checkpoint."""
 
 import pytest
 

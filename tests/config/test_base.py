@@ -1,4 +1,4 @@
-"""Settings take values of their declared types alone, refuse others by name, and show themselves as a table."""
+"""Settings accept only values of their declared types, name a field that they refuse, and show a table."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def test_the_tables_here_know_every_class():
 
 
 def made(kind, /, **values):
-    """Settings with what must be given, and these values."""
+    """Settings with their required fields and these values."""
     return kind(**{**NEEDED[kind], **values})
 
 
 def refusal(kind, /, **values):
-    """The ConfigError that these values bring."""
+    """The text of the ConfigError that these values raise."""
     with pytest.raises(ConfigError) as caught:
         made(kind, **values)
     return str(caught.value)
@@ -177,7 +177,7 @@ ANY = st.one_of(
 
 
 def plain(value):
-    """What a given value is kept as: an equal value of Python's own types."""
+    """The value that is stored for an argument: an equal value of Python's own types."""
     if isinstance(value, (list, tuple)):
         return tuple(plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value

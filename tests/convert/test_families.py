@@ -1,4 +1,4 @@
-"""A family that trtlab does not ship, given as data alone: LayerNorm with bias, ungated MLP, learned positions.
+"""A family that trtlab does not ship, defined only by data: LayerNorm with bias, ungated MLP, learned positions.
 
 Its tensors are those of a transformers OPT under other names, so that OPT's logits are the reference.
 """

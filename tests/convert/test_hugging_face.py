@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read is right, and what is not handled is refused by name before anything runs."""
+"""Hugging Face folders: their tensors are read correctly, and a key that is not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ def test_a_faulty_folder_is_named_with_what_to_do(name, random_model, edited):
 
 
 class Exploit:
-    """What a hostile pickle holds: a call that loading would make."""
+    """The content of a hostile pickle: a call that loading would make."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -451,7 +451,7 @@ ropes = st.fixed_dictionaries(
 
 
 def opens_or_explains(folder: Path) -> None:
-    """Opened, it also runs: a config that is accepted must not fail later."""
+    """A config that is accepted must also run."""
     try:
         checkpoint = Checkpoint.from_hugging_face(folder)
         bounds = BuildConfig(max_seq_len=16, max_input_len=16)

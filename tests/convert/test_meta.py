@@ -1,4 +1,4 @@
-"""Meta's format: the files that a Hugging Face model would have come from convert to the very same ranks."""
+"""Meta's format: a folder converts to the same ranks as the Hugging Face folder of the same model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def meta_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_meta(folder: Path, tensors, *, shards=1, embedding_dim=0, **params) -> Path:
-    """consolidated.*.pth as Meta's model-parallel ranks hold them."""
+    """consolidated.*.pth of Meta's model-parallel ranks."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         mine = {}
@@ -157,7 +157,7 @@ def test_a_reading_of_a_folder_that_was_written_anew_sees_the_new_tensors(random
 
 
 class Exploit:
-    """What a hostile pickle holds: a call that loading would make."""
+    """The content of a hostile pickle: a call that loading would make."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -195,7 +195,7 @@ FAULTS = {
     "a shard holds one tensor": (lambda m: torch.save(torch.ones(3), m / "consolidated.01.pth"), "consolidated.01"),
     "a shard holds numbered tensors": (
         lambda m: torch.save({1: torch.ones(3)}, m / "consolidated.01.pth"),
-        "by name",
+        "a dict of tensors",
     ),
     "a tensor is missing": (lambda m: every(m, lambda t: t.pop("norm.weight")), "missing norm.weight"),
     "a tensor is missing in one shard": (

@@ -1,4 +1,4 @@
-"""Folders and files are replaced whole or not at all: after an error, on a full disk, after a kill."""
+"""Folders and files are replaced completely or not at all: after an error, on a full disk, after a kill."""
 
 from __future__ import annotations
 

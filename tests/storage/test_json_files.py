@@ -1,4 +1,4 @@
-"""Every reader of a JSON file: whatever the file holds, its typed model comes back, or an error that names the key."""
+"""Every reader of a JSON file: the result is its typed model, or an error that names the key."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ REPORT = {"linears": [asdict(ROW)], "caches": [asdict(CacheReport(0, 0.1, 0.2, N
 
 @dataclass(frozen=True)
 class Reader:
-    """A file by its name, one that is valid, and what reads it from a folder."""
+    """A file's name, its valid content, and the function that reads it from a folder."""
 
     file: str
     valid: dict[str, Any]

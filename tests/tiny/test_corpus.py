@@ -64,7 +64,7 @@ def test_answers_to_stories_follow_from_the_text():
 
 
 def retold(text, question):
-    """The answer read off the words of the story alone, by the last sentence that bears on it."""
+    """The answer from the words of the story only: from the last sentence that is about the question."""
     subject = question.removesuffix("?").removesuffix(" have").split()[-1]
     sentences = text[:-1].split(". ")
     if question.startswith("Who has"):

@@ -62,8 +62,8 @@ def test_the_chat_template_gives_the_corpus_form(loaded):
     for question, answer in document.turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     assert loaded.tokenizer.apply_chat_template(messages, tokenize=False) == "<s>" + document.text
-    asked = loaded.tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-    assert asked == "<s>" + document.questions[0].prompt
+    prompt = loaded.tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<s>" + document.questions[0].prompt
 
 
 def test_held_out_documents_are_as_likely_as_training_ones(loaded):

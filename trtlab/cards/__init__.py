@@ -1,4 +1,4 @@
-"""What each object shows of itself; importing this package registers every card."""
+"""The card of each kind of object; importing this package registers all of them."""
 
 from trtlab.cards import (  # noqa: F401 - each registers its cards
     bench,

@@ -1,4 +1,4 @@
-"""The cards of measurements: a sweep, a race against transformers, recipes side by side."""
+"""The cards of measurements: a benchmark, a comparison with transformers, a comparison of recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trtlab.evaluate.quantization import RecipeComparison
 
 @card.register
 def benchmark_card(sweep: Benchmark) -> Card:
-    """A sweep: tokens a second as bars."""
+    """A benchmark: a row for each cell, with tokens a second as bars."""
     best = max((row.tokens_per_sec for row in sweep.rows if row.tokens_per_sec == row.tokens_per_sec), default=1.0)
     rows = tuple(
         (
@@ -28,19 +28,20 @@ def benchmark_card(sweep: Benchmark) -> Card:
 
 @card.register
 def duel_card(duel: Duel) -> Card:
-    """Two ways side by side: the median of each, and the ratio run by run."""
+    """Median speed of trtlab and of transformers, and the median of the ratios of the runs."""
     speeds = [
-        (who, duel.tokens / median(times)) for who, times in (("trtlab", duel.ours_s), ("transformers", duel.theirs_s))
+        (way, duel.tokens / median(times)) for way, times in (("trtlab", duel.ours_s), ("transformers", duel.theirs_s))
     ]
     best = max(speed for _, speed in speeds)
-    rows = tuple((who, f"{speed:,.0f}", bar(speed / best)) for who, speed in speeds)
+    rows = tuple((way, f"{speed:,.0f}", bar(speed / best)) for way, speed in speeds)
     return Card(
         f"{duel.ratio:.2f} times transformers' speed · {duel.what}", tables=(Table(("", " tokens/s", ""), rows),)
     )
 
 
 @card.register
-def comparison_card(comparison: RecipeComparison) -> Card:
+def recipe_comparison_card(comparison: RecipeComparison) -> Card:
+    """A row for each recipe: what it saves and what it costs."""
     rows = tuple(
         (
             row.title,

@@ -1,4 +1,4 @@
-"""The card of a checkpoint: its model, its bytes by kind of tensor, and where its rotary angles come from."""
+"""The card of a checkpoint: its model, its bytes by kind of tensor, its attention and its positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtlab.storage.lazy import LazyTensor
 
 @card.register
 def checkpoint_card(checkpoint: Checkpoint) -> Card:
-    """A checkpoint: its model, its bytes by kind of tensor, and where its rotary angles come from."""
+    """A checkpoint: its model, its bytes by kind of tensor, its attention and its positions."""
     config = checkpoint.config
     part = "" if checkpoint.rank is None else f" · rank {checkpoint.rank} of {checkpoint.mapping.world_size}"
     return Card(
@@ -42,7 +42,7 @@ _LAYER = re.compile(r"transformer\.layers\.(\d+)\.(.+)")
 
 
 def _tensor_table(tensors: Mapping[str, LazyTensor]) -> Table:
-    """Tensors grouped over layers: one row for ``attention.qkv.weight`` of all layers."""
+    """Tensors grouped over layers: a single row for ``attention.qkv.weight`` of all layers."""
 
     def kind(name: str) -> str:
         match = _LAYER.fullmatch(name)

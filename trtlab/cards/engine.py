@@ -1,4 +1,4 @@
-"""The card of an engine: its bounds, its plans, its ranks, and what memory each part will take."""
+"""The card of an engine: its bounds, its plans, its ranks, and the memory of weights and KV cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trtlab.tensorrt.build.plan import PlanRecord
 
 @card.register
 def engine_card(engine: Engine) -> Card:
-    """An engine: its bounds, its ranks, and what memory each part will take."""
+    """An engine: its bounds, its plans, its ranks, and the memory of weights and KV cache."""
     config, build, mapping = engine.config, engine.build_config, engine.mapping
     split = f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size}" if len(mapping.ranks) > 1 else "one rank"
     facts = (
@@ -30,7 +30,7 @@ def engine_card(engine: Engine) -> Card:
 
 
 def _plan_facts(records: tuple[PlanRecord, ...]) -> tuple[tuple[str, str], ...]:
-    """What an engine's card says of its plans."""
+    """The facts about an engine's plans."""
     first = records[0]
     targets = ", ".join(first.targets) or "every GPU that this TensorRT serves"
     activations = ", ".join(f"{size(n)} {profile}" for profile, n in first.activation_bytes.items())

@@ -1,4 +1,4 @@
-"""How an estimate, a table of ops and the published V100 table look. Computes nothing that they do not know."""
+"""The cards of an estimate, a table of ops and the published V100 table. Computes no figure of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_OF_LAYER = "input_layernorm.weight"
 
 @card.register
 def estimate_card(estimate: Estimate) -> Card:
-    """Memory of the largest rank by kind, KV a token, what fits beside the weights, and how fast memory lets it run."""
+    """Memory of the largest rank by kind, KV bytes a token, how many tokens fit, and the limit of the bandwidth."""
     build, rank = estimate.build_config, estimate.largest
     cached = build.max_batch_size * build.seq_len
     facts = [
@@ -67,7 +67,7 @@ def _ranks(estimate: Estimate) -> Table:
 
 
 def _what_fits(estimate: Estimate) -> Table:
-    """From the smallest power of two that holds weights and activations, four memory sizes."""
+    """Tokens that fit in four memory sizes, from the smallest power of two that holds weights and activations."""
     rank, seq_len = estimate.largest, estimate.build_config.seq_len
     smallest = 1 << (rank.weight_bytes + rank.activation_bytes).bit_length()
     rows = []
@@ -93,7 +93,7 @@ def _ceilings(estimate: Estimate) -> Table:
 
 
 def flops(number: float) -> str:
-    """FLOPs in thousands and up: ``13.2 GFLOP``."""
+    """FLOPs with a decimal prefix: ``13.2 GFLOP``."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= limit:
             return f"{number / limit:.3g} {unit}FLOP"
@@ -102,7 +102,7 @@ def flops(number: float) -> str:
 
 @card.register
 def op_table_card(table: OpTable) -> Card:
-    """The ops of one step, with the first layer in full and the others counted."""
+    """The ops of one step: all rows of the first layer, and the number of the other layers."""
     before, layers, after = _by_layer(table.rows)
     rows = [*before, *(layers[0] if layers else ()), *after]
     facts = (
@@ -120,7 +120,7 @@ def op_table_card(table: OpTable) -> Card:
 
 
 def _by_layer(rows: Sequence[OpRow]) -> tuple[Sequence[OpRow], list[Sequence[OpRow]], Sequence[OpRow]]:
-    """Rows before the layers, the rows of each layer, rows after."""
+    """The rows before the layers, the rows of each layer, and the rows after them."""
     starts = [i for i, row in enumerate(rows) if row.weight and row.weight.endswith(FIRST_OF_LAYER)]
     if not starts:
         return rows, [], []
@@ -144,7 +144,7 @@ def _cells(row: OpRow) -> tuple[str, ...]:
 
 @card.register
 def v100_card(table: V100Table) -> Card:
-    """Published speed or OOM in each cell, with the peak that one line of arithmetic predicts."""
+    """Published speed or OOM in each cell, with the predicted peak."""
     facts = (
         ("prediction", "base + batch x (in + out) x KV bytes a token / GPUs"),
         ("a GPU has", f"{table.limit_gib} GiB"),

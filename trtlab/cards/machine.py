@@ -8,7 +8,7 @@ from trtlab.machine import Machine
 
 @card.register
 def machine_card(machine: Machine) -> Card:
-    """What a machine has, and what follows for plans."""
+    """The hardware and libraries of a machine, and whether it builds and runs plans."""
     gpus = tuple(
         (f"GPU {i}", f"{gpu.name}, {size(gpu.memory_bytes)}, compute capability {gpu.compute_capability}")
         for i, gpu in enumerate(machine.gpus)

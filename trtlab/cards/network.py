@@ -1,4 +1,4 @@
-"""The cards of a network that TensorRT compiles: its layers, a table of them, a comparison with torch."""
+"""The cards of a TensorRT network: its layers, a table of them, a comparison with torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LISTED = 12  # rows of a long table that a card spells out
 
 @card.register
 def layer_table_card(table: LayerTable) -> Card:
-    """The mix of layers by kind, then the layers that hold the most weights."""
+    """The number of layers of each kind, and the layers with the most weights."""
     groups = {kind: [row for row in table if row.kind == kind] for kind in table.mix}
     work = {kind: sum(row.flops for row in rows) for kind, rows in groups.items()}
     most_work = max(work.values(), default=0) or 1
@@ -65,8 +65,8 @@ def _tensor(tensor: NetworkTensor) -> tuple[str, str, str]:
 
 
 @card.register
-def comparison_card(comparison: NetworkComparison) -> Card:
-    """What the pattern says, then the differences of the prompt, layer by layer, on a logarithmic bar."""
+def network_comparison_card(comparison: NetworkComparison) -> Card:
+    """The diagnosis, and the differences over the prompt, layer by layer, as logarithmic bars."""
     rows = tuple(_difference(d, comparison.tolerance) for d in _shown(comparison))
     agree = sum(comparison.same_token)
     return Card(
@@ -81,7 +81,7 @@ def comparison_card(comparison: NetworkComparison) -> Card:
 
 
 def _shown(comparison: NetworkComparison) -> list[Difference]:
-    """The end of each layer, and where the difference starts."""
+    """The differences at the end of each layer, and the first one above the tolerance."""
     ends = [d for d in comparison.step(0) if d.name.endswith(("mlp.proj", "lm_head", "vocab_embedding"))]
     start = comparison.start
     return [d for d in comparison.step(0) if d in ends or d == start]

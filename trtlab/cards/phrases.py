@@ -1,4 +1,4 @@
-"""What several cards say in the same words: a model's attention and positions, an engine's bounds."""
+"""Phrases that several cards share: a model's attention and positions, an engine's bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def attention_phrase(config: ModelConfig) -> str:
 
 
 def position_phrase(config: ModelConfig) -> str:
-    """The longest text, and how positions become angles."""
+    """The longest text, and the settings of the rotary embedding."""
     scaling = config.rotary_scaling
     how = f", {scaling.kind} scaling x{scaling.factor:g}" if scaling else ""
     window = f", sliding window {config.sliding_window:,}" if config.sliding_window else ""

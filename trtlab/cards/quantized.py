@@ -1,4 +1,4 @@
-"""The cards of a quantized checkpoint and of its report: what was quantized, what it saves, where it hurts most."""
+"""The cards of a quantized checkpoint and of its report: what is quantized, what it saves, the largest errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_NOISE = 5  # linears with the lowest signal-to-noise ratio
 
 @card.register
 def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
-    """Algorithms, bytes before and after, the linears with the most noise."""
+    """Algorithms, bytes before and after, and the linears with the lowest signal-to-noise ratio."""
     config, quant, report = checkpoint.config, checkpoint.config.quantization, checkpoint.report
     plain = config.replace(quantization=QuantConfig())
     before = _nbytes(tensor_specs(plain).values(), plain.torch_dtype.itemsize)
@@ -80,6 +80,7 @@ def _worst(report: QuantizationReport) -> Table:
 
 @card.register
 def report_card(report: QuantizationReport) -> Card:
+    """Algorithms, bytes saved, the linears with the lowest signal-to-noise ratio, and the scales of the cache."""
     quant = report.config
     cache = f"{quant.kv_cache_quant_algo}, {quant.kv_cache_scales}" if quant.kv_cache_quant_algo else "as it was"
     facts = [("weights", quant.quant_algo or "as they were"), ("KV cache", cache)]
@@ -130,7 +131,7 @@ def _kv_table(report: QuantizationReport) -> Table:
 
 
 def _kv_caption(report: QuantizationReport) -> str:
-    """What the columns of bits mean under the report's scales; of the merged one, why it is the worst."""
+    """What the columns of bits mean; for merged scales also why they use the fewest bits."""
     used = [row.v_bits for row in report.caches if row.v_bits is not None]
     if not used:
         return "KV cache"

@@ -1,4 +1,4 @@
-"""How a session's runtime shows itself: the pool and its bounds, the blocks and whose they are, steps and requests."""
+"""The cards of a session's runtime: the KV pool and its bounds, the blocks and their requests, the steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trtlab.runtime.pool_size import PoolSize
 
 SIGNS = {"used": "█", "shared": "▓", "cached": "░", "free": "·"}
 LINE = 64  # blocks in a line of the map
-DRAWN = 512  # of a larger pool the map shows the beginning
-LISTED = 12  # steps and requests
+DRAWN = 512  # blocks in the map; of a larger pool it shows the first
+LISTED = 12  # steps or requests in a table
 
 
 @card.register
 def pool_card(pool: PoolSize) -> Card:
-    """The size of the pool, every bound that was considered, and the one that won."""
+    """The size of the pool, every bound, and the bound that decided."""
     memory = "K and V lie in blocks" if pool.paged else "K and V lie in one slot a request; blocks only count"
     facts = [
         ("holds", f"{pool.max_tokens:,} tokens in {pool.num_blocks:,} blocks of {pool.tokens_per_block}"),
@@ -42,7 +42,7 @@ def _bounds(pool: PoolSize) -> Table:
 
 @card.register
 def kv_cache_card(cache: KvCache) -> Card:
-    """The blocks at this moment: how many, whose, shared, cached, how full."""
+    """The current blocks: their number, their requests, and how many are shared, cached and full."""
     pool = cache.pool
     free = cache.free
     facts = (
@@ -64,13 +64,14 @@ def kv_cache_card(cache: KvCache) -> Card:
 def _reuse(cache: KvCache) -> str:
     if not cache.reuse_enabled:
         return "off" if cache.pool.paged else "none on this backend: a slot belongs to one request"
-    told = f"{cache.reused_tokens:,} of {cache.prompt_tokens:,} tokens were found here"
+    phrase = f"{cache.reused_tokens:,} of {cache.prompt_tokens:,} tokens were found here"
     if cache.evicted:
-        told += f", {cache.evicted:,} blocks evicted"
+        phrase += f", {cache.evicted:,} blocks evicted"
     if cache.short_prompts:
         prompts = "1 prompt was" if cache.short_prompts == 1 else f"{cache.short_prompts:,} prompts were"
-        told += f"; {prompts} no longer than a block of {cache.pool.tokens_per_block}, and only whole blocks are shared"
-    return told
+        size_of_block = cache.pool.tokens_per_block
+        phrase += f"; {prompts} no longer than a block of {size_of_block}, and only whole blocks are shared"
+    return phrase
 
 
 def _chains(cache: KvCache) -> Table:
@@ -85,7 +86,7 @@ def _chains(cache: KvCache) -> Table:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """``0-3, 7``: neighbours as a run."""
+    """Numbers with runs of neighbours shortened: ``0-3, 7``."""
     runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     names = [f"{run[0][1]}" if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
     return ", ".join(names if len(names) <= LISTED else [*names[: LISTED - 1], "..."])
@@ -103,7 +104,7 @@ def _map(blocks: Sequence[Block], total: int) -> Table:
 
 @card.register
 def event_log_card(log: EventLog) -> Card:
-    """The last steps in which requests came or went: tokens computed, who, what the pool looked like."""
+    """The last steps in which requests joined or ended: tokens, requests and the use of the pool."""
     eventful = [event for event in log if _what(event)]
     rows = tuple(
         (
@@ -131,13 +132,13 @@ def event_log_card(log: EventLog) -> Card:
 
 
 def _what(event: StepEvent) -> str:
-    told = [
+    phrases = [
         f"{a.request} joined" + (f" with {a.reused_tokens} tokens from the cache" if a.reused_tokens else "")
         for a in event.admitted
     ]
-    told += [f"{number} interrupted" for number in event.preempted]
-    told += [f"{finish.request} {ENDS[finish.reason]}" for finish in event.finished]
-    return ", ".join(told)
+    phrases += [f"{number} interrupted" for number in event.preempted]
+    phrases += [f"{finish.request} {ENDS[finish.reason]}" for finish in event.finished]
+    return ", ".join(phrases)
 
 
 ENDS = {
@@ -151,7 +152,7 @@ ENDS = {
 
 @card.register
 def step_event_card(event: StepEvent) -> Card:
-    """One step: every request's share."""
+    """One step: the work of every request."""
     rows = tuple(
         (
             f"request {w.request}",
@@ -166,7 +167,7 @@ def step_event_card(event: StepEvent) -> Card:
         (
             ("happened", _what(event) or "nothing new"),
             ("blocks", f"{event.used} in use, {event.cached} cached, {event.free} free"),
-            ("waiting", ", ".join(map(str, event.waiting)) or "nobody"),
+            ("waiting", ", ".join(map(str, event.waiting)) or "none"),
         ),
         (Table(("work", " cached before", " computed", "gave"), rows),),
     )

@@ -11,7 +11,7 @@ from trtlab.session.session import Session
 
 @card.register
 def session_card(session: Session) -> Card:
-    """A session: where it runs and why, and what it is busy with."""
+    """A session: its backend and why, its bounds, its pool, and the number of its requests."""
     build = session.engine.build_config
     return Card(
         f"Session · {session.engine.config.architecture}{' · closed' if session.closed else ''}",
@@ -32,7 +32,7 @@ def _pool(pool: PoolSize) -> str:
 
 @card.register
 def request_card(request: Request) -> Card:
-    """A request: where it stands."""
+    """A request: its status and its tokens so far."""
     facts = [
         ("tokens", f"{len(request.prompt_token_ids)} in, {len(request.token_ids)} out so far"),
         ("from the cache", f"{request.reused_tokens} tokens" if request.reused_tokens else ""),
@@ -47,7 +47,7 @@ def request_card(request: Request) -> Card:
 
 @card.register
 def completion_card(completion: Completion) -> Card:
-    """An answer: its text, and why it ended."""
+    """An answer: its text, its tokens and why it ended."""
     ended = {
         "stop": "at its end",
         "length": "at max_new_tokens",

@@ -105,7 +105,9 @@ class _Scaling(StoredScaling):
         fields = self.stored_values()
         kind = fields.pop("rope_type", None) or fields.pop("type", None)
         if kind is None or "type" in fields:
-            raise CheckpointError("rotary_scaling must have one rope_type", got=fields)
+            raise CheckpointError(
+                "rotary_scaling is not valid", got=self.stored_values(), expected="a single rope_type"
+            )
         return RotaryScaling(kind=kind, **fields)
 
 

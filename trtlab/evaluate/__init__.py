@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, answers to questions, and what quantization costs of both."""
+"""Measures a model: perplexity, exact answers to questions, and what quantization costs in both."""
 
 from trtlab.evaluate.perplexity import accuracy, divergence, perplexity
 from trtlab.evaluate.quantization import RecipeComparison, compare_recipes

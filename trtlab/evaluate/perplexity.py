@@ -1,4 +1,4 @@
-"""Perplexity of texts, distance from another model, and the share of questions answered exactly."""
+"""Perplexity of texts, divergence from another model, and the share of questions answered exactly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trtlab.config.sampling import SamplingParams
 from trtlab.errors import RequestError
 from trtlab.session.session import Session
 
-SPARE_TOKENS = 8  # beyond the longest expected answer
+SPARE_TOKENS = 8  # after the longest expected answer
 Model = Session | Checkpoint
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
 
-class Asked(Protocol):
+class Question(Protocol):
     """A prompt that ends where the answer begins, and the exact answer."""
 
     @property
@@ -32,27 +32,27 @@ class Asked(Protocol):
 
 
 def perplexity(model: Model, texts: Texts) -> float:
-    """exp of the mean loss of every token but each text's first; texts are read on their own.
+    """exp of the mean loss of all tokens except the first of each text; each text is read alone.
 
-    A checkpoint is run in torch. Raises RequestError for texts of which none has two tokens.
+    A checkpoint is run in torch. Raises RequestError when no text has two tokens.
     """
-    with opened(model) as session:
-        rows = encoded(session, texts)
+    with open_model(model) as session:
+        rows = token_rows(session, texts)
         return perplexity_of(rows, map(session.logits, rows))
 
 
 def divergence(model: Model, reference: Model, texts: Texts) -> float:
     """Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats a token.
 
-    It sees every changed probability, where perplexity lets errors of either sign cancel.
+    It measures every changed probability; in perplexity errors of opposite sign cancel.
     """
-    with opened(model) as session, opened(reference) as original:
-        rows = encoded(session, texts)
+    with open_model(model) as session, open_model(reference) as original:
+        rows = token_rows(session, texts)
         return divergence_of(map(session.logits, rows), map(original.logits, rows))
 
 
 def perplexity_of(rows: Sequence[list[int]], logits: Iterable[Tensor]) -> float:
-    """``perplexity`` of token ids from the logits that follow each of their tokens ``[tokens, vocab]``."""
+    """``perplexity`` from token ids and the logits after each token, ``[tokens, vocab]`` for each text."""
     total, tokens = 0.0, 0
     for ids, after in zip(rows, logits, strict=True):
         total += F.cross_entropy(after[:-1], torch.tensor(ids[1:]), reduction="sum").item()
@@ -61,7 +61,7 @@ def perplexity_of(rows: Sequence[list[int]], logits: Iterable[Tensor]) -> float:
 
 
 def divergence_of(logits: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
-    """``divergence`` from both models' logits, text by text ``[tokens, vocab]``."""
+    """``divergence`` from the logits of both models, ``[tokens, vocab]`` for each text."""
     total, tokens = 0.0, 0
     for got, expected in zip(logits, reference, strict=True):
         pair = got.log_softmax(-1), expected.log_softmax(-1)
@@ -70,14 +70,14 @@ def divergence_of(logits: Iterable[Tensor], reference: Iterable[Tensor]) -> floa
     return total / tokens
 
 
-def accuracy(model: Model, questions: Sequence[Asked], max_new_tokens: int | None = None) -> float:
-    """The share of questions whose greedy answer is exactly the expected text, without surrounding blanks.
+def accuracy(model: Model, questions: Sequence[Question], max_new_tokens: int | None = None) -> float:
+    """The share of questions whose greedy answer is exactly the expected text, surrounding blanks ignored.
 
-    ``max_new_tokens=None`` leaves room for the longest expected answer, and for a few tokens that would be wrong.
+    ``max_new_tokens=None`` allows the length of the longest expected answer and a few tokens more.
     """
     if not questions:
         raise RequestError("there are no questions", remedy="trtlab.tiny.corpus.questions() makes some")
-    with opened(model) as session:
+    with open_model(model) as session:
         if max_new_tokens is None:
             max_new_tokens = SPARE_TOKENS + max(len(session.encode(question.answer)) for question in questions)
         answers = session.generate([q.prompt for q in questions], SamplingParams(max_new_tokens=max_new_tokens))
@@ -86,8 +86,8 @@ def accuracy(model: Model, questions: Sequence[Asked], max_new_tokens: int | Non
 
 
 @contextlib.contextmanager
-def opened(model: Model) -> Iterator[Session]:
-    """A session as it is, or one in torch on a checkpoint, closed afterwards."""
+def open_model(model: Model) -> Iterator[Session]:
+    """The session itself, or for a checkpoint a session in torch that is closed afterwards."""
     if isinstance(model, Session):
         yield model
         return
@@ -95,12 +95,12 @@ def opened(model: Model) -> Iterator[Session]:
         yield session
 
 
-def encoded(session: Session, texts: Texts) -> list[list[int]]:
-    """The token ids of each text; RequestError when none has two, which is the least that can be compared."""
+def token_rows(session: Session, texts: Texts) -> list[list[int]]:
+    """The token ids of each text with two or more tokens; RequestError when there is none."""
     if isinstance(texts, str):
-        raise RequestError("one string was given", expected="a list of texts")
+        raise RequestError("expected a list of texts, got a str", remedy="put the text into a list")
     rows = [session.encode(text) if isinstance(text, str) else list(text) for text in texts]
-    kept = [row for row in rows if len(row) > 1]
-    if not kept:
-        raise RequestError("no text has two tokens to compare", remedy="give longer texts")
-    return kept
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise RequestError("no text has two tokens", remedy="give longer texts")
+    return rows

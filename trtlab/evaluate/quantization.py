@@ -1,4 +1,4 @@
-"""One row a recipe: what it saves and what it costs, measured on the reader's own texts and questions."""
+"""Compares recipes: what each saves and what it costs, measured on the user's own texts and questions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from torch import Tensor
 from trtlab.card import Shown
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
 from trtlab.config.quant import QuantConfig
-from trtlab.evaluate.perplexity import Asked, Texts, accuracy, divergence_of, encoded, opened, perplexity_of
+from trtlab.evaluate.perplexity import (
+    Question,
+    Texts,
+    accuracy,
+    divergence_of,
+    open_model,
+    perplexity_of,
+    token_rows,
+)
 from trtlab.session.session import Session
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One recipe; the first row of a comparison is the model as it was, with no recipe."""
+class RecipeRow:
+    """The measurements of one recipe; the first row of a comparison is the original model, without a recipe."""
 
     title: str
     quant: QuantConfig | None
@@ -32,9 +40,9 @@ class Measured:
 
 @dataclass(frozen=True, repr=False)
 class RecipeComparison(Shown):
-    """Recipes side by side, in the order given."""
+    """The rows of the original model and of each recipe, in the order of the arguments."""
 
-    rows: tuple[Measured, ...]
+    rows: tuple[RecipeRow, ...]
 
 
 def compare_recipes(
@@ -43,35 +51,43 @@ def compare_recipes(
     *,
     calibration: Texts,
     texts: Texts,
-    questions: Sequence[Asked],
+    questions: Sequence[Question],
 ) -> RecipeComparison:
-    """Quantize by every recipe and measure each against the original, all in torch."""
-    with opened(checkpoint) as original:
-        ids = encoded(original, texts)
+    """Quantize by every recipe and compare each result with the original, all in torch.
+
+    Args:
+        checkpoint: The original model.
+        recipes: The settings to compare.
+        calibration: Texts for the recipes that read them.
+        texts: Texts for perplexity and divergence.
+        questions: Prompts with their exact answers, for accuracy.
+    """
+    with open_model(checkpoint) as original:
+        ids = token_rows(original, texts)
         expected = [original.logits(row) for row in ids]
-        rows = [_measured("as it was", None, checkpoint, original, ids, expected, questions)]
+        rows = [_measure("as it was", None, checkpoint, original, ids, expected, questions)]
     for quant in recipes:
         with contextlib.redirect_stdout(io.StringIO()):  # the predicted peak, a line for each recipe
-            made = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
-        with opened(made) as session:
-            rows.append(_measured(recipe_title(quant), quant, made, session, ids, expected, questions))
+            quantized = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
+        with open_model(quantized) as session:
+            rows.append(_measure(recipe_title(quant), quant, quantized, session, ids, expected, questions))
     return RecipeComparison(tuple(rows))
 
 
-def _measured(
+def _measure(
     title: str,
     quant: QuantConfig | None,
     model: Checkpoint,
     session: Session,
     ids: Sequence[list[int]],
     expected: Sequence[Tensor],
-    questions: Sequence[Asked],
-) -> Measured:
-    """One row; ``expected`` are the original's logits after each token of ``ids``."""
+    questions: Sequence[Question],
+) -> RecipeRow:
+    """The row of one model; ``expected`` are the original's logits after each token of ``ids``."""
     report = model.report if isinstance(model, QuantizedCheckpoint) else None
     worst = report.worst(1) if report is not None else ()
     logits = [session.logits(row) for row in ids]
-    return Measured(
+    return RecipeRow(
         title,
         quant,
         model.nbytes,
@@ -84,7 +100,7 @@ def _measured(
 
 
 def recipe_title(quant: QuantConfig) -> str:
-    """``W8A16 · INT8 KV split`` and the like."""
+    """A recipe in short, such as ``W8A16 · INT8 KV split``."""
     weights: str = quant.quant_algo or ""
     if quant.algorithm is not None and quant.algorithm.grouped:
         weights += f" g{quant.group_size}"

@@ -1,4 +1,4 @@
-"""The small LLaMA that ships with trtlab: where it lies and prompts that show what it knows."""
+"""The small LLaMA that ships with trtlab: its folder, and prompts that show what it knows."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.integer[Any]]
 
 LENGTHS = (256, 1024, 8192)
 HAYSTACK, TEXT, ANSWER = 1, 4, 16  # relative weights in the loss
-# (until this part of the training, share of steps at each of LENGTHS): short first, long later
+# (end of the phase as a share of the training, share of its steps at each of LENGTHS): short first, long later
 CURRICULUM = (
     (0.25, (0.8, 0.2, 0.0)),
     (0.50, (0.5, 0.3, 0.2)),
@@ -26,14 +26,14 @@ CURRICULUM = (
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rows: ``tokens`` uint16 [rows, length + 1], ``weights`` uint8 of the same shape."""
+    """The rows of one step: ``tokens`` uint16 [rows, length + 1], ``weights`` uint8 of the same shape."""
 
     tokens: Array
     weights: Array
 
 
 class Batches:
-    """Makes any step's batch from (seed, step) alone, so that workers can make them in any order."""
+    """Makes the batch of any step from (seed, step) only, so that workers can make them in any order."""
 
     def __init__(
         self, tokenizer_file: str, seed: int, steps: int, tokens: int, lengths: tuple[int, ...] = LENGTHS
@@ -55,22 +55,22 @@ class Batches:
         weights = np.zeros((rows, length + 1), dtype=np.uint8)
         stream = self._stream(Dice(self.seed, 6, step).below(2**53))
         for row in range(rows):
-            at = 0
+            start = 0
             if length != self.lengths[0] and dice.chance(0.5):
-                at = self._place(tokens, weights, row, at, *self._passkey(dice, length))
+                start = self._place(tokens, weights, row, start, *self._passkey(dice, length))
             while True:
                 ids, marks = next(stream)
-                if at + len(ids) > length + 1:
+                if start + len(ids) > length + 1:
                     break
-                at = self._place(tokens, weights, row, at, ids, marks)
+                start = self._place(tokens, weights, row, start, ids, marks)
         return Batch(tokens, weights)
 
     @staticmethod
-    def _place(tokens: Array, weights: Array, row: int, at: int, ids: Array, marks: Array) -> int:
-        tokens[row, at : at + len(ids)] = ids
-        weights[row, at : at + len(ids)] = marks
-        weights[row, at] = 0  # a document's first token does not follow from the document before it
-        return at + len(ids)
+    def _place(tokens: Array, weights: Array, row: int, start: int, ids: Array, marks: Array) -> int:
+        tokens[row, start : start + len(ids)] = ids
+        weights[row, start : start + len(ids)] = marks
+        weights[row, start] = 0  # a document's first token does not follow from the document before it
+        return start + len(ids)
 
     def _stream(self, seed: int) -> Any:
         source = documents(seed)
@@ -81,7 +81,7 @@ class Batches:
                 yield self._weighed(document, encoding.ids)
 
     def _passkey(self, dice: Dice, length: int) -> tuple[Array, Array]:
-        """A passkey document of a length drawn up to ``length``, often filling it."""
+        """A passkey document of a random length up to ``length``, which it often fills."""
         target = length if dice.chance(0.3) else length // 16 + dice.below(length - length // 16)
         lines = max(0, int((target - 100) / (self.line_tokens - 1.5)))
         while True:
@@ -98,10 +98,10 @@ class Batches:
         ends = np.flatnonzero(tokens == EOS_ID) + 1
         for start in starts:
             marks[start : ends[np.searchsorted(ends, start)]] = ANSWER
-        assert tokens[0] == BOS_ID, tokens[:3]
+        assert tokens[0] == BOS_ID, f"a document starts with {tokens[:3]}, not with BOS"
         return tokens, marks
 
     def _single(self, text: str) -> int:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        assert len(ids) == 1, (text, ids)
+        assert len(ids) == 1, f"{text!r} is {len(ids)} tokens, not one"
         return int(ids[0])

@@ -1,9 +1,9 @@
 """The endless corpus: documents, questions with checkable answers, and passkeys, from a seed. Knows text, not tokens.
 
-Held out, and never in the "train" split, are: the one story in eight whose text has a CRC-32 divisible by eight and
-likewise one in eight sequences of questions about the fixed world; one in four phrasings of each such question, another
-one for each person; and the passkeys whose digits sum to a multiple of ten. Otherwise the splits are drawn alike; only
-the "train" split has biographies and single facts, of which there are too few to keep any back.
+The "held_out" split has, and the "train" split never has: stories whose text has a CRC-32 divisible by eight, and
+sequences of questions about the fixed world with such a CRC-32; one in four phrasings of each question about the world,
+a different one for each person; and passkeys whose digits sum to a multiple of ten. In all else the splits are drawn in
+the same way. Biographies and single facts are in the "train" split only: there are too few to hold some out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Document:
 
     @property
     def questions(self) -> list[Question]:
-        """Each turn asked on its own, straight after the opening."""
+        """Each turn as a question of its own, directly after the opening."""
         return [Question(self.kind, f"{self._prefix}Question: {q}\nAnswer:", answer) for q, answer in self.turns]
 
     @property
@@ -86,7 +86,7 @@ def documents(seed: int, split: Split = "train") -> Iterator[Document]:
 
 
 def questions(split: Split = "held_out", count: int = 500, seed: int = 0) -> list[Question]:
-    """``count`` questions, half about stories just told and half about the fixed world (all different).
+    """``count`` questions, half about stories in their prompts and half about the fixed world (all different).
 
     Raises ``TrtlabError`` if there are not enough questions about the world.
     """
@@ -132,12 +132,12 @@ def passkey_of_length(
 
 
 def is_held_out_key(key: str) -> bool:
-    """Whether a key's digits sum to a multiple of ten; among these each digit is still exactly uniform."""
+    """Whether a key's digits sum to a multiple of ten; each digit of such keys is still exactly uniform."""
     return sum(int(digit) for digit in key) % 10 == 0
 
 
 def is_held_out_text(text: str) -> bool:
-    """Whether a story, or a sequence of questions about the world, is kept from training."""
+    """Whether a story, or a sequence of questions about the world, is held out from training."""
     return zlib.crc32(text.encode()) % 8 == 0
 
 
@@ -151,9 +151,9 @@ def _story(dice: Dice, split: Split, asked: int | None = None) -> Document:
     text, pairs = tell(dice)
     while is_held_out_text(text) != (split == "held_out"):
         text, pairs = tell(dice)
-    wanted = asked if asked is not None else dice.weighted(((1.5, 0), (5.0, 1), (2.0, 2), (1.0, 3)))
+    count = asked if asked is not None else dice.weighted(((1.5, 0), (5.0, 1), (2.0, 2), (1.0, 3)))
     turns: list[tuple[str, str]] = []
-    while len(turns) < min(wanted, len(pairs)):
+    while len(turns) < min(count, len(pairs)):
         pair = pairs[0] if asked is None and dice.chance(0.4) else dice.pick(pairs)
         if pair not in turns:
             turns.append(pair)

@@ -38,7 +38,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Outliers:
-    """One norm's output: the largest channel's max|x| over the median channel's, and which channels lead."""
+    """The output of one norm: max|x| of its largest channel over that of the median channel, and the large channels."""
 
     name: str
     ratio: float
@@ -56,7 +56,7 @@ def load(folder: Path | None = None, device: str = "cpu") -> Loaded:
 
 
 def perplexity(loaded: Loaded, split: Split = "held_out", count: int = 400, seed: int = 1) -> float:
-    """exp of the mean loss of every token but BOS over ``count`` documents, each read on its own."""
+    """exp of the mean loss of all tokens except BOS over ``count`` documents, each read alone."""
     import torch
 
     total, tokens = 0.0, 0
@@ -106,12 +106,12 @@ def outliers(loaded: Loaded, count: int = 64, seed: int = 1) -> list[Outliers]:
             loaded.model(input_ids=torch.tensor([loaded.tokenizer(document.text).input_ids], device=loaded.device))
     for handle in handles:
         handle.remove()
-    found = []
+    results = []
     for name, peak in peaks.items():
         ratios = peak / peak.median()
         leading = tuple(int(channel) for channel in ratios.argsort(descending=True) if ratios[channel] >= 8)
-        found.append(Outliers(name.removeprefix("model."), float(ratios.max()), leading))
-    return found
+        results.append(Outliers(name.removeprefix("model."), float(ratios.max()), leading))
+    return results
 
 
 def margins(loaded: Loaded, prompt: str, max_new_tokens: int = 64) -> list[float]:
@@ -141,10 +141,10 @@ def _report_perplexity(loaded: Loaded, full: bool) -> None:
 
 
 def _report_questions(loaded: Loaded, full: bool) -> None:
-    asked = questions("held_out", 600 if full else 100)
-    wrong = exact_match(loaded, asked)
+    listed = questions("held_out", 600 if full else 100)
+    wrong = exact_match(loaded, listed)
     for kind in ("world", "story"):
-        total = sum(question.kind == kind for question in asked)
+        total = sum(question.kind == kind for question in listed)
         missed = sum(question.kind == kind for question in wrong)
         print(f"exact match {kind} {total - missed}/{total}", flush=True)
     for question in wrong[:5]:
@@ -152,10 +152,10 @@ def _report_questions(loaded: Loaded, full: bool) -> None:
 
 
 def _report_outliers(loaded: Loaded, full: bool) -> None:
-    found = outliers(loaded, 256 if full else 32)
-    for norm in found:
+    norms = outliers(loaded, 256 if full else 32)
+    for norm in norms:
         print(f"outlier ratio {norm.ratio:5.1f} {norm.name}, channels from 8x on: {norm.channels}")
-    print(f"outlier ratio, the smallest of {len(found)} norms: {min(norm.ratio for norm in found):.1f}", flush=True)
+    print(f"outlier ratio, the smallest of {len(norms)} norms: {min(norm.ratio for norm in norms):.1f}", flush=True)
 
 
 def _report_margins(loaded: Loaded, full: bool) -> None:
@@ -170,8 +170,8 @@ def _report_passkeys(loaded: Loaded, full: bool) -> None:
     for length in LENGTHS if full else LENGTHS[:3]:
         cells = []
         for place, depth in enumerate(DEPTHS):
-            found = sum(passkey_found(loaded, length, depth, length * 100 + place * 4 + key) for key in keys)
-            cells.append(f"{found}/{len(keys)}")
+            hits = sum(passkey_found(loaded, length, depth, length * 100 + place * 4 + key) for key in keys)
+            cells.append(f"{hits}/{len(keys)}")
         print(f"passkey {length:5d} tokens, depth 0 to 1: {' '.join(cells)}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face LLaMA in Meta's format, so that a notebook can open both forms of one model."""
+"""Writes a Hugging Face LLaMA in Meta's format, so that a notebook can open one model in both formats."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from trtlab.storage.lazy import open_safetensors
 
 
 def write_meta_ckpt(model_dir: Path, ckpt_dir: Path, shards: int = 1) -> Path:
-    """params.json and ``shards`` files consolidated.*.pth from a LLaMA in one model.safetensors; gives the folder.
+    """Write params.json and ``shards`` files consolidated.*.pth of a LLaMA in model.safetensors; returns the folder.
 
-    The inverse of what ``Checkpoint.from_meta_ckpt`` does: rows of q and k return to neighbouring pairs, other
-    weights are cut by rows, row-parallel ones by columns, the embedding by columns, as in Meta's Llama 1 and 2.
+    The inverse of ``Checkpoint.from_meta_ckpt``: rows of q and k return to neighbouring pairs. Shards are cut by rows,
+    row-parallel weights and the embedding by columns, as in Meta's Llama 1 and 2.
     """
     config, _ = read_hugging_face(model_dir)
-    found = open_safetensors(model_dir / "model.safetensors")
-    ours, theirs = NAMES.sources(config), META_NAMES.sources(config)
-    names = {hf: meta for name in ours for hf, meta in zip(ours[name], theirs[name], strict=True)}
-    whole = {meta: _to_meta_rows(meta, found[hf].read(), config) for hf, meta in names.items()}
+    tensors = open_safetensors(model_dir / "model.safetensors")
+    hf_names, meta_names = NAMES.sources(config), META_NAMES.sources(config)
+    names = {hf: meta for name in hf_names for hf, meta in zip(hf_names[name], meta_names[name], strict=True)}
+    whole = {meta: _to_meta_rows(meta, tensors[hf].read(), config) for hf, meta in names.items()}
     ckpt_dir.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         part = {name: _part(name, tensor, shard, shards) for name, tensor in whole.items()}

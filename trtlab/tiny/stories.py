@@ -1,4 +1,4 @@
-"""Short stories told from a simulated state, and questions whose answers that state gives. Knows no tokens."""
+"""Short stories from a simulated state, and questions with answers from that state. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CLOSINGS = (
     (3.0, "In the end everyone was tired and happy."),
     (1.0, "That was a good day."),
 )
-_LENGTHS = ((0.12, 3), (0.12, 4), (0.60, 5), (0.13, 6), (0.03, 7))  # so that going on or ending is seldom a coin toss
+_LENGTHS = ((0.12, 3), (0.12, 4), (0.60, 5), (0.13, 6), (0.03, 7))  # mostly five: a story rarely ends by surprise
 
 
 def tell(dice: Dice) -> tuple[str, list[tuple[str, str]]]:
-    """A story and every (question, answer) that its final state supports; the first is the most natural to ask."""
+    """A story and every (question, answer) that follows from its final state, the most natural question first."""
     world = _World(dice)
     sentences = [world.open()]
     for _ in range(dice.weighted(_LENGTHS)):
@@ -37,7 +37,7 @@ def quantity(count: int, fruit: str) -> str:
 
 @dataclass
 class _World:
-    """What is true so far in one story: where people are, what they carry, what lies about."""
+    """The state of one story: where people are, what they hold, and where objects are."""
 
     dice: Dice
     cast: list[Resident] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _World:
         return self.dice.weighted(((8.0, self._give), (3.5, self._go), (1.5, self._count), (1.5, self._leave)))(actor)
 
     def questions(self) -> list[tuple[str, str]]:
-        """Every question that the state can answer, those about who holds what first."""
+        """Every question that the state can answer; those about the holders of objects come first."""
         holding = [(f"Who has the {thing}?", f"{who} has the {thing}.") for who, thing in self.holds.items()]
         having = [(f"What does {who} have?", f"{who} has the {thing}.") for who, thing in self.holds.items()]
         lying = [(f"Where is the {thing}?", f"The {thing} is at the {place}.") for thing, place in self.lies.items()]
@@ -138,7 +138,7 @@ class _World:
         return self.dice.pick([person for person in residents() if person not in cast])
 
     def _thing(self, things: Sequence[str], usual: Sequence[str], without: Sequence[str]) -> str:
-        """Half the time the first usual thing that is free, else any that is free."""
+        """With probability one half the first usual thing that is free, else any free thing."""
         free = [thing for thing in usual if thing not in without]
         if free and self.dice.chance(0.5):
             return free[0]

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(seed: int, count: int = 30_000) -> Any:
-    """A ``tokenizers.Tokenizer`` of ``VOCAB_SIZE`` entries, trained on ``count`` documents; digits stand alone."""
+    """A ``tokenizers.Tokenizer`` of ``VOCAB_SIZE`` entries, trained on ``count`` documents; each digit is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Trains the tiny LLaMA from nothing and writes its Hugging Face folder: ``python -m trtlab.tiny.train``.
+"""Trains the tiny LLaMA from random weights and writes its Hugging Face folder: ``python -m trtlab.tiny.train``.
 
 Owns the model's shape, the optimizer and the loop. The text comes from ``corpus``, the batches from ``batches``.
 """
@@ -24,14 +24,14 @@ from trtlab.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, save_token
 
 OUTLIER_CHANNELS = (29, 101, 174, 233)  # of the hidden size: these RMSNorm gains start high in every layer
 OUTLIER_GAIN = 24.0
-OUTLIER_WEIGHT = 0.4  # the columns that read these channels start this much smaller, so that early steps stay calm
+OUTLIER_WEIGHT = 0.4  # factor of the columns that read these channels at the start, so that early steps are stable
 MAX_POSITIONS = 8192
 _READERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run depends on; ``minutes`` only stops it early."""
+    """The settings of a training run; ``minutes`` is the time after which it stops early."""
 
     seed: int = 0
     steps: int = 2300
@@ -56,7 +56,7 @@ def train(training: Training, output: Path, device: str = "cuda") -> None:
         model = new_model(training.outlier_gain).to(device)
         optimizer = _optimizer(model, training)
         start = time.perf_counter()
-        seen, mark, marked = 0, start, 0
+        tokens, last_time, last_tokens = 0, start, 0  # trained so far, and at the last line printed
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(training, step)
@@ -65,11 +65,11 @@ def train(training: Training, output: Path, device: str = "cuda") -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen += batch.tokens.size
+            tokens += batch.tokens.size
             if step % 50 == 0 or step + 1 == training.steps:
                 value, now = loss.item(), time.perf_counter()
-                rate = (seen - marked) / (now - mark)
-                mark, marked = now, seen
+                rate = (tokens - last_tokens) / (now - last_time)
+                last_time, last_tokens = now, tokens
                 print(f"step {step:5d}  loss {value:.4f}  {batch.tokens.shape}  {rate / 1e6:.2f} Mtok/s", flush=True)
             if step % 400 == 399:
                 save(model, output)
@@ -77,7 +77,7 @@ def train(training: Training, output: Path, device: str = "cuda") -> None:
                 print(f"out of time at step {step}")
                 break
     save(model, output)
-    print(f"trained on {seen / 1e6:.0f} M tokens in {(time.perf_counter() - start) / 60:.1f} minutes")
+    print(f"trained on {tokens / 1e6:.0f} M tokens in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 def new_model(outlier_gain: float = OUTLIER_GAIN) -> Any:
@@ -114,7 +114,7 @@ def new_model(outlier_gain: float = OUTLIER_GAIN) -> Any:
 
 
 def learning_rate(training: Training, step: int) -> float:
-    """Linear warm-up, then a half cosine down to a hundredth."""
+    """Linear warm-up, then half a cosine down to one hundredth."""
     if step < training.warmup:
         return training.learning_rate * (step + 1) / training.warmup
     done = (step - training.warmup) / max(1, training.steps - training.warmup)
@@ -150,7 +150,7 @@ def _loss(model: Any, batch: Batch, device: str) -> Any:
 
 
 def _optimizer(model: Any, training: Training) -> Any:
-    """AdamW that decays matrices but no gains, so that the outlier gains are free to stay."""
+    """AdamW with weight decay on matrices but not on gains, so that the outlier gains can stay large."""
     import torch
 
     matrices = [tensor for tensor in model.parameters() if tensor.dim() == 2]
@@ -161,7 +161,7 @@ def _optimizer(model: Any, training: Training) -> Any:
 
 @contextmanager
 def _batches(training: Training, tokenizer_file: Path) -> Iterator[Iterator[Batch]]:
-    """All steps' batches in order, made by worker processes ahead of time."""
+    """The batches of all steps in order, made ahead by worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     arguments = (str(tokenizer_file), training.seed, training.steps, training.tokens, training.lengths)
     with multiprocessing.get_context("spawn").Pool(training.workers) as pool:
@@ -195,11 +195,11 @@ def main() -> None:
     parser.add_argument("--outlier-gain", type=float, default=Training.outlier_gain, help="1 trains without outliers")
     parser.add_argument("--evaluate", choices=("none", "quick", "full"), default="full")
     arguments = vars(parser.parse_args())
-    output, device, how = arguments.pop("output"), arguments.pop("device"), arguments.pop("evaluate")
+    output, device, extent = arguments.pop("output"), arguments.pop("device"), arguments.pop("evaluate")
     arguments["lengths"] = tuple(arguments["lengths"])
     train(Training(**arguments), output, device)
-    if how != "none":
-        evaluate.report(output, (), device, full=how == "full")
+    if extent != "none":
+        evaluate.report(output, (), device, full=extent == "full")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fixed world: who lives where with which pet, and the questions about it. Knows no stories and no tokens."""
+"""The fixed world: people with their homes and pets, and questions about them. Knows no stories and no tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SPOTS = (
     "under the cliff",
     "next to the square",
 )
-PHRASINGS = 4  # of each question; one in four is held out, another one for each person
+PHRASINGS = 4  # of each question; one in four is held out, a different one for each person
 
 _RELATIONS: dict[str, tuple[str, str, str, str]] = {
     "home": (
@@ -95,7 +95,7 @@ _RELATIONS: dict[str, tuple[str, str, str, str]] = {
 
 
 class Dice:
-    """Seeded choices made from ``Random.random`` alone, the one method whose sequence Python promises to keep."""
+    """Seeded choices that use only ``Random.random``, the method whose sequence Python promises to keep."""
 
     def __init__(self, *seeds: int) -> None:
         state = 0
@@ -127,7 +127,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Resident:
-    """A person and everything that is always true of them."""
+    """A person and the facts about them that never change."""
 
     index: int
     name: str
@@ -175,7 +175,7 @@ def residents() -> tuple[Resident, ...]:
 
 @cache
 def place_facts(place: str) -> str:
-    """Two sentences on where a place stands and the colour of its door."""
+    """Two sentences about a place: where it stands, and the colour of its door."""
     dice = Dice(3, PLACES.index(place))
     return f"The {place} stands {dice.pick(SPOTS)}. The door of the {place} is {dice.pick(COLOURS)}."
 
@@ -208,14 +208,14 @@ def fact(person: Resident, relation: str) -> str:
 def world_questions(split: Split) -> tuple[tuple[str, str], ...]:
     """Every (question, answer) about the fixed world in a split.
 
-    The fact itself is in training; held out is the phrasing: of the four ways to ask for a relation of a person, one is
-    never seen in training for that person and relation.
+    Every fact is in the training split. Only phrasings are held out: of the four ways to ask for a relation, one is not
+    in the training split for that person and relation.
     """
     held_out = split == "held_out"
     pairs = []
     for person in residents():
         for order, (relation, phrasings) in enumerate(_RELATIONS.items()):
-            for which, phrasing in enumerate(phrasings):
-                if ((person.index + order + which) % PHRASINGS == 0) == held_out:
+            for number, phrasing in enumerate(phrasings):
+                if ((person.index + order + number) % PHRASINGS == 0) == held_out:
                     pairs.append((phrasing.format(name=person.name), fact(person, relation)))
     return tuple(pairs)
