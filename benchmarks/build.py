@@ -102,8 +102,8 @@ def main() -> None:
     for how, rows in results.items():
         seconds, peak, size = (min(column) for column in zip(*rows, strict=True))
         print(f"{how:10} {seconds:6.1f} s, peak {peak / weights:.2f} x the weights, plan {size / 1e9:.2f} GB")
-    ours, bare = (min(row[0] for row in rows) for rows in results.values())
-    print(f"trtlab / bare call: {ours / bare:.2f}")
+    trtlab_s, bare_s = (min(row[0] for row in rows) for rows in results.values())
+    print(f"trtlab / bare call: {trtlab_s / bare_s:.2f}")
 
 
 if __name__ == "__main__":

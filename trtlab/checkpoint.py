@@ -146,7 +146,7 @@ class Checkpoint(Shown):
         Args:
             quant_config: The algorithms.
             calibration: Texts, or lists of token ids, for an algorithm that reads them.
-            output_dir: Folder to write each block to when it is done, so that memory holds one block in both forms.
+            output_dir: Folder to write each layer to when it is done, so that memory holds one layer in both forms.
                 When mpirun started several processes and all call this, rank 0 writes; the others wait for the folder
                 and open it.
 
