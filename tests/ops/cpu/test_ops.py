@@ -20,7 +20,7 @@ from trtlab.ops.cpu.weights import (
     FEW,
     FEW_OF_CACHED,
     LARGE,
-    LaidOutDense,
+    ArrangedDense,
     Looped,
     _looped_linear,
     array_of,
@@ -226,7 +226,7 @@ def test_half_precision_is_widened():
 def test_large_float32_weights_take_the_layout_of_onednn():
     tensor = torch.randn(LARGE // 512, 512)
     found = prepared(Dense("w", tensor))
-    assert isinstance(found, LaidOutDense)
+    assert isinstance(found, ArrangedDense)
     x = torch.randn(3, 512)
     assert torch.allclose(linear(found, x), F.linear(x, tensor), atol=1e-3)
     assert found.nbytes == tensor.nbytes

@@ -1,9 +1,9 @@
-"""The loops that a CPU runs for a step of generation, compiled by Numba. Knows arrays, no tensors.
+"""Loops that a CPU runs for a step of generation, compiled by Numba. Knows arrays, no tensors.
 
-Whatever K, V and weights are stored in, products and sums are float32: only the order of a sum differs from torch's.
-A division by zero gives infinity or NaN, as torch's does: a loop that could end there would take one number at a time.
-Compiled code is kept beside this file (or in Numba's cache folder); the first run on a machine takes some seconds, and
-so does the first after a change of any file of loops.
+Products and sums are float32 for every type of stored K, V and weights: only the order of a sum differs from torch's.
+A division by zero gives infinity or NaN, as in torch: a loop that could raise there could not be vectorized.
+Compiled code is kept beside this file (or in Numba's cache folder). The first run on a machine takes some seconds, and
+so does the first run after a change of any file of loops.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Array = NDArray[Any]
 Loop = Callable[..., Any]
 
 F32, I32 = np.float32, np.int32
-SUMS_IN_ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}  # all of fast math that keeps infinities and NaN
-# Tasks run on OpenMP, whose threads torch's own kernels use too; a pool of their own would fight for the cores.
+SUMS_IN_ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}  # the parts of fast math that keep infinities and NaN
+# Tasks run on OpenMP, whose threads torch's kernels use too; a second pool of threads would compete for the cores.
 PARALLEL = find_spec("numba.np.ufunc.omppool") is not None
 
 
-# Numba renews a loop's compiled code when the loop's own file changes, but not when what it calls does (another file's
-# ``value`` or intrinsics). Its cache files are named by the loop's qualified name, so that name ends in all the source.
+# Numba compiles a loop again when the loop's own file changes, but not when a function that it calls in another file
+# does. Its cache files are named after the loop's qualified name, so that name ends in a digest of all the source.
 SOURCE_FILES = ("loops.py", "products.py", "vectors.py")
 SOURCE_DIGEST = hashlib.sha256(
     b"\0".join(Path(__file__).with_name(name).read_bytes() for name in SOURCE_FILES)
@@ -45,32 +45,32 @@ def _njit(loop: Loop, **options: Any) -> Loop:
 
 
 def compiled(loop: Loop) -> Loop:
-    """A loop of one thread, whose sums may be added in any order."""
+    """Compile a loop of one thread, whose sums may be added in any order."""
     return _njit(loop, fastmath=SUMS_IN_ANY_ORDER)
 
 
 def in_tasks(loop: Loop) -> Loop:
-    """The same on several threads: what ``prange`` counts are tasks."""
+    """Compile a loop of several threads, whose ``prange`` counts tasks and whose sums may be added in any order."""
     return _njit(loop, fastmath=SUMS_IN_ANY_ORDER, parallel=PARALLEL)
 
 
 def to_the_bit(loop: Loop) -> Loop:
-    """No arithmetic is moved: what comes out is what torch's operations give, one after the other."""
+    """Compile a loop without reordering arithmetic, so that it gives the bits of torch's single operations."""
     return _njit(loop)
 
 
 def run_on(threads: int) -> None:
-    """Let tasks that this thread starts use so many threads, or as many as there are."""
+    """Let tasks that this thread starts use ``threads`` threads, or as many as there are."""
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 def value(stored: Any) -> Any:
-    """The float32 number that a stored one stands for: float32 and INT8 themselves, uint16 as BF16, uint8 as E4M3."""
-    raise NotImplementedError("compiled code only")
+    """Convert a stored number to float32: float32 and INT8 by value, uint16 as BF16, uint8 as E4M3."""
+    raise NotImplementedError("value() can be called from compiled code only")
 
 
 def _from_half(typingctx: Any, bits: Any) -> tuple[Any, Any]:
-    """The number that the bits of a float16 stand for; Numba knows no such type, processors do."""
+    """Convert the bits of a float16 to float32; Numba lacks the type, and processors have it."""
 
     def emit(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return build.fpext(build.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -82,12 +82,13 @@ _half: Any = intrinsic(_from_half)
 
 
 def _float8(stored: Any) -> Any:
-    """E4M3's exponent counts from 7, float16's from 15 and is a bit longer: moved up by 7, the bits are a 256th of it.
+    """Convert the bits of an E4M3 number to float32, by way of float16.
 
-    The sign comes along as they move, and is taken off where it fills the exponent's first bit.
+    E4M3's exponent has a bias of 7, float16's a bias of 15 and one bit more: shifted left by 7, the bits are a float16
+    of 1/256 of the value. The shift also copies the sign into the exponent's first bit, which is cleared.
     """
-    moved = np.int16(np.int16(np.int8(stored)) << np.int16(7)) & np.int16(~(1 << 14))
-    return _half(np.uint16(moved)) * F32(256)
+    shifted = np.int16(np.int16(np.int8(stored)) << np.int16(7)) & np.int16(~(1 << 14))
+    return _half(np.uint16(shifted)) * F32(256)
 
 
 @overload(value, strict=False)
@@ -101,9 +102,9 @@ def _value_by_type(stored: Any) -> Callable[[Any], Any]:
 
 @compiled
 def _exp(x: Any) -> Any:
-    """``e ** x`` of a number that is not positive, in steps that a processor does for several numbers at once.
+    """``e ** x`` of a number that is not positive, by operations that can be vectorized.
 
-    ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: two to the n is an exponent, e to the r a short series.
+    ``x = n ln 2 + r`` with ``|r| <= ln 2 / 2``: ``2 ** n`` is an exponent's bits, ``e ** r`` a short series.
     """
     n = np.floor(x * F32(1.4426950408889634) + F32(0.5))
     r = x - n * F32(0.6931471805599453)
@@ -125,7 +126,7 @@ def silu(x: Array, out: Array) -> None:
 
 @compiled
 def rms_norm(x: Array, gain: Array, epsilon: float, out: Array) -> None:
-    """``x`` and ``out`` ``[rows, width]``, ``gain`` ``[width]``."""
+    """RMSNorm of ``x`` ``[rows, width]`` with ``gain`` ``[width]``; ``out`` has the shape of ``x``."""
     width = x.shape[1]
     for row in range(x.shape[0]):
         total = F32(0)
@@ -138,9 +139,9 @@ def rms_norm(x: Array, gain: Array, epsilon: float, out: Array) -> None:
 
 @compiled
 def rotate(x: Array, cos: Array, sin: Array, positions: Array, out: Array) -> None:
-    """Rotary position embedding of ``x`` ``[tokens, heads, size]``; ``cos`` and ``sin`` ``[all positions, size]``.
+    """Rotary position embedding of ``x`` ``[tokens, heads, size]``; ``cos`` and ``sin`` are ``[all positions, size]``.
 
-    The sine is negative where the second half of a head comes in.
+    The sine of a head's first half is negative: there the second half is subtracted.
     """
     tokens, heads, size = x.shape
     half = size // 2
@@ -155,15 +156,15 @@ def rotate(x: Array, cos: Array, sin: Array, positions: Array, out: Array) -> No
 
 @compiled
 def store(pool: Array, tables: Array, slots: Array, positions: Array, new: Array) -> None:
-    """Put ``new`` ``[tokens, kv_heads, size]`` into ``pool`` ``[kv_heads, blocks, block, size]``.
+    """Write ``new`` ``[tokens, kv_heads, size]`` into ``pool`` ``[kv_heads, blocks, block, size]``.
 
-    ``tables`` ``[slots, blocks]`` hold each slot's blocks; ``slots`` and ``positions`` are ``[tokens]``.
+    ``tables`` ``[slots, blocks]`` are each slot's blocks; ``slots`` and ``positions`` are ``[tokens]``.
     """
     block = pool.shape[2]
     for token in range(new.shape[0]):
-        held, at = tables[slots[token], positions[token] // block], positions[token] % block
+        number, at = tables[slots[token], positions[token] // block], positions[token] % block
         for head in range(new.shape[1]):
-            pool[head, held, at] = new[token, head]
+            pool[head, number, at] = new[token, head]
 
 
 @in_tasks
@@ -178,7 +179,7 @@ def attend(
     pasts: Array,
     out: Array,
 ) -> None:
-    """One new token of each sequence over the blocks that hold its K and V, read where they lie.
+    """Attention of one new token of each sequence; K and V are read in place, from the pool's blocks.
 
     ``q`` and ``out`` ``[sequences, heads, size]``; ``keys`` and ``values`` ``[kv_heads, blocks, block, size]`` with
     scales ``[kv_heads]`` to the original; ``tables`` ``[slots, blocks]``; ``slots`` and ``pasts`` ``[sequences]``.
@@ -192,13 +193,13 @@ def attend(
         scores = np.empty((group, tokens), F32)
         scale = key_scale[kv] / np.sqrt(F32(size))
         for start in range(0, tokens, block):
-            held = keys[kv, blocks[start // block]]
+            stored = keys[kv, blocks[start // block]]
             for g in range(group):
                 query = q[sequence, kv * group + g]
                 for at in range(min(block, tokens - start)):
                     dot = F32(0)
                     for i in range(size):
-                        dot += query[i] * value(held[at, i])
+                        dot += query[i] * value(stored[at, i])
                     scores[g, start + at] = dot * scale
         for g in range(group):
             top = scores[g, 0]
@@ -211,10 +212,10 @@ def attend(
             row = out[sequence, kv * group + g]
             row[:] = F32(0)
             for start in range(0, tokens, block):
-                held = values[kv, blocks[start // block]]
+                stored = values[kv, blocks[start // block]]
                 for at in range(min(block, tokens - start)):
                     weight = scores[g, start + at]
                     for i in range(size):
-                        row[i] += weight * value(held[at, i])
+                        row[i] += weight * value(stored[at, i])
             for i in range(size):
                 row[i] *= value_scale[kv] / total

@@ -1,7 +1,7 @@
-"""The op set of a CPU: arrays, and compiled loops where a step of generation spends its time.
+"""The op set for a CPU: NumPy arrays, and compiled loops where a step of generation spends its time.
 
-Few tokens read the weights as they are stored (``cpu_weights``); many share torch's own product, on weights that are
-widened for it. Products and sums are float32 either way.
+Steps of few tokens read the weights as they are stored (``cpu_weights``); steps of many use torch's product, on weights
+that are widened for it. Products and sums are float32 in both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trtlab.progress import progress
 
 
 def loops_on_torchs_threads() -> ModuleType:
-    """``cpu_loops``, on as many threads as torch has: both are OpenMP's, whose number Numba changes as it starts."""
+    """The module of loops, on torch's number of threads: both use OpenMP, and Numba changes the number at start."""
     from trtlab.ops.cpu import loops as cpu_loops
 
     threads = torch.get_num_threads()
@@ -39,7 +39,7 @@ def loops_on_torchs_threads() -> ModuleType:
 
 
 class CpuPool:
-    """One rank's paged cache as the loops see it: arrays and scales of each layer, made once."""
+    """One rank's paged cache in the form that the loops read: arrays and scales of each layer, made once."""
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
@@ -61,7 +61,7 @@ class CpuBatch:
     def __init__(self, chunks: Sequence[Chunk], tables: BlockTables) -> None:
         lengths = [len(chunk.token_ids) for chunk in chunks]
         self.singles = lengths.count(1)
-        assert lengths[: self.singles] == [1] * self.singles, f"single tokens come first: {lengths}"
+        assert lengths[: self.singles] == [1] * self.singles, f"single tokens must come first, got lengths {lengths}"
         short, longer = chunks[: self.singles], chunks[self.singles :]
         self.tables = tables.array
         self.slots = np.array([chunk.slot for chunk in short], np.int32)  # [tokens]
@@ -79,7 +79,7 @@ class CpuBatch:
 
 
 class CpuOps(Ops[Array]):
-    """The verbs on arrays, in float32, over one batch. The rotary tables come from ``trtlab.ops.torch.spread``."""
+    """The verbs on arrays, in float32, over one batch; the rotary tables come from ``trtlab.ops.torch.spread``."""
 
     def __init__(
         self, batch: CpuBatch, pool: CpuPool, rotary: tuple[Array, Array], comm: Comm, *, every_token: bool = False
@@ -95,8 +95,8 @@ class CpuOps(Ops[Array]):
         rows = torch.from_numpy(tokens if weight.first_row is None else tokens - weight.first_row)
         if weight.first_row is None:
             return weight.weight[rows].float().numpy()
-        held = (rows >= 0) & (rows < len(weight.weight))
-        return (weight.weight[rows * held].float() * held[:, None]).numpy()
+        inside = (rows >= 0) & (rows < len(weight.weight))  # the other rows are on other ranks
+        return (weight.weight[rows * inside].float() * inside[:, None]).numpy()
 
     def position_embedding(self, tokens: Array, weight: Embedding) -> Array:
         return weight.weight[torch.from_numpy(self._batch.positions)].float().numpy()
@@ -122,15 +122,15 @@ class CpuOps(Ops[Array]):
         return rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
 
     def rotary(self, q: Array, k: Array) -> tuple[Array, Array]:
-        return self._turn(q), self._turn(k)
+        return self._rotated(q), self._rotated(k)
 
-    def _turn(self, x: Array) -> Array:
+    def _rotated(self, x: Array) -> Array:
         out = np.empty(x.shape, np.float32)
         self._loops.rotate(np.ascontiguousarray(x), self._cos, self._sin, self._batch.positions, out)
         return out
 
     def attention(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        # Single tokens read their blocks where they lie; longer pieces have torch's own attention.
+        # Single tokens read their blocks in place; longer chunks use torch's attention.
         batch, (keys, values) = self._batch, self._pool.layers[layer]
         for pool, new in zip((keys, values), self._stored(layer, k, v), strict=True):
             self._loops.store(pool, batch.tables, batch.slots, batch.positions, np.ascontiguousarray(new))
@@ -143,8 +143,8 @@ class CpuOps(Ops[Array]):
             )
         for part in batch.longer:
             rows = slice(start, start + part.tokens)
-            found = part.attend(self._pool.cache, layer, torch.from_numpy(q[rows]))
-            out[rows] = found.numpy().reshape(out[rows].shape)
+            mixed = part.attend(self._pool.cache, layer, torch.from_numpy(q[rows]))
+            out[rows] = mixed.numpy().reshape(out[rows].shape)
             start = rows.stop
         return out.reshape(len(q), -1)
 
@@ -191,7 +191,7 @@ class CpuOps(Ops[Array]):
 
 
 def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
-    """Call each loop of this model's steps once, on a token of zeros: no step has to wait for a compiler."""
+    """Call each loop of this model's steps once, on a token of zeros, so that no step waits for the compiler."""
     cpu_loops = loops_on_torchs_threads()
 
     def zeros(kind: Any, *shape: int) -> Array:
@@ -208,12 +208,12 @@ def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
         "attend": (cpu_loops.attend, (heads, block, block, one, one, table, place, place, row[None])),
     }
 
-    def seen(weight: object) -> object:
+    def add_call(weight: object) -> object:
         if isinstance(weight, Looped):
             calls[weight.loop, weight.arrays[0].dtype] = weight, (zeros(np.float32, 1, weight.shape[1]),)
         return weight
 
-    map_linears(weights, seen)
+    map_linears(weights, add_call)
     with progress("loops of this CPU, compiled once", len(calls), unit="loop") as bar:
         for loop, arguments in calls.values():
             loop(*arguments)

@@ -1,4 +1,4 @@
-"""The loops that multiply: few tokens with a linear layer's weights, read as they are stored. See ``loops``."""
+"""Loops that multiply few tokens with the weights of a linear layer, read as they are stored. See ``loops``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from trtlab.ops.cpu.loops import F32, I32, Array, compiled, in_tasks, to_the_bit
 from trtlab.ops.cpu.vectors import BYTES, CENTRE, ORDER, STEP, WORD_ORDER, WORDS, dot_bf16, two_dots
 
 ROWS = 4  # outputs that one task computes together when there are several tokens
-WIDTH = 512  # inputs that it widens at a time: ROWS * WIDTH * 4 bytes stay in the first cache
+WIDTH = 512  # inputs that a task converts at a time: ROWS * WIDTH * 4 bytes stay in the first-level cache
 
 
 @in_tasks
 def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
-    """``x`` ``[tokens, in]`` times ``weight`` ``[rows, in]`` times ``scale`` ``[rows]``: ``out`` ``[tokens, rows]``."""
+    """``out`` ``[tokens, rows]``: ``x`` ``[tokens, in]`` times ``weight`` ``[rows, in]`` times ``scale`` ``[rows]``."""
     (tokens, width), rows = x.shape, weight.shape[0]
     if tokens == 1:
         for row in prange(rows):
@@ -35,7 +35,7 @@ def linear(x: Array, weight: Array, scale: Array, out: Array) -> None:
 
 @in_tasks
 def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
-    """As ``linear``, from BF16 numbers as uint16 ``[rows, in]``."""
+    """As ``linear``, for BF16 weights, stored as uint16 ``[rows, in]``."""
     (tokens, width), rows = x.shape, weight.shape[0]
     if tokens > 1 or width % (2 * WORDS):
         linear(x, weight, scale, out)
@@ -50,9 +50,9 @@ def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
 
 @to_the_bit
 def int8_rows(x: Array, out: Array, scale: Array) -> None:
-    """``x`` ``[tokens, in]`` as INT8 numbers in float32, with a ``scale`` to the original a token, ``[tokens, 1]``."""
+    """Quantize ``x`` ``[tokens, in]`` to INT8 numbers in float32; ``scale`` ``[tokens, 1]`` leads back to ``x``."""
     for token in range(x.shape[0]):
-        bits = I32(0)  # a float without its sign compares as an integer; NaN is the largest, and is found
+        bits = I32(0)  # the bits of a float without sign compare as integers; NaN is the largest and is kept
         for i in range(x.shape[1]):
             bits = max(bits, I32(F32(x[token, i]).view(I32) & I32(0x7FFFFFFF)))
         largest = I32(bits).view(F32)
@@ -64,7 +64,7 @@ def int8_rows(x: Array, out: Array, scale: Array) -> None:
 
 @to_the_bit
 def int8_by(x: Array, scale: float, divides: bool, out: Array) -> None:
-    """``x`` ``[tokens, in]`` times ``scale``, or divided by it, as INT8 numbers in float32."""
+    """Quantize ``x`` ``[tokens, in]`` to INT8 numbers in float32: multiplied by ``scale``, or divided by it."""
     for token in range(x.shape[0]):
         if divides:
             for i in range(x.shape[1]):
@@ -82,9 +82,9 @@ def _round_to_int8(x: Array, factor: float, out: Array) -> None:
 
 @in_tasks
 def linear_int8(x: Array, weight: Array, out: Array) -> None:
-    """``x`` ``[tokens, in]`` times int8 ``weight`` ``[rows, in]``, exactly: ``out`` is int32 ``[tokens, rows]``.
+    """Exact product of ``x`` ``[tokens, in]`` and int8 ``weight`` ``[rows, in]``: ``out``, int32 ``[tokens, rows]``.
 
-    ``x`` holds INT8 numbers as float32, which has room for the sum of WIDTH products; those sums are added as integers.
+    ``x`` has INT8 numbers in float32, which holds the sum of WIDTH products exactly; those sums are added as integers.
     """
     (tokens, width), rows = x.shape, weight.shape[0]
     if tokens == 1:
@@ -108,7 +108,7 @@ def linear_int8(x: Array, weight: Array, out: Array) -> None:
 
 @in_tasks
 def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
-    """As ``linear``, from INT4: int8 ``[ceil(rows / 2), in]``, two rows a byte, with ``scale`` ``[rows, groups]``."""
+    """As ``linear``, for INT4: int8 ``[ceil(rows / 2), in]``, two rows per byte, with ``scale`` ``[rows, groups]``."""
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
     if tokens == 1 and size % BYTES == 0:
@@ -122,7 +122,7 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
                 total += part[i]
             starts[group] = -F32(CENTRE) * total
         for task in prange(weight.shape[0]):
-            low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; what is written last counts
+            low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; the value written last stays
             low_sum, high_sum = two_dots(weight[task], ordered, starts, scale[low], scale[high], size)
             out[0, high] = high_sum / F32(STEP)
             out[0, low] = low_sum / F32(STEP)
@@ -137,7 +137,7 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
                 for row in range(held):
                     stored, wide = weight[(top + row) // 2, first : first + count], tile[row]
                     one, up = scale[top + row, group], I32(28 - 28 * (row % 2))
-                    for i in range(count):  # the lower half is shifted to the top first, so that its sign comes along
+                    for i in range(count):  # the lower half is shifted to the top first, to extend its sign
                         shifted = I32(I32(I32(stored[i]) << up) >> up)
                         wide[i] = F32(shifted if up else shifted >> 4) * one
                 _add_tile(x, first, count, tile, sums)
@@ -163,8 +163,8 @@ def _add_rows(x: Array, weight: Array, sums: Array) -> None:
 def _add_tile(x: Array, first: int, width: int, tile: Array, sums: Array) -> None:
     """Add the products of ``x[:, first : first + width]`` with ``tile`` ``[ROWS, width]`` to ``sums``.
 
-    Two tokens and four rows at a time, so that each number that is loaded serves several products. ``sums``
-    ``[tokens + 1, ROWS]`` has a row to spare: an odd last token is taken twice.
+    It takes two tokens and four rows at a time, so that each loaded number is used in several products. ``sums``
+    ``[tokens + 1, ROWS]`` has one row more than needed: an odd last token is computed twice.
     """
     w0, w1, w2, w3 = tile[0], tile[1], tile[2], tile[3]
     last = x.shape[0] - 1

@@ -1,9 +1,9 @@
-"""Products of one input with rows of BF16 or INT4, in vector instructions which a compiler does not find alone.
+"""Products of one input with rows of BF16 or INT4, by vector instructions that a compiler does not find by itself.
 
-Converting numbers to floats is what bounds such a product on most processors, so nothing is converted. A BF16 is the
-upper half of a float, and gets there by being interleaved with zeros. Four bits put into the upper mantissa of 2.0 make
-``2 + n / 8``: a byte that holds them is first interleaved with the exponent's upper byte. Bit 3 is turned before that,
-so that ``n`` counts from 0 to 15, eight too many.
+On most processors such a product is bound by the conversion of numbers to floats, so nothing is converted. A BF16 is
+the upper half of a float: interleaving it with zeros makes a float. Four bits in the upper mantissa of 2.0 make
+``2 + n / 8``: a byte with these bits is interleaved with the exponent's upper byte. Bit 3 is inverted first, so that
+``n`` is the signed number plus 8, from 0 to 15.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-WORDS, BYTES = 16, 32  # that are taken at a time: a vector of 256 bits, in lanes of 128
-# Interleaving stays within the lanes, and so leaves the inputs of 16 words or 32 bytes in this order, 8 to a vector.
+WORDS, BYTES = 16, 32  # numbers that are loaded at a time: a vector of 256 bits, in lanes of 128
+# Interleaving stays within the lanes, so it leaves the inputs of 16 words or 32 bytes in this order, 8 per vector.
 WORD_ORDER = np.arange(WORDS).reshape(2, 2, 4).transpose(1, 0, 2).ravel()
 ORDER = np.arange(BYTES).reshape(2, 2, 2, 4).transpose(1, 2, 0, 3).ravel()
-CENTRE = 3.0  # what zero becomes, 2 + 8 / 8
-STEP = 0.125  # what one more becomes
+CENTRE = 3.0  # the float of the number 0: 2 + 8 / 8
+STEP = 0.125  # the difference between the floats of n and n + 1
 
 INT8, INT16, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, 8)
@@ -31,12 +31,12 @@ def _all(kind: ir.Type, count: int, value: float) -> ir.Constant:
 
 
 def _shuffled(build: ir.IRBuilder, a: ir.Value, b: ir.Value, places: list[int]) -> ir.Value:
-    """Elements of two vectors by number; those of the second come after the first's."""
+    """Elements of two vectors by index; those of the second follow the first's."""
     return build.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(places)), places))
 
 
 def _interleaved(build: ir.IRBuilder, a: ir.Value, b: ir.Value, half: int) -> ir.Value:
-    """Elements of ``a`` and ``b`` by turns, from the lower or the upper half of each lane."""
+    """Elements of ``a`` and ``b`` in alternation, from the lower or the upper half of each lane."""
     count = a.type.count
     lane = count // 2
     starts = [first + half * lane // 2 for first in (0, lane)]
@@ -44,22 +44,22 @@ def _interleaved(build: ir.IRBuilder, a: ir.Value, b: ir.Value, half: int) -> ir
 
 
 def _floats(build: ir.IRBuilder, bits: ir.Value) -> list[ir.Value]:
-    """``2 + n / 8`` of 32 bytes that hold ``n`` in bits 3 to 6: four vectors, their inputs in ORDER."""
-    found = []
+    """``2 + n / 8`` for 32 bytes with ``n`` in bits 3 to 6: four vectors, their inputs in ORDER."""
+    floats = []
     for half in (0, 1):
         words = _interleaved(build, bits, _all(INT8, BYTES, 0x40), half)
-        found += _from_upper_halves(build, build.bitcast(words, ir.VectorType(INT16, WORDS)))
-    return found
+        floats += _from_upper_halves(build, build.bitcast(words, ir.VectorType(INT16, WORDS)))
+    return floats
 
 
 def _from_upper_halves(build: ir.IRBuilder, words: ir.Value) -> list[ir.Value]:
     """The floats whose upper halves are these 16 words: two vectors, their inputs in WORD_ORDER."""
-    nothing = _all(INT16, WORDS, 0)
-    return [build.bitcast(_interleaved(build, nothing, words, half), FLOATS) for half in (0, 1)]
+    zeros = _all(INT16, WORDS, 0)
+    return [build.bitcast(_interleaved(build, zeros, words, half), FLOATS) for half in (0, 1)]
 
 
 def _add_product(build: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
-    """Add ``a * b`` to what is kept at ``total``, in one instruction where there is one."""
+    """Add ``a * b`` to the vector stored at ``total``, in one instruction where the processor has it."""
     product = build.fmul(a, b, flags=("contract",))
     build.store(build.fadd(build.load(total), product, flags=("contract",)), total)
 
@@ -72,7 +72,7 @@ def _sum(build: ir.IRBuilder, vector: ir.Value) -> ir.Value:
 
 
 def _dot_bf16(typingctx: Any, stored: Any, inputs: Any) -> tuple[Any, Any]:
-    """The product of BF16 numbers, uint16 ``[in]``, 32 or a multiple, with float32 ``[in]``, each 16 in WORD_ORDER."""
+    """Dot product of BF16 numbers (uint16 ``[in]``, a multiple of 32) and float32 ``[in]``, each 16 in WORD_ORDER."""
     return types.float32(stored, inputs), _emit_bf16
 
 
@@ -101,11 +101,12 @@ def _emit_bf16(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any
 def _two_dots(
     typingctx: Any, stored: Any, inputs: Any, starts: Any, low_scale: Any, high_scale: Any, size: Any
 ) -> tuple[Any, Any]:
-    """The lower and the upper row's ``sum over groups of scale * (start + sum of x (2 + n / 8))``, STEP times theirs.
+    """For the lower and the upper row: ``sum over groups of scale * (start + sum of x (2 + n / 8))``.
+
+    With a group's start at ``-CENTRE`` times the sum of its inputs, this is STEP times the row's dot product.
 
     ``stored`` int8 ``[in]``; ``inputs`` float32 ``[in]``, each 32 in ORDER; ``starts`` and the scales ``[groups]``, of
-    ``size`` inputs each, a multiple of 32. With a group's start at ``-CENTRE`` times the sum of its inputs ``n`` counts
-    from -8.
+    ``size`` inputs each, a multiple of 32.
     """
     signature = types.UniTuple(types.float32, 2)(stored, inputs, starts, low_scale, high_scale, types.intp)
     return signature, _emit_two_dots
@@ -118,30 +119,31 @@ def _emit_two_dots(context: Any, build: ir.IRBuilder, signature: Any, arguments:
     kinds = signature.args[:-1]
     arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(kinds, arguments, strict=False)]
     stored, inputs, starts, *scales = (array.data for array in arrays)
-    groups, size, nothing = cgutils.unpack_tuple(build, arrays[2].shape)[0], arguments[-1], _all(FLOAT, 8, 0.0)
-    totals = [cgutils.alloca_once_value(build, nothing) for _ in scales]
-    sums = [[cgutils.alloca_once_value(build, nothing) for _ in range(2)] for _ in scales]  # two chains a row
+    groups, size, zeros = cgutils.unpack_tuple(build, arrays[2].shape)[0], arguments[-1], _all(FLOAT, 8, 0.0)
+    totals = [cgutils.alloca_once_value(build, zeros) for _ in scales]
+    sums = [[cgutils.alloca_once_value(build, zeros) for _ in range(2)] for _ in scales]  # two chains per row
     with cgutils.for_range(build, groups) as group:
         start = build.load(build.gep(starts, [group.index]))
         for chains in sums:
-            build.store(build.insert_element(nothing, start, INT32(0)), chains[0])
-            build.store(nothing, chains[1])
+            build.store(build.insert_element(zeros, start, INT32(0)), chains[0])
+            build.store(zeros, chains[1])
         first = build.mul(group.index, size)
         with cgutils.for_range(build, build.udiv(size, INT64(BYTES))) as step:
             at = build.add(first, build.mul(step.index, INT64(BYTES)))
             _add_32(build, build.gep(stored, [at]), build.gep(inputs, [at]), sums)
         for total, chains, scale in zip(totals, sums, scales, strict=True):
-            one = build.insert_element(nothing, build.load(build.gep(scale, [group.index])), INT32(0))
-            _add_product(build, total, build.fadd(*map(build.load, chains)), _shuffled(build, one, one, [0] * 8))
+            first_only = build.insert_element(zeros, build.load(build.gep(scale, [group.index])), INT32(0))
+            factors = _shuffled(build, first_only, first_only, [0] * 8)
+            _add_product(build, total, build.fadd(*map(build.load, chains)), factors)
     return context.make_tuple(build, signature.return_type, [_sum(build, build.load(total)) for total in totals])
 
 
 def _add_32(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
-    """Add the products of 32 bytes, one number of each row in a byte, with 32 inputs."""
+    """Add the products of 32 bytes, each with one number of both rows, and 32 inputs."""
     both = build.load(build.bitcast(stored, ir.VectorType(INT8, BYTES).as_pointer()), align=1)
-    turned = build.xor(both, _all(INT8, BYTES, -0x78))  # bit 3 of either number
-    low = build.and_(build.shl(turned, _all(INT8, BYTES, 3)), _all(INT8, BYTES, 0x78))
-    high = build.and_(build.lshr(turned, _all(INT8, BYTES, 1)), _all(INT8, BYTES, 0x78))
+    biased = build.xor(both, _all(INT8, BYTES, -0x78))  # inverts bit 3 of both numbers
+    low = build.and_(build.shl(biased, _all(INT8, BYTES, 3)), _all(INT8, BYTES, 0x78))
+    high = build.and_(build.lshr(biased, _all(INT8, BYTES, 1)), _all(INT8, BYTES, 0x78))
     place = build.bitcast(inputs, FLOATS.as_pointer())
     x = [build.load(build.gep(place, [INT64(number)]), align=4) for number in range(BYTES // 8)]
     for chains, bits in zip(sums, (low, high), strict=True):

@@ -1,6 +1,6 @@
-"""Weights as a CPU reads them: as they are stored where a loop can, else laid out for torch's product.
+"""Prepares weights for a CPU: kept as stored where a loop can read them, else arranged for torch's product.
 
-BF16, E4M3, INT8 and INT4 numbers stay so, for reading them is most of the time that a step of few tokens takes.
+BF16, E4M3, INT8 and INT4 numbers keep their type, because a step of few tokens spends most of its time reading them.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, m
 from trtlab.ops.quantized_linear import linear
 
 Array = NDArray[Any]
-Narrow = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear  # what a loop reads, besides BF16
+Narrow = WeightOnly | Int8Linear | Float8Linear | Int4Float8Linear  # the weights that a loop reads, besides BF16
 
 LARGE = 2**20  # elements; below this, oneDNN's layout saves less than its call costs
-FEW = 32  # tokens; from here on widening the weights for torch's product costs less than it saves
-FEW_OF_CACHED = 2  # of a weight that a cache holds in float32, too, where reading it costs nothing
-BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}  # what numpy has no type for, as its bits
+FEW = 32  # tokens; above this, widening the weights for torch's product costs less than it saves
+FEW_OF_CACHED = 2  # tokens, for a weight that the CPU's cache also holds in float32, where reading it costs nothing
+BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}  # integers of the size of types numpy lacks
 
 
 def has_loops() -> bool:
-    """Whether the compiled loops can run: they need Numba, which follows a new Python with some delay."""
+    """Whether the compiled loops can run: they need Numba, which supports a new Python version only some time later."""
     return find_spec("numba") is not None
 
 
 def array_of(tensor: Tensor) -> Array:
-    """The same memory as an array; types that numpy lacks as unsigned integers."""
+    """A NumPy array over the tensor's memory; types that NumPy lacks become unsigned integers."""
     bits = BITS.get(tensor.dtype)
     return tensor.numpy() if bits is None else tensor.view(bits).numpy()
 
 
 @dataclass(frozen=True)
 class Gain(Norm):
-    """An RMSNorm whose gain ``[hidden]`` is there as a float32 array too."""
+    """An RMSNorm whose gain ``[hidden]`` is also kept as a float32 array."""
 
     array: Array
 
 
 @dataclass(frozen=True)
 class Looped:
-    """A linear layer that a loop reads as it is stored: ``loop(x, *arrays, out)``. ``source`` serves more tokens.
+    """A linear layer whose stored numbers a loop reads: ``loop(x, *arrays, out)``; ``source`` is for more tokens.
 
-    With ``input_scale`` the input becomes E4M3 first.
+    With ``input_scale`` the input is quantized to E4M3 first.
     """
 
-    source: Dense | LaidOutDense | Narrow
-    few: int  # tokens up to which the loop is the faster one
+    source: Dense | ArrangedDense | Narrow
+    few: int  # up to this many tokens the loop is faster
     shape: tuple[int, int]  # outputs and inputs
     loop: Callable[..., None]
     arrays: tuple[Array, ...]
@@ -73,7 +73,7 @@ class Looped:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight, all scales and the bias."""
+        """Bytes of the weight, its scales and the bias."""
         return tensor_bytes(self.source)
 
     def __call__(self, x: Array) -> Array:
@@ -95,10 +95,10 @@ class Looped:
 
 @dataclass(frozen=True)
 class LoopedInt8(Looped):
-    """A linear layer whose input becomes INT8 too: the same numbers, bit for bit, as torch's product gives."""
+    """A linear layer whose input is quantized to INT8 too; the result is that of torch's product, bit for bit."""
 
     smoother: Array | None = None
-    static: ToOriginal | ToQuantized | None = None  # without it each token has a scale of its own
+    static: ToOriginal | ToQuantized | None = None  # None: each token has its own scale
 
     def _product(self, x: Array) -> Array:
         from trtlab.ops.cpu import products as cpu_products
@@ -115,8 +115,8 @@ class LoopedInt8(Looped):
         else:
             cpu_products.int8_by(x, self.static.value.item(), isinstance(self.static, ToOriginal), numbers)
         self.loop(numbers, weight, sums)
-        found: Array = sums.astype(np.float32) * row_scale * scale
-        return found
+        result: Array = sums.astype(np.float32) * row_scale * scale
+        return result
 
 
 @linear.register
@@ -125,8 +125,8 @@ def _looped(weight: Looped, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LaidOutDense:
-    """A float32 linear layer whose weight lies in oneDNN's own layout, so that no call lays it out again."""
+class ArrangedDense:
+    """A float32 linear layer whose weight is in oneDNN's own layout, so that no call has to convert it."""
 
     name: str
     weight: Tensor
@@ -141,23 +141,30 @@ class LaidOutDense:
 
 
 @linear.register
-def _laid_out_dense(weight: LaidOutDense, x: Tensor) -> Tensor:
+def _arranged_dense(weight: ArrangedDense, x: Tensor) -> Tensor:
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, weight.bias, "none", [], "")
     return y
 
 
 def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False) -> ModelWeights:
-    """The same weights as a CPU reads them fastest, for ``CpuOps`` with ``loops``, for ``TorchOps`` without.
+    """Convert weights to the form that a CPU reads fastest.
 
-    With ``loops`` quantized linears stay as they are stored, and a dense one whose numbers all fit BF16 is
-    kept so; ``round_dense`` rounds the others. When the last-level cache holds all small ones in float32, several
-    tokens read those so. Else a linear is float32, in oneDNN's layout when it is large, column by column when it is
-    small.
+    With ``loops`` quantized linear layers stay as they are stored, and a dense one is kept in BF16 if this holds all
+    its numbers exactly. If the last-level cache has room for all small dense layers in float32, steps of several
+    tokens read them there. Any other layer becomes float32, in oneDNN's layout if large, column by column if small.
+
+    Args:
+        weights: The weights of one rank.
+        loops: Whether the compiled loops will read them: for ``CpuOps``, else for ``TorchOps``.
+        round_dense: Whether to round the other dense layers to BF16 as well.
+
+    Raises:
+        ConfigError: for ``round_dense`` without ``loops``.
     """
     if round_dense and not loops:
-        raise ConfigError("fast_cpu_kernels needs Numba, which is not here", remedy="pip install numba")
+        raise ConfigError("fast_cpu_kernels needs Numba, which is not installed", remedy="pip install numba")
 
-    cached = 2 * _small_bytes(weights) <= cache_bytes()  # half of it is for the rest
+    cached = 2 * _small_bytes(weights) <= cache_bytes()  # half of the cache is left for other data
 
     def prepared(weight: Linear) -> object:
         if isinstance(weight, Dense) and loops and (round_dense or _fits_bfloat16(weight.weight)):
@@ -167,44 +174,44 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
             looped = _looped_linear(stored)
             if not cached or half.numel() >= LARGE:
                 return looped
-            return dataclasses.replace(looped, source=_laid_out(_widened(stored)), few=FEW_OF_CACHED)
+            return dataclasses.replace(looped, source=_arranged(_widened(stored)), few=FEW_OF_CACHED)
         wide: Linear = _widened(weight)
         if isinstance(wide, Dense):
-            return _laid_out(wide)
+            return _arranged(wide)
         return _looped_linear(wide) if isinstance(wide, Narrow) and loops else wide
 
-    found: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
-    return found
+    result: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
+    return result
 
 
 def _small_bytes(weights: ModelWeights) -> int:
     """Bytes of all small dense weights in float32."""
-    found: list[int] = []
+    sizes: list[int] = []
 
-    def look(weight: Linear) -> Linear:
+    def measure(weight: Linear) -> Linear:
         if isinstance(weight, Dense) and weight.weight.numel() < LARGE:
-            found.append(weight.weight.numel() * torch.float32.itemsize)
+            sizes.append(weight.weight.numel() * torch.float32.itemsize)
         return weight
 
-    map_linears(weights, look)
-    return sum(found)
+    map_linears(weights, measure)
+    return sum(sizes)
 
 
 def _fits_bfloat16(tensor: Tensor) -> bool:
-    """Whether BF16 holds every number of a weight exactly, as it does when a BF16 checkpoint was widened."""
+    """Whether BF16 holds every number of a weight exactly, as after a BF16 checkpoint was converted to float32."""
     if tensor.dtype != torch.float32:
         return tensor.dtype == torch.bfloat16
     bits = tensor.contiguous().view(torch.int32)
-    return all(not (rows & 0xFFFF).any() for rows in (bits[:1], bits))  # one row settles it for most others
+    return all(not (rows & 0xFFFF).any() for rows in (bits[:1], bits))  # the first row rules out most others
 
 
 def _widened(part: Any, *, loops: bool = False) -> Any:
-    """The same with every 16-bit number as float32; with ``loops`` norms as arrays, and embeddings as they are."""
+    """Convert all 16-bit numbers to float32; with ``loops`` norms become arrays, and embeddings stay unchanged."""
     if isinstance(part, Tensor):
         return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
     if isinstance(part, tuple):
-        return tuple(_widened(one, loops=loops) for one in part)
-    if not dataclasses.is_dataclass(part) or isinstance(part, Looped | LaidOutDense):
+        return tuple(_widened(item, loops=loops) for item in part)
+    if not dataclasses.is_dataclass(part) or isinstance(part, Looped | ArrangedDense):
         return part
     if loops and type(part) is Norm:
         gain = part.weight.float().contiguous()
@@ -258,17 +265,17 @@ def _numbers(tensor: Tensor | None) -> Array | None:
 
 
 def _float8(weight: Float8Linear | Int4Float8Linear) -> Tensor:
-    """The E4M3 weight ``[out, in]``; W4A8's INT4 is turned into it once, not at each token."""
+    """The E4M3 weight ``[out, in]``; W4A8's INT4 numbers are converted to it once, not for each token."""
     if isinstance(weight, Float8Linear):
         return weight.weight
     groups = weight.groups
     return to_float8(dequantize(groups.integers, groups.scale.value.float()), weight.weight_scale)
 
 
-def _laid_out(weight: Dense) -> Dense | LaidOutDense:
+def _arranged(weight: Dense) -> Dense | ArrangedDense:
     tensor = weight.weight
     if tensor.numel() < LARGE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return dataclasses.replace(weight, weight=tensor.t().contiguous().t())
     with torch.inference_mode(False), torch.no_grad():
-        laid_out = torch.ops.mkldnn._reorder_linear_weight(tensor)
-    return LaidOutDense(weight.name, laid_out, (tensor.shape[0], tensor.shape[1]), weight.bias)
+        arranged = torch.ops.mkldnn._reorder_linear_weight(tensor)
+    return ArrangedDense(weight.name, arranged, (tensor.shape[0], tensor.shape[1]), weight.bias)
