@@ -49,9 +49,9 @@ class QuantConfig(Settings):
     ModelOpt: ``--awq_block_size``.
     """
     kv_cache_scales: KvScales = "split"
-    """What has a scale of its own in an INT8 cache: a layer, its K and its V, or each of their heads.
+    """The parts of an INT8 cache that have their own scale: a layer, its K and its V, or each of their heads.
 
-    TensorRT-LLM has merged. Finer scales are closer to what is cached. FP8 caches always have the scale 1.
+    TensorRT-LLM has merged scales. Finer scales have smaller errors. FP8 caches always have the scale 1.
     """
     exclude_modules: tuple[str, ...] = ()
     """Linears that stay as they are: shell patterns over names such as ``transformer.layers.3.mlp.proj``."""
