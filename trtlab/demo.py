@@ -1,4 +1,4 @@
-"""The LLaMA recipe in a terminal: four objects, text as it is generated, and a race against transformers."""
+"""The LLaMA recipe in a terminal: four objects, text as it is generated, and a comparison with transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTION = "Question: Which pet does Bruno have?\nAnswer:"
 
 
 def demo(engine_dir: Path) -> None:
-    """Run the recipe on the model that ships; the engine is left in ``engine_dir``."""
+    """Run the recipe on the model that ships with trtlab; the engine is saved in ``engine_dir``."""
     _step("1  Checkpoint: open a Hugging Face folder; the weights stay on disk")
     checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
     print(checkpoint)
@@ -33,13 +33,13 @@ def demo(engine_dir: Path) -> None:
                 print(piece, end="", flush=True)
         print()
         _step("4  The same tokens, and the same work, in transformers")
-        _race(session)
+        _compare_with_transformers(session)
 
     _step("Now look inside: make lab opens JupyterLab on notebooks/01_llama.ipynb")
     print(f"the engine is in {engine_dir}: trtlab.Engine.load({str(engine_dir)!r})")
 
 
-def _race(session: trtlab.Session) -> None:
+def _compare_with_transformers(session: trtlab.Session) -> None:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -48,9 +48,9 @@ def _race(session: trtlab.Session) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(tiny.llama_dir(), dtype=torch.float32)
     ids = session.encode(QUESTION)
-    ours = session.generate(ids, trtlab.SamplingParams(max_new_tokens=32, ignore_eos=True)).token_ids
+    tokens = session.generate(ids, trtlab.SamplingParams(max_new_tokens=32, ignore_eos=True)).token_ids
     batch = torch.tensor([ids])
-    theirs = model.generate(
+    expected = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
         max_new_tokens=32,
@@ -58,7 +58,7 @@ def _race(session: trtlab.Session) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )[0, len(ids) :].tolist()
-    print(f"  32 greedy tokens are {'identical' if list(ours) == theirs else 'DIFFERENT'}")
+    print(f"  32 greedy tokens are {'identical' if list(tokens) == expected else 'DIFFERENT'}")
     for batch_size in (1, 8):
         print(against_transformers(session, model, batch_size, num_runs=3))
 

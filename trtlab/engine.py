@@ -166,7 +166,8 @@ class Engine(Shown):
         self.require_open()
         if not self.ranks:
             raise EngineError(
-                "this engine was saved without weights", remedy='only a plan on a GPU runs it: save with weights="link"'
+                "this engine was saved without weights",
+                remedy='only its plan on a GPU runs: build it again and save it with weights="link"',
             )
         if rank not in range(len(self.ranks)):
             raise EngineError(f"there is no rank {rank}", expected=f"0 to {len(self.ranks) - 1}")

@@ -37,7 +37,7 @@ def _plan_facts(records: tuple[PlanRecord, ...]) -> tuple[tuple[str, str], ...]:
     return (
         ("plan", f"{first.flavour} {first.version}, {size(sum(r.plan_bytes for r in records))}"),
         ("runs on", targets),
-        ("activations", activations or "not told by this TensorRT"),
+        ("activations", activations or "not reported by this TensorRT"),
         ("weight streaming", "possible" if first.weight_streaming else "off"),
     )
 

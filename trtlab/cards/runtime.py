@@ -78,9 +78,9 @@ def _chains(cache: KvCache) -> Table:
     places = cache.pool.tokens_per_block
     rows = []
     for number, blocks in list(cache.chains.items())[:LISTED]:
-        held = cache.held[number]
+        tokens = cache.held[number]
         rows.append(
-            (f"request {number}", str(held), _runs(blocks), bar(held / (len(blocks) * places)) if blocks else "")
+            (f"request {number}", str(tokens), _runs(blocks), bar(tokens / (len(blocks) * places)) if blocks else "")
         )
     return Table(("running", " tokens", "blocks", "filled"), tuple(rows))
 

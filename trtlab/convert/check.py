@@ -9,7 +9,7 @@ import torch
 from trtlab.errors import CheckpointError
 from trtlab.storage.lazy import LazyTensor
 
-LISTED = 8  # differences that an error spells out
+LISTED = 8  # differences that an error lists
 
 
 def check_layers(where: str, layers: int, tensors: int) -> None:

@@ -23,7 +23,7 @@ from pydantic_core import CoreSchema, core_schema
 from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.validation import problems, shorten
 
-LISTED = 8  # problems that an error spells out
+LISTED = 8  # problems that an error lists
 LARGEST = 2**63 - 1  # of a 64-bit integer
 
 T = TypeVar("T")
