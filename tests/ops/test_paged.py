@@ -140,40 +140,40 @@ def test_eight_bit_blocks_stand_for_what_an_eight_bit_row_stands_for(dtype, kind
 
 
 def test_one_sequence_in_neighbouring_blocks_is_read_without_a_copy():
-    made = Case([(20, 1)], 8)
-    made.tables.write(made.slots[0], 0, [1, 2, 3])
-    made.check()
-    batch = made.batch(made.sequences)
-    keys, _ = made.cache.read(0, batch._parts[0]._blocks, 1, 21)
-    assert keys.untyped_storage().data_ptr() == made.cache.keys.untyped_storage().data_ptr()
+    case = Case([(20, 1)], 8)
+    case.tables.write(case.slots[0], 0, [1, 2, 3])
+    case.check()
+    batch = case.batch(case.sequences)
+    keys, _ = case.cache.read(0, batch._parts[0]._blocks, 1, 21)
+    assert keys.untyped_storage().data_ptr() == case.cache.keys.untyped_storage().data_ptr()
 
 
 def test_blocks_that_do_not_follow_each_other_are_not_taken_for_a_run():
-    made = Case([(28, 3)], 8)
+    case = Case([(28, 3)], 8)
     for blocks in ([0, 2, 1, 3], [3, 2, 1, 0], [1, 3, 2, 4]):
-        made.tables.write(made.slots[0], 0, blocks)
-        made.check()
+        case.tables.write(case.slots[0], 0, blocks)
+        case.check()
 
 
 def test_sequences_may_read_the_same_blocks():
-    made = Case([(16, 1), (16, 1), (16, 3)], 8)
-    first = made.tables.row(made.slots[0], 2)
-    for slot in made.slots[1:]:
-        made.tables.write(slot, 0, first)
-    made.k[1][:, :16] = made.k[2][:, :16] = made.k[0][:, :16]
-    made.v[1][:, :16] = made.v[2][:, :16] = made.v[0][:, :16]
-    made.check()
+    case = Case([(16, 1), (16, 1), (16, 3)], 8)
+    first = case.tables.row(case.slots[0], 2)
+    for slot in case.slots[1:]:
+        case.tables.write(slot, 0, first)
+    case.k[1][:, :16] = case.k[2][:, :16] = case.k[0][:, :16]
+    case.v[1][:, :16] = case.v[2][:, :16] = case.v[0][:, :16]
+    case.check()
 
 
 @pytest.mark.parametrize("scales", [None, scales_of(torch.int8, 2, "split"), scales_of(FLOAT8, 2, "merged")])
 def test_a_copied_block_holds_every_layer_of_its_source_and_touches_no_other(scales):
-    made = Case([(9, 6)], 4, scales=scales)
-    for layer in range(made.layers):
-        made.run(layer)
-    keys, values = made.cache.keys.clone(), made.cache.values.clone()
-    first, second, third, *_ = made.tables.row(made.slots[0], 4)
-    made.cache.copy([(first, second), (second, third)])
-    for before, after in ((keys, made.cache.keys), (values, made.cache.values)):
+    case = Case([(9, 6)], 4, scales=scales)
+    for layer in range(case.layers):
+        case.run(layer)
+    keys, values = case.cache.keys.clone(), case.cache.values.clone()
+    first, second, third, *_ = case.tables.row(case.slots[0], 4)
+    case.cache.copy([(first, second), (second, third)])
+    for before, after in ((keys, case.cache.keys), (values, case.cache.values)):
         before, after = before.float().nan_to_num(), after.float().nan_to_num()
         assert torch.equal(after[:, :, third], before[:, :, first]), "one after another"
         assert torch.equal(after[:, :, second], before[:, :, first])
@@ -182,19 +182,19 @@ def test_a_copied_block_holds_every_layer_of_its_source_and_touches_no_other(sca
 
 
 def test_a_copy_can_be_written_without_changing_its_source():
-    made = Case([(10, 1)], 4)
-    made.check()
-    last = made.tables.row(made.slots[0], 3)[-1]
-    spare = next(block for block in range(5) if block not in made.tables.row(made.slots[0], 3))
-    before = made.cache.keys[:, :, last].clone()
-    made.cache.copy([(last, spare)])
-    made.tables.write(made.slots[0], 2, [spare])
-    made.k[0][:, 10] += 1
-    for layer in range(made.layers):
-        batch = made.write(layer, [(10, 1)])
-        out = batch.attend(made.cache, layer, made.q[0][layer])
-        torch.testing.assert_close(out, made.expected(layer), atol=2e-6, rtol=1e-5)
-    assert torch.equal(made.cache.keys[:, :, last].nan_to_num(), before.nan_to_num())
+    case = Case([(10, 1)], 4)
+    case.check()
+    last = case.tables.row(case.slots[0], 3)[-1]
+    spare = next(block for block in range(5) if block not in case.tables.row(case.slots[0], 3))
+    before = case.cache.keys[:, :, last].clone()
+    case.cache.copy([(last, spare)])
+    case.tables.write(case.slots[0], 2, [spare])
+    case.k[0][:, 10] += 1
+    for layer in range(case.layers):
+        batch = case.write(layer, [(10, 1)])
+        out = batch.attend(case.cache, layer, case.q[0][layer])
+        torch.testing.assert_close(out, case.expected(layer), atol=2e-6, rtol=1e-5)
+    assert torch.equal(case.cache.keys[:, :, last].nan_to_num(), before.nan_to_num())
 
 
 def test_rows_of_a_packed_batch_are_known_by_slot_position_and_block():
@@ -240,19 +240,19 @@ def test_a_run_of_neighbours_is_found_exactly_when_the_blocks_are_neighbours(row
 
 
 def test_many_sequences_in_neighbouring_blocks_are_read_without_a_copy():
-    made = Case([(20, 1), (23, 1)], 8)
-    for place, slot in enumerate(made.slots):
-        made.tables.write(slot, 0, [3 * place, 3 * place + 1, 3 * place + 2])
-    made.check()
-    assert made.batch(made.sequences)._parts[0]._blocks == slice(0, 6)
+    case = Case([(20, 1), (23, 1)], 8)
+    for place, slot in enumerate(case.slots):
+        case.tables.write(slot, 0, [3 * place, 3 * place + 1, 3 * place + 2])
+    case.check()
+    assert case.batch(case.sequences)._parts[0]._blocks == slice(0, 6)
 
 
 def test_what_is_read_is_what_was_written_up_to_the_length():
-    made = Case([(10, 1)], 4)
-    made.run(0)
-    keys, values = made.cache.read(0, torch.tensor(made.tables.row(made.slots[0], 3)), 1, 11)
+    case = Case([(10, 1)], 4)
+    case.run(0)
+    keys, values = case.cache.read(0, torch.tensor(case.tables.row(case.slots[0], 3)), 1, 11)
     assert keys.shape == (1, 2, 11, SIZE)
-    assert torch.equal(keys[0].transpose(0, 1), made.k[0][0]) and torch.equal(values[0].transpose(0, 1), made.v[0][0])
+    assert torch.equal(keys[0].transpose(0, 1), case.k[0][0]) and torch.equal(values[0].transpose(0, 1), case.v[0][0])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells what is resident")

@@ -21,20 +21,22 @@ def on_every_rank(mapping, work):
 
 
 def test_all_reduce_sums_over_the_tensor_parallel_group_alone():
-    found = on_every_rank(Mapping(tp_size=3, pp_size=2), lambda rank, comm: comm.all_reduce(torch.tensor([10.0**rank])))
-    assert [float(x) for x in found] == [111.0] * 3 + [111000.0] * 3
+    results = on_every_rank(
+        Mapping(tp_size=3, pp_size=2), lambda rank, comm: comm.all_reduce(torch.tensor([10.0**rank]))
+    )
+    assert [float(x) for x in results] == [111.0] * 3 + [111000.0] * 3
 
 
 def test_all_reduce_gives_every_rank_the_same_bits():
     parts = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
-    found = on_every_rank(Mapping(tp_size=4), lambda rank, comm: comm.all_reduce(parts[rank]))
+    results = on_every_rank(Mapping(tp_size=4), lambda rank, comm: comm.all_reduce(parts[rank]))
     expected = ((parts[0] + parts[1]) + parts[2]) + parts[3]
-    assert all(torch.equal(x, expected) for x in found)
+    assert all(torch.equal(x, expected) for x in results)
 
 
 def test_all_gather_lays_parts_side_by_side_in_rank_order():
-    found = on_every_rank(Mapping(tp_size=3), lambda rank, comm: comm.all_gather(torch.full((2, 1), float(rank))))
-    assert all(x.tolist() == [[0.0, 1.0, 2.0]] * 2 for x in found)
+    results = on_every_rank(Mapping(tp_size=3), lambda rank, comm: comm.all_gather(torch.full((2, 1), float(rank))))
+    assert all(x.tolist() == [[0.0, 1.0, 2.0]] * 2 for x in results)
 
 
 def test_many_rounds_do_not_mix():

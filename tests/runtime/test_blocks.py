@@ -332,13 +332,13 @@ def test_the_block_unused_longest_is_evicted_first():
     a, b, c = (computed(manager, number, [number, number]) for number in (1, 2, 3))
     for chain in (b, c, a):
         manager.release(chain)
-    gone = []
+    numbers = []
     filling = Chain(9, [0] * 6)
     manager.open(filling)
     for past in (0, 2, 4):
         manager.reserve(filling, past, past + 2)
-        gone.append(filling.blocks[-1])
-    assert gone == [1, 2, 0]
+        numbers.append(filling.blocks[-1])
+    assert numbers == [1, 2, 0]
 
 
 def test_using_a_cached_block_makes_it_the_last_to_be_evicted():

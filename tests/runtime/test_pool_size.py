@@ -97,9 +97,9 @@ def test_a_session_tells_the_bytes_that_its_caches_take(random_model, backend):
 def test_an_eight_bit_cache_takes_a_quarter_of_the_bytes_a_block(random_model, algorithm):
     checkpoint = Checkpoint.from_hugging_face(random_model())
     quant = QuantConfig(kv_cache_quant_algo=algorithm)
-    made = checkpoint.quantize(quant, calibration=[[1, 2, 3, 4, 5, 6]] if quant.reads_texts else None)
+    quantized = checkpoint.quantize(quant, calibration=[[1, 2, 3, 4, 5, 6]] if quant.reads_texts else None)
     sizes = []
-    for source in (checkpoint, made):
+    for source in (checkpoint, quantized):
         with source.build(BUILD, plan=False).session(backend="torch") as session:
             sizes.append(session.kv_cache.pool)
     assert sizes[0].block_bytes == 4 * sizes[1].block_bytes and sizes[0].num_blocks == sizes[1].num_blocks

@@ -38,15 +38,15 @@ def warped(scores, params):
 )
 def test_filtered_probabilities_are_those_of_transformers(scores, temperature, top_k, top_p):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    found, expected = filtered_probabilities(scores, params), warped(scores, params)
-    differing = (found > 0) != (expected > 0)
+    actual, expected = filtered_probabilities(scores, params), warped(scores, params)
+    differing = (actual > 0) != (expected > 0)
     if differing.any():  # both are right at a tie, and where a sum rounds to either side of top_p
         edge = filtered_probabilities(scores, SamplingParams(temperature=temperature, top_k=top_k))
         masses = edge.sort(descending=True).values.cumsum(-1)
         tied = scores.unique().numel() < scores.numel()
         assert tied or float((masses - top_p).abs().min()) < 1e-5
     else:
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 @given(logits, st.lists(st.integers(0, 3), max_size=6), st.floats(0.1, 5))
@@ -83,10 +83,10 @@ def test_rows_of_one_step_each_follow_their_own_parameters():
 
 
 def test_the_penalty_counts_prompt_and_answer():
-    asked = request(repetition_penalty=10.0)
-    asked.token_ids.append(3)
+    subject = request(repetition_penalty=10.0)
+    subject.token_ids.append(3)
     scores = torch.tensor([[0.5, 4.0, 3.0, 3.5]])
-    assert sample(scores, [asked])[0][0] == 0
+    assert sample(scores, [subject])[0][0] == 0
 
 
 def test_logprobs_are_those_of_the_unfiltered_logits():
@@ -97,8 +97,8 @@ def test_logprobs_are_those_of_the_unfiltered_logits():
 
 
 def test_draws_follow_the_probabilities():
-    scores, asked = torch.tensor([[0.0, math.log(3.0), -30.0]]), request(temperature=1.0, seed=0)
-    draws = [sample(scores, [asked])[0][0] for _ in range(4000)]
+    scores, subject = torch.tensor([[0.0, math.log(3.0), -30.0]]), request(temperature=1.0, seed=0)
+    draws = [sample(scores, [subject])[0][0] for _ in range(4000)]
     assert draws.count(1) / 4000 == pytest.approx(0.75, abs=0.03)
     assert draws.count(2) == 0
 
@@ -108,8 +108,8 @@ def test_a_seed_fixes_the_draws_of_a_request_whatever_runs_beside_it(seed):
     scores = torch.randn(1, 30, generator=torch.Generator().manual_seed(2))
 
     def draws(beside):
-        asked, other = request(temperature=1.0, seed=seed), request(temperature=1.0)
-        rows = [asked, other] if beside else [asked]
+        subject, other = request(temperature=1.0, seed=seed), request(temperature=1.0)
+        rows = [subject, other] if beside else [subject]
         return [sample(scores.expand(len(rows), -1), rows)[0][0] for _ in range(20)]
 
     assert draws(False) == draws(False) == draws(True)

@@ -93,14 +93,14 @@ stops = st.lists(st.text(alphabet="ab é日", min_size=1, max_size=4), min_size=
 
 @given(st.text(alphabet="ab é日", max_size=25), stops)
 def test_a_stop_word_never_appears_and_nothing_before_it_is_lost(byte_level, text, stop):
-    found = stream(byte_level, byte_level.encode(text), stop)
-    assert not any(word in found.text for word in stop)
-    assert text.startswith(found.text)
-    if found.stopped_by is None:
-        assert found.text == text
+    result = stream(byte_level, byte_level.encode(text), stop)
+    assert not any(word in result.text for word in stop)
+    assert text.startswith(result.text)
+    if result.stopped_by is None:
+        assert result.text == text
     else:
-        assert found.stopped_by in stop
-        assert text[len(found.text) :].startswith(found.stopped_by)
+        assert result.stopped_by in stop
+        assert text[len(result.text) :].startswith(result.stopped_by)
 
 
 @given(st.text(alphabet="ab", max_size=20), stops)

@@ -141,14 +141,14 @@ def test_a_reused_prefix_tells_how_much_it_saved(opened):
 @pytest.mark.parametrize("kind", ["merged", "split", "per_head"])
 def test_an_eight_bit_cache_gives_the_same_tokens_shared_chunked_and_preempted(algorithm, kind, opened, random_model):
     quant = QuantConfig(kv_cache_quant_algo=algorithm, kv_cache_scales=kind)
-    made = Checkpoint.from_hugging_face(random_model()).quantize(
+    quantized = Checkpoint.from_hugging_face(random_model()).quantize(
         quant, calibration=[LONG, LONG[::-1]] if quant.reads_texts else None
     )
-    plain = opened(SessionConfig(enable_block_reuse=False), source=made, max_batch_size=1)
+    plain = opened(SessionConfig(enable_block_reuse=False), source=quantized, max_batch_size=1)
     alone = answers(submit_all(plain))
     assert_same_but_for_ties(plain, LONG, by_hand(plain, LONG, PARAMS[0].max_new_tokens), alone[0])
     tight = SessionConfig(capacity_scheduler_policy="MAX_UTILIZATION", max_tokens_in_paged_kv_cache=72)
-    session = opened(tight, source=made, max_num_tokens=16)
+    session = opened(tight, source=quantized, max_num_tokens=16)
     requests = submit_all(session)
     session.step()
     child = session.fork(requests[0])

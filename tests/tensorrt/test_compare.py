@@ -63,14 +63,14 @@ class KeysForValues(TensorRTOps):
 def test_an_honest_network_agrees(small, bounds, weights_of, tied):
     config = small.replace(tie_word_embeddings=tied, qk_layernorm=True)
     weights = weights_of(config)
-    found = compare(emit(config, bounds, Mapping(), 0, weights), config, weights, PROMPT)
-    assert found.start is None
-    assert all(found.same_token)
-    assert found.reading == "torch and the network agree within 0.0001, and every next token agrees"
-    names = [d.name for d in found.step(0)]
+    comparison = compare(emit(config, bounds, Mapping(), 0, weights), config, weights, PROMPT)
+    assert comparison.start is None
+    assert all(comparison.same_token)
+    assert comparison.reading == "torch and the network agree within 0.0001, and every next token agrees"
+    names = [d.name for d in comparison.step(0)]
     assert names[0] == "transformer.vocab_embedding"
     assert names[-1].endswith(":logits")
-    assert names == [d.name for d in found.step(4)]
+    assert names == [d.name for d in comparison.step(4)]
     attention = "transformer.layers.1.attention"
     assert {f"{attention}.k_layernorm:rotary_q", f"{attention}.k_layernorm:attention", f"{attention}.dense"} <= {*names}
 
@@ -86,28 +86,28 @@ def test_an_honest_network_agrees(small, bounds, weights_of, tied):
 )
 def test_a_planted_operation_is_found(small, bounds, weights_of, op_set, step, name, words):
     weights = weights_of(small)
-    found = compare(emit(small, bounds, Mapping(), 0, weights, op_set=op_set), small, weights, PROMPT)
-    assert (found.start.step, found.start.name) == (step, name)
-    assert found.jumps
-    assert words in found.reading
+    comparison = compare(emit(small, bounds, Mapping(), 0, weights, op_set=op_set), small, weights, PROMPT)
+    assert (comparison.start.step, comparison.start.name) == (step, name)
+    assert comparison.jumps
+    assert words in comparison.reading
 
 
 def test_swapped_gate_and_up_are_found(small, bounds, weights_of):
     weights = weights_of(small)
     fc, gate = "transformer.layers.1.mlp.fc.weight", "transformer.layers.1.mlp.gate.weight"
     swapped = {**weights, fc: weights[gate], gate: weights[fc]}
-    found = compare(emit(small, bounds, Mapping(), 0, swapped), small, weights, PROMPT)
-    assert (found.start.step, found.start.name) == (0, "transformer.layers.1.mlp.fc")
-    assert "weights" in found.reading
+    comparison = compare(emit(small, bounds, Mapping(), 0, swapped), small, weights, PROMPT)
+    assert (comparison.start.step, comparison.start.name) == (0, "transformer.layers.1.mlp.fc")
+    assert "weights" in comparison.reading
 
 
 def test_low_precision_grows_and_does_not_jump(small, bounds, weights_of):
     config = small.replace(dtype="bfloat16")
     weights = weights_of(config)
-    found = compare(emit(config, bounds, Mapping(), 0, weights), config, weights, PROMPT, tolerance=6e-3)
-    assert found.start is not None
-    assert not found.jumps
-    assert found.reading.endswith("precision")
+    comparison = compare(emit(config, bounds, Mapping(), 0, weights), config, weights, PROMPT, tolerance=6e-3)
+    assert comparison.start is not None
+    assert not comparison.jumps
+    assert comparison.reading.endswith("precision")
 
 
 def test_what_cannot_be_compared_is_refused(small, bounds, weights_of):

@@ -32,16 +32,16 @@ def test_each_result_comes_from_the_token_it_belongs_to(chunks, every_token):
         for i, token in enumerate(chunk.token_ids)
         if every_token or i == len(chunk.token_ids) - 1
     ]
-    found = {}
+    rows = {}
     for run in runs_of(StepInputs(chunks, every_token), CONTEXT):
         tensors = input_tensors(run, 20)
         for number, (place, row, token) in enumerate(run.results):
             column = number if run.profile == "context" else 0
             assert tensors[io.LAST_TOKENS][row, column] == token
             position, value = tensors[io.POSITION_IDS][row, token], tensors[io.INPUT_IDS][row, token]
-            assert place not in found
-            found[place] = (run.first + row, int(position), int(value))
-    assert [found[place] for place in range(len(found))] == expected
+            assert place not in rows
+            rows[place] = (run.first + row, int(position), int(value))
+    assert [rows[place] for place in range(len(rows))] == expected
 
 
 @given(chunks=chunks, every_token=st.booleans())
@@ -59,8 +59,8 @@ def test_every_run_fits_its_profile_and_every_token_runs_once(chunks, every_toke
         if piece is not None
         for i, token in enumerate(piece.token_ids)
     ]
-    asked = [(c.slot, c.past + i, token) for c in chunks for i, token in enumerate(c.token_ids)]
-    assert sorted(ran) == sorted(asked)
+    wanted = [(c.slot, c.past + i, token) for c in chunks for i, token in enumerate(c.token_ids)]
+    assert sorted(ran) == sorted(wanted)
 
 
 @given(chunks=chunks)
