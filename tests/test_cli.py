@@ -52,7 +52,7 @@ def test_a_mistake_is_one_line_and_status_2(command, capsys):
     assert error.startswith("trtlab: ") and error.count("\n") == 1
 
 
-def test_an_error_names_flags_and_its_remedy_works(engine_dir, capsys):
+def test_an_error_and_its_remedy_name_flags(engine_dir, capsys):
     convert = ["convert", "--model_dir", str(tiny.llama_dir()), "--output_dir", str(engine_dir.parent / "shared")]
     build = ["build", "--checkpoint_dir", str(engine_dir.parent / "ckpt"), "--output_dir", str(engine_dir.parent / "e")]
     run = ["run", "--engine_dir", str(engine_dir), "--input_text", QUESTION]

@@ -31,6 +31,8 @@ def package(tmp_path):
     """The files of loops in a package of the same name, with no compiled code, and a small loop that calls theirs."""
     folder = tmp_path / "trtlab" / "ops" / "cpu"
     folder.mkdir(parents=True)
+    for parent in (folder, folder.parent, folder.parent.parent):
+        (parent / "__init__.py").touch()  # without it an installed trtlab would come first
     for name in loops.SOURCE_FILES:
         shutil.copy(FOLDER / name, folder)
     (folder / "caller.py").write_text(CALLER)
