@@ -16,6 +16,19 @@ from trtlab.model.tensor_specs import tensor_specs
 
 Weights = dict[str, torch.Tensor]
 
+LLAMA_7B = {  # the arguments of a ModelConfig
+    "architecture": "LlamaForCausalLM",
+    "dtype": "float16",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_size": 128,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+}
+
 HUGGING_FACE = {
     "vocab_size": 99,
     "hidden_size": 64,

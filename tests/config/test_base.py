@@ -36,23 +36,13 @@ from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.tiny import llama_dir
 from trtlab.validation import fields_of
 
-MODEL = {
-    "architecture": "LlamaForCausalLM",
-    "dtype": "float16",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_size": 128,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-}
+from ..models import LLAMA_7B
+
 NEEDED = {  # what must be given
     BuildConfig: {},
     EmbeddingLayout: {},
     Mapping: {},
-    ModelConfig: MODEL,
+    ModelConfig: LLAMA_7B,
     QuantConfig: {},
     RotaryScaling: {"kind": "linear", "factor": 2.0},
     SamplingParams: {},

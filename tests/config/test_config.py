@@ -14,18 +14,7 @@ from hypothesis import strategies as st
 from trtlab import BuildConfig, ConfigError, Mapping, ModelConfig, RotaryScaling, SamplingParams, TrtlabError
 from trtlab.config.build import OBSOLETE_BUILD_FLAGS, OLD_FLAGS
 
-MODEL = {
-    "architecture": "LlamaForCausalLM",
-    "dtype": "float16",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_size": 128,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-}
+from ..models import LLAMA_7B
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 6))
@@ -189,9 +178,9 @@ def test_a_build_that_cannot_be_says_why(changes, words):
     ],
 )
 def test_what_is_left_out_is_filled_in_for_a_model(bounds, limit, resolved):
-    build = BuildConfig(**bounds).resolve(ModelConfig(**{**MODEL, "max_position_embeddings": limit}))
+    build = BuildConfig(**bounds).resolve(ModelConfig(**{**LLAMA_7B, "max_position_embeddings": limit}))
     assert (build.max_input_len, build.max_seq_len) == (build.input_len, build.seq_len) == resolved
-    assert build.dtype == "float16" and build.resolve(ModelConfig(**MODEL)) == build
+    assert build.dtype == "float16" and build.resolve(ModelConfig(**LLAMA_7B)) == build
 
 
 @pytest.mark.parametrize(
@@ -202,7 +191,7 @@ def test_what_is_left_out_is_filled_in_for_a_model(bounds, limit, resolved):
     ],
 )
 def test_a_prompt_longer_than_the_model_or_the_default_allows_is_refused(bounds, limit, words, mended):
-    model = ModelConfig(**{**MODEL, "max_position_embeddings": limit})
+    model = ModelConfig(**{**LLAMA_7B, "max_position_embeddings": limit})
     with pytest.raises(ConfigError, match=words):
         BuildConfig(**bounds).resolve(model)
     assert BuildConfig(max_input_len=mended).resolve(model).input_len == mended
@@ -226,7 +215,7 @@ def test_a_rotary_scaling_that_cannot_be_says_why(kind, changes, words):
 
 def test_kv_bytes_of_a_token_are_the_published_figure():
     """LLaMA-2-7B in FP16: 512 KiB a token."""
-    assert ModelConfig(**MODEL).kv_bytes_per_token == 512 * 1024
+    assert ModelConfig(**LLAMA_7B).kv_bytes_per_token == 512 * 1024
 
 
 @pytest.mark.parametrize(
@@ -242,7 +231,7 @@ def test_kv_bytes_of_a_token_are_the_published_figure():
 )
 def test_a_model_that_cannot_be_says_why(changes, words):
     with pytest.raises(ConfigError, match=words):
-        ModelConfig(**{**MODEL, **changes})
+        ModelConfig(**{**LLAMA_7B, **changes})
 
 
 def test_an_error_reads_as_what_got_expected_and_remedy():
