@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
-from collections import abc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
@@ -22,11 +20,9 @@ from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Message, Tokenizer
+from trtlab.session.prompts import Prompt, Prompts, checked_params, is_single
 from trtlab.session.request import Completion, Request
 from trtlab.session.runnable_engine import RunnableEngine
-from trtlab.validation import require
-
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Session(Shown):
@@ -40,6 +36,7 @@ class Session(Shown):
         self.config = config
         self.backend_reason = reason
         self._tokenizer = Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None
+        self._prompts = Prompts(engine, config, self._tokenizer)
         self._loop = Loop(backend, engine.build_config, config)
         self._numbers = itertools.count(1)
         self._thread: ThreadPoolExecutor | None = None
@@ -100,8 +97,8 @@ class Session(Shown):
             RequestError: before anything runs, for an empty prompt, an id outside the vocabulary, or a request beyond
                 the engine's bounds or the KV pool.
         """
-        params = _checked_params(params)
-        single = _is_single(prompts)
+        params = checked_params(params)
+        single = is_single(prompts)
         batch: Sequence[Any] = [prompts] if single else prompts
         token_ids = [self._checked(prompt, params) for prompt in batch]
         requests: list[Request] = []
@@ -123,7 +120,7 @@ class Session(Shown):
         Raises:
             RequestError: as ``generate``, and for an engine without a tokenizer.
         """
-        params = _checked_params(params)
+        params = checked_params(params)
         ids = self._checked(prompt, params)
         if self._tokenizer is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
@@ -162,7 +159,7 @@ class Session(Shown):
         timed = allotted_time_ms is not None
         if timed and not (isinstance(allotted_time_ms, int | float) and allotted_time_ms > 0):
             raise RequestError("allotted_time_ms must be a positive number", got=repr(allotted_time_ms))
-        params = _checked_params(params)
+        params = checked_params(params)
         state = self._state(self._checked(prompt, params), params)
         state.priority = priority
         if allotted_time_ms is not None:
@@ -182,12 +179,12 @@ class Session(Shown):
             RequestError: for a request that has ended, or params that it cannot go on with.
         """
         parent = request.state
-        params = parent.params if params is None else _checked_params(params)
+        params = parent.params if params is None else checked_params(params)
         if request.done:
             raise RequestError(
                 f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
             )
-        self._refuse_beyond_bounds(parent.prompt_ids, params)
+        self._prompts.refuse_beyond_bounds(parent.prompt_ids, params)
         logprobs, output_ids = list(parent.logprobs), parent.output_ids  # copies: another thread may run a step now
         if parent.params.logprobs:
             output_ids = output_ids[: len(logprobs)]
@@ -216,15 +213,15 @@ class Session(Shown):
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits after each token of a prompt: [tokens, vocab], float32, on the CPU."""
         self._require_open()
-        return self._loop.logits(self._checked_ids(token_ids))
+        return self._loop.logits(self._prompts.checked_ids(token_ids))
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the model expects in front."""
-        return self._require_tokenizer().encode(text)
+        return self._prompts.require_tokenizer().encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self._require_tokenizer().decode(token_ids)
+        return self._prompts.require_tokenizer().decode(token_ids)
 
     def _state(self, ids: tuple[int, ...], params: SamplingParams) -> RequestState:
         return RequestState(
@@ -248,70 +245,9 @@ class Session(Shown):
         return self._thread
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
-        """The prompt's token ids; RequestError when this engine cannot serve it."""
+        """The prompt's token ids; RequestError when this session cannot serve it."""
         self._require_open()
-        if params.stop and self._tokenizer is None:
-            raise RequestError(
-                "stop words need a tokenizer", remedy="leave stop out, or put tokenizer.json in the folder"
-            )
-        ids = self._checked_ids(self._ids(prompt))
-        self._refuse_beyond_bounds(ids, params)
-        return ids
-
-    def _refuse_beyond_bounds(self, ids: tuple[int, ...], params: SamplingParams) -> None:
-        build = self.engine.build_config
-        room = build.seq_len - len(ids)
-        if params.max_new_tokens > room:
-            shorter = f"lower max_new_tokens to {room}" if room else "shorten the prompt"
-            raise RequestError(
-                f"prompt of {len(ids)} and max_new_tokens {params.max_new_tokens} exceed max_seq_len {build.seq_len}",
-                remedy=f"{shorter}, or build with a larger max_seq_len",
-            )
-        if len(ids) > build.max_num_tokens and not self.config.enable_chunked_context:
-            raise RequestError(
-                f"prompt of {len(ids)} tokens exceeds max_num_tokens {build.max_num_tokens}",
-                remedy="set SessionConfig(enable_chunked_context=True), or build with a larger max_num_tokens",
-            )
-
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty", remedy="give at least one character")
-            return self._require_tokenizer().encode(prompt)
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], abc.Mapping):
-            return self._require_tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
-        return prompt  # type: ignore[return-value]
-
-    def _checked_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        try:
-            ids = tuple(operator.index(token) for token in token_ids)
-        except TypeError as error:
-            raise RequestError(
-                f"the prompt cannot be read as token ids: {error}", remedy="give a str, or a list of int"
-            ) from error
-        vocab, limit = self.engine.config.vocab_size, self.engine.build_config.input_len
-        if not ids:
-            raise RequestError("the prompt is empty", remedy="give at least one token")
-        outside = next((token for token in ids if not 0 <= token < vocab), None)
-        if outside is not None:
-            raise RequestError(
-                f"token id {outside} is outside the vocabulary",
-                expected=f"0 to {vocab - 1}",
-                remedy="use this engine's own tokenizer: session.encode(text)",
-            )
-        if len(ids) > limit:
-            raise RequestError(
-                f"prompt of {len(ids)} tokens exceeds max_input_len {limit}",
-                remedy="shorten the prompt, or build with a larger max_input_len",
-            )
-        return ids
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise RequestError(
-                "this engine has no tokenizer", remedy="give token ids, or put tokenizer.json in its folder"
-            )
-        return self._tokenizer
+        return self._prompts.checked(prompt, params)
 
     def _require_open(self) -> None:
         if self.closed:
@@ -329,21 +265,3 @@ class Session(Shown):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _checked_params(params: SamplingParams | None) -> SamplingParams:
-    return require(SamplingParams, SamplingParams() if params is None else params, "SamplingParams(max_new_tokens=32)")
-
-
-def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt (str, list, array or tensor of ids, conversation), and not a list of prompts."""
-    if isinstance(prompts, abc.Mapping) or not hasattr(prompts, "__len__"):
-        raise RequestError(
-            "unknown kind of prompt",
-            got=repr(prompts),
-            expected="a str, token ids, a list of messages, or a list of prompts",
-        )
-    if isinstance(prompts, str) or len(prompts) == 0:
-        return True
-    first = prompts[0]
-    return isinstance(first, abc.Mapping) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0)
