@@ -36,8 +36,9 @@ from trtlab.quantize.report_file import REPORT, read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
-from trtlab.storage.files import PathLike, TensorFile, replacing, write_safetensors
+from trtlab.storage.files import TensorFile, replacing, write_safetensors
 from trtlab.storage.lazy import LazyTensor, in_memory
+from trtlab.storage.paths import PathLike
 from trtlab.validation import require
 
 

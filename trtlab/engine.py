@@ -31,9 +31,10 @@ from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.session.open import open_session
 from trtlab.session.session import Session
-from trtlab.storage.files import PathLike, replacing, write_safetensors
+from trtlab.storage.files import replacing, write_safetensors
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.lazy import LazyTensor, open_safetensors
+from trtlab.storage.paths import PathLike
 from trtlab.tensorrt.build.plans import Plans
 from trtlab.tensorrt.compare import NetworkComparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit

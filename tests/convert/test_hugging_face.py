@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trtlab import BuildConfig, Checkpoint, CheckpointError, ConfigError, TrtlabError
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
+from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.storage.json_files import parse_model
 
 # config.json as published, without what names people or files
@@ -429,6 +430,58 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(protocol, rand
         Checkpoint.from_hugging_face(folder)
     assert caught.value.remedy
     assert not (tmp_path / "owned").exists()
+
+
+# --- links
+
+
+@pytest.fixture
+def cached(talking_model, tmp_path):
+    """The talking model in Hugging Face's cache, where every file of a snapshot is a link to a blob."""
+    model = tmp_path / "models--org--talking"
+    snapshot = model / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, file in enumerate(sorted(talking_model.iterdir())):
+        (model / "blobs" / f"{number:040}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040}")
+    return snapshot
+
+
+def test_a_folder_of_hugging_faces_cache_is_read_and_saved_as_files(cached, talking_model, tmp_path):
+    checkpoint = Checkpoint.from_hugging_face(cached)
+    plain = Checkpoint.from_hugging_face(talking_model)
+    assert all(torch.equal(checkpoint.tensors[name].read(), tensor.read()) for name, tensor in plain.tensors.items())
+    checkpoint.save(tmp_path / "saved")
+    saved = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert "tokenizer.json" in saved and not any(path.is_symlink() for path in (tmp_path / "saved").iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_link_out_of_the_folder_is_not_followed(name, cached, tmp_path):
+    secret = tmp_path / name
+    secret.write_bytes((cached / name).read_bytes() if (cached / name).exists() else b"{}")
+    (cached / name).unlink(missing_ok=True)
+    (cached / name).symlink_to(secret)
+    if "index" in name:
+        (cached / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="outside of the model's folder") as caught:
+        Checkpoint.from_hugging_face(cached)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json"])
+def test_what_a_tokenizers_link_leads_to_is_neither_read_nor_copied(name, cached, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (cached / name).unlink(missing_ok=True)
+    (cached / name).symlink_to(secret)
+    checkpoint = Checkpoint.from_hugging_face(cached)
+    with pytest.raises(CheckpointError, match="outside of the model's folder"):
+        checkpoint.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(TrtlabError, match="outside of the model's folder"):
+        Tokenizer(cached).encode("text")
 
 
 # --- anything at all

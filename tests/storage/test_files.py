@@ -183,7 +183,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     assert most == [0] * 5
 
 
-def test_a_file_that_is_replaced_while_open_is_noticed(tmp_path):
+def test_a_file_that_is_replaced_while_open_or_removed_is_noticed(tmp_path):
     write_safetensors(tmp_path / "f", {"x": in_memory(torch.zeros(4))})
     opened = open_safetensors(tmp_path / "f")
     assert opened["x"].read().tolist() == [0.0] * 4
@@ -193,7 +193,7 @@ def test_a_file_that_is_replaced_while_open_is_noticed(tmp_path):
         opened["x"].read()
     assert caught.value.remedy
     (tmp_path / "f").unlink()
-    with pytest.raises(CheckpointError, match="changed since"):
+    with pytest.raises(CheckpointError, match="f is gone: it was there when its folder was opened"):
         opened["x"].read()
 
 

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from trtlab.errors import RequestError
 from trtlab.storage.json_files import Listed, OpenObject, read_model
+from trtlab.storage.paths import has_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,8 +34,8 @@ Message = Mapping[str, str]
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
-    """The tokenizer files in a folder; an empty list for None."""
-    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """The tokenizer files in a folder; an empty list for None. CheckpointError for a link out of the folder."""
+    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if has_file(folder / name)]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -53,7 +54,7 @@ class _EndIds(OpenObject):
 def listed_end_ids(folder: Path) -> list[int]:
     """``eos_token_id`` of generation_config.json, or without that file of config.json, as in transformers."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
+        if has_file(folder / name):
             stored = read_model(folder / name, _EndIds, remedy="copy it again, or remove it")
             return list(stored.eos_token_id or ())
     return []

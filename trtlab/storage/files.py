@@ -20,8 +20,6 @@ from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.json_files import read_object
 from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor
 
-PathLike = str | os.PathLike[str]
-
 
 @contextlib.contextmanager
 def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: type[TrtlabError]) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from trtlab.errors import CheckpointError, TrtlabError
+from trtlab.storage.paths import require_file
 from trtlab.validation import problems, shorten
 
 LISTED = 8  # problems that an error lists
@@ -137,8 +138,7 @@ def parse_model(
 
 def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object from a file without checking its keys; an error when there is no file or no JSON object."""
-    if not path.is_file():
-        raise error(f"{path} is missing", remedy=remedy)
+    require_file(path, remedy=remedy, error=error)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except OSError as cause:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trtlab.errors import CheckpointError
+from trtlab.storage.paths import require_file
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
@@ -104,8 +105,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
     Raises CheckpointError when the file is missing, truncated or holds a dtype that no model weight has.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
+    require_file(path)
     try:
         stamp = _stamp(path)
         with safe_open(path, framework="pt") as file:
@@ -124,8 +124,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
     Raises CheckpointError when the file is missing or damaged, or when its pickle would run code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", remedy="copy the whole folder again")
+    require_file(path)
     stamp = _stamp(path)
     return {
         name: LazyTensor(tuple(value.shape), value.dtype, partial(_mapped, path, stamp, value))
@@ -149,7 +148,14 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _require_unchanged(path: Path, stamp: Stamp) -> None:
-    if not path.is_file() or _stamp(path) != stamp:
+    try:
+        changed = _stamp(path) != stamp
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise CheckpointError(
+            f"{path} is gone: it was there when its folder was opened",
+            remedy="put it back, or open the folder at its new place",
+        ) from cause
+    if changed:
         raise CheckpointError(f"{path} has changed since it was opened", remedy="open its folder again")
 
 
