@@ -33,7 +33,7 @@ def test_two_dots_behind_a_link_mean_what_the_system_means(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, b"model", ["model"], "", "  ", "~nobody-of-this-name/model"])
 def test_what_is_no_path_is_refused_with_what_to_do(path):
-    with pytest.raises(ConfigError, match=r"expected a path|no user of this name") as caught:
+    with pytest.raises(ConfigError, match=r"expected a path|unknown user") as caught:
         absolute_path(path, error=ConfigError)
     assert caught.value.remedy
 
