@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: folders of small models, made once in a run, and sessions that are closed."""
+"""What a test may use of the machine, and fixtures that all tests share: folders of small models, closed sessions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import hypothesis
 import pytest
 import torch
 
-from trtlab import BuildConfig, Checkpoint, Mapping, Session
+import trtlab.session.open as session_opening
+from trtlab import BuildConfig, Checkpoint, Mapping, Session, TrtlabError
+from trtlab.tensorrt.library import library
 
 from .models import write_byte_level_tokenizer, write_random_model
 
@@ -24,6 +26,59 @@ for name, examples in (("quick", 50), ("thorough", 1000)):
         name, deadline=None, derandomize=name == "quick", max_examples=examples, suppress_health_check=QUIET
     )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine lacks, with the reason."""
+    for mark, lacks in (("gpu", _lacks_gpu), ("tensorrt", _lacks_tensorrt), ("plans", _lacks_plans)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (reason := lacks()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _lacks_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _lacks_tensorrt() -> str | None:
+    try:
+        library()
+    except TrtlabError as error:
+        return f"TensorRT is missing: {error}"
+    return None
+
+
+def _lacks_plans() -> str | None:
+    if reason := _lacks_tensorrt():
+        return reason
+    verdict = library().builds(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    return None if verdict else verdict.reason
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test says where it runs, and does the same on a machine with a GPU as on one without.
+
+    One marked ``gpu`` has the GPU. One marked ``no_gpu`` runs as if there were none, for functions that choose the
+    device. Every other one names the device of each session; a session without fails, on any machine.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("no_gpu"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that the test starts
+        elif not item.get_closest_marker("gpu"):
+            patch.setattr(session_opening, "_device", _named(session_opening._device))
+        return (yield)
+
+
+def _named(device_of: Callable[[str | None], torch.device]) -> Callable[[str | None], torch.device]:
+    def checked(name: str | None) -> torch.device:
+        assert name is not None, 'a test names the device of a session, device="cpu", or is marked gpu or no_gpu'
+        return device_of(name)
+
+    return checked
 
 
 @pytest.fixture(scope="session")

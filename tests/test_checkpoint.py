@@ -150,7 +150,10 @@ def test_the_tokenizer_travels_with_checkpoint_and_engine(talking_model, tmp_pat
     expected = open_session(talking_model, **bounds).generate("the cat")
     from trtlab import Engine
 
-    with engine.session(backend="torch") as a, Engine.load(tmp_path / "engine").session(backend="torch") as b:
+    with (
+        engine.session(backend="torch", device="cpu") as a,
+        Engine.load(tmp_path / "engine").session(backend="torch", device="cpu") as b,
+    ):
         assert a.generate("the cat") == b.generate("the cat") == expected
 
 

@@ -11,6 +11,8 @@ from trtlab.cli import BUILD_FLAGS, EMBEDDING_FLAGS, MAPPING_FLAGS, main, with_f
 from trtlab.config.base import first_sentence
 from trtlab.parallel.shard import EmbeddingLayout
 
+pytestmark = pytest.mark.no_gpu  # commands choose the device
+
 QUESTION = "Question: Which pet does Bruno have?\nAnswer:"
 
 
@@ -25,7 +27,7 @@ def engine_dir(tmp_path_factory):
 
 def test_run_prints_the_session_s_text(engine_dir, capsys):
     assert main(["run", "--engine_dir", str(engine_dir), "--input_text", QUESTION, "--max_output_len", "8"]) == 0
-    with trtlab.Engine.load(engine_dir) as engine, engine.session() as session:
+    with trtlab.Engine.load(engine_dir) as engine, engine.session(device="cpu") as session:
         expected = session.generate(QUESTION, trtlab.SamplingParams(max_new_tokens=8)).text
     assert capsys.readouterr().out == expected + "\n"
 

@@ -12,6 +12,7 @@ import trtlab
 from trtlab import tiny
 from trtlab.tensorrt.build import plans
 
+pytestmark = pytest.mark.plans
 BOUNDS = {"max_batch_size": 2, "max_input_len": 32, "max_seq_len": 64}
 
 
@@ -52,7 +53,10 @@ def test_every_rank_has_a_plan_of_its_own(checkpoint, tmp_path):
 def test_a_loaded_engine_has_the_same_plan_and_answers_the_same(engine, folder):
     with trtlab.Engine.load(folder) as loaded:
         assert loaded.plans.records == engine.plans.records
-        with loaded.session(device="cpu", backend="torch") as here, engine.session(backend="interpreter") as network:
+        with (
+            loaded.session(backend="torch", device="cpu") as here,
+            engine.session(backend="interpreter", device="cpu") as network,
+        ):
             params = trtlab.SamplingParams(max_new_tokens=12)
             expected = [answer.token_ids for answer in here.generate(list(tiny.EXAMPLES[:3]), params)]
             assert [answer.token_ids for answer in network.generate(list(tiny.EXAMPLES[:3]), params)] == expected
@@ -144,12 +148,12 @@ def test_without_its_plan_the_folder_still_runs(folder):
 
 def test_a_folder_without_weights_says_what_it_needs(engine, tmp_path):
     with trtlab.Engine.load(engine.save(tmp_path / "bare", weights="none")) as bare:
-        for use in (lambda: bare.session(backend="torch"), lambda: bare.network(), lambda: bare.layers):
+        for use in (lambda: bare.session(backend="torch", device="cpu"), lambda: bare.network(), lambda: bare.layers):
             with pytest.raises(trtlab.EngineError, match="saved without weights"):
                 use()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.no_gpu
 def test_a_plan_asked_for_without_a_gpu_names_the_other_backends(engine):
     with pytest.raises(trtlab.EngineError, match=r'runs on an NVIDIA GPU.*"interpreter".*"torch"'):
         engine.session(backend="tensorrt")
@@ -168,11 +172,11 @@ def test_without_tensorrt_an_engine_is_built_all_the_same(checkpoint, monkeypatc
 
 def test_the_environment_chooses_a_backend_and_an_argument_wins(engine, monkeypatch):
     monkeypatch.setenv("TRTLAB_BACKEND", "interpreter")
-    with engine.session() as chosen, engine.session(backend="torch", device="cpu") as asked:
+    with engine.session(device="cpu") as chosen, engine.session(backend="torch", device="cpu") as asked:
         assert (chosen.backend, asked.backend) == ("interpreter", "torch")
     monkeypatch.setenv("TRTLAB_BACKEND", "abacus")
     with pytest.raises(trtlab.ConfigError, match="unknown backend; got 'abacus'"):
-        engine.session()
+        engine.session(device="cpu")
 
 
 def test_a_plan_is_hashed_once_a_load_and_read_once_more_to_run(engine, folder, monkeypatch):

@@ -7,10 +7,7 @@ import trtlab
 from trtlab import tiny
 from trtlab.tiny.corpus import documents
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

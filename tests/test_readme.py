@@ -12,6 +12,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.no_gpu
+@pytest.mark.plans
 def test_the_code_runs_and_prints_what_follows_it():
     names: dict[str, object] = {}
     for (language, source), following in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True):

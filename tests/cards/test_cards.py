@@ -15,26 +15,31 @@ from trtlab.published import SHAPES, V100
 def objects():
     checkpoint = trtlab.Checkpoint.from_hugging_face(tiny.llama_dir())
     engine = checkpoint.build(trtlab.BuildConfig(max_batch_size=2, max_seq_len=64, dtype="float32"))
+    machine = trtlab.machine()
     with engine, engine.session(backend="torch", device="cpu") as session:
-        yield {
-            "checkpoint": checkpoint,
-            "config": checkpoint.config,
-            "engine": engine,
+        of_tensorrt = machine.builds_plans and {
             "layers": engine.layers,
             "network": engine.network(),
             "comparison": engine.compare(checkpoint, [5, 6, 7], steps=1),
+        }
+        yield {
+            **(of_tensorrt or {}),
+            "checkpoint": checkpoint,
+            "config": checkpoint.config,
+            "engine": engine,
             "session": session,
             "completion": session.generate([5, 6, 7], trtlab.SamplingParams(max_new_tokens=4)),
             "benchmark": trtlab.benchmark(session, [1], [(4, 2)], warm_up=0, num_runs=1),
-            "machine": trtlab.machine(),
+            "machine": machine,
             "estimate": trtlab.estimate(SHAPES["LLaMA-2-7B"]),
             "published": V100,
         }
 
 
-NAMES = (
-    "checkpoint config engine layers network comparison session completion benchmark machine estimate published".split()
-)
+NAMES = [
+    *"checkpoint config engine session completion benchmark machine estimate published".split(),
+    *(pytest.param(name, marks=pytest.mark.tensorrt) for name in ("layers", "network", "comparison")),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -348,7 +348,7 @@ def test_what_is_written_can_be_typed_again():
 
 def test_the_steps_refuse_what_are_no_settings(tmp_path):
     checkpoint = Checkpoint.from_hugging_face(llama_dir())
-    with checkpoint.build(plan=False) as engine, engine.session(backend="torch") as session:
+    with checkpoint.build(plan=False) as engine, engine.session(backend="torch", device="cpu") as session:
         for call, expected in (
             (lambda: checkpoint.build({"max_batch_size": 4}), "a BuildConfig, got dict"),
             (lambda: checkpoint.build(mapping=2), "a Mapping, got int"),

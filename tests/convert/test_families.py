@@ -127,7 +127,7 @@ def expected_logits(opt):
 
 
 @pytest.mark.parametrize("mapping", [Mapping(), Mapping(tp_size=2), Mapping(tp_size=2, pp_size=2)], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "interpreter"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("interpreter", marks=pytest.mark.tensorrt)])
 def test_logits_are_transformers(checkpoint, opt, backend, mapping):
     engine = checkpoint.build(BuildConfig(max_batch_size=2, max_seq_len=32), mapping, plan=False)
     with engine.session(backend=backend, device="cpu") as session:
@@ -147,6 +147,7 @@ def test_decoding_from_the_cache_continues_as_transformers_does(checkpoint, opt)
     assert list(ours) == theirs[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.plans
 def test_a_plan_is_compiled(checkpoint):
     with checkpoint.build(BuildConfig(max_batch_size=2, max_seq_len=32)) as engine:
         assert engine.plans is not None

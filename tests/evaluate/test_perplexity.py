@@ -12,6 +12,8 @@ from trtlab.evaluate.quantization import recipe_title
 from trtlab.tiny import llama_dir
 from trtlab.tiny.corpus import documents, questions
 
+pytestmark = pytest.mark.no_gpu  # a checkpoint's session is on the device that evaluation chooses
+
 
 @pytest.fixture(scope="module")
 def tiny() -> Checkpoint:

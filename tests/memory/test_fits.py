@@ -41,7 +41,7 @@ def test_the_refusal_says_what_would_fit(random_model, memory):
             engine.session(backend="torch", device="cpu")
 
 
-@pytest.mark.parametrize("backend", ["torch", "interpreter"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("interpreter", marks=pytest.mark.tensorrt)])
 def test_what_a_session_holds_decides(random_model, memory, backend):
     checkpoint = Checkpoint.from_hugging_face(random_model())
     with checkpoint.build(BuildConfig(max_batch_size=2, max_seq_len=64, max_num_tokens=64), plan=False) as engine:

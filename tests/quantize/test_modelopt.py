@@ -123,7 +123,10 @@ def test_weights_agree_but_for_ties(both):
 
 def test_what_modelopt_exports_runs(both, texts):
     ours, theirs = both
-    with ours.build(plan=False).session(backend="torch") as left, theirs.build(plan=False).session() as right:
+    with (
+        ours.build(plan=False).session(backend="torch", device="cpu") as left,
+        theirs.build(plan=False).session(device="cpu") as right,
+    ):
         a, b = left.logits(texts[0]), right.logits(texts[0])
     assert a.shape == b.shape == (len(texts[0]), 99)
     assert (a - b).norm() < 0.15 * b.norm()  # because of random weights, 4 bits, and the deliberate differences

@@ -14,7 +14,7 @@ WITHIN = {"W4A16": 0.5, "W4A16_AWQ": 0.4, "W4A8_AWQ": 0.4, "FP8": 0.2}  # random
 
 
 def logits(checkpoint, prompts, mapping=None):
-    with checkpoint.build(BuildConfig(), mapping, plan=False).session(backend="torch") as session:
+    with checkpoint.build(BuildConfig(), mapping, plan=False).session(backend="torch", device="cpu") as session:
         return [session.logits(ids) for ids in prompts]
 
 
@@ -45,15 +45,15 @@ def test_an_engine_folder_keeps_a_quantized_model(quantized_by, texts, tmp_path)
     quant = QuantConfig(quant_algo="FP8", kv_cache_quant_algo="INT8")
     with quantized_by(quant).build(BuildConfig(), plan=False) as engine:
         engine.save(tmp_path / "engine")
-        with engine.session(backend="torch") as session:
+        with engine.session(backend="torch", device="cpu") as session:
             expected = session.logits(texts[1])
-        with type(engine).load(tmp_path / "engine").session(backend="torch") as session:
+        with type(engine).load(tmp_path / "engine").session(backend="torch", device="cpu") as session:
             assert torch.equal(session.logits(texts[1]), expected)
 
 
 def test_generation_reads_the_quantized_cache_as_the_prompt_did(quantized_by, texts):
     quantized = quantized_by(QuantConfig(kv_cache_quant_algo="INT8"))
-    with quantized.build(BuildConfig(), plan=False).session(backend="torch") as session:
+    with quantized.build(BuildConfig(), plan=False).session(backend="torch", device="cpu") as session:
         answer = session.generate(texts[1])
         ids = list(answer.prompt_token_ids + answer.token_ids)
         again = session.logits(ids[:-1])[len(texts[1]) - 1 :]

@@ -80,11 +80,11 @@ def test_a_block_without_tokens_is_refused(size):
         BuildConfig(tokens_per_block=size)
 
 
-@pytest.mark.parametrize("backend", ["torch", "interpreter"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("interpreter", marks=pytest.mark.tensorrt)])
 def test_a_session_tells_the_bytes_that_its_caches_take(random_model, backend):
     build = BuildConfig(max_batch_size=2, max_seq_len=32, max_input_len=16, max_num_tokens=16, tokens_per_block=8)
     engine = Checkpoint.from_hugging_face(random_model()).build(build, plan=False)
-    with engine.session(backend=backend) as session:
+    with engine.session(backend=backend, device="cpu") as session:
         pool = session.kv_cache.pool
         assert pool.block_bytes == 2 * 2 * 2 * 16 * 8 * 4  # K and V, layers, heads, head size, tokens, float32
         assert pool.num_blocks == 2 * 4 and pool.paged == (backend == "torch")
@@ -100,14 +100,14 @@ def test_an_eight_bit_cache_takes_a_quarter_of_the_bytes_a_block(random_model, a
     quantized = checkpoint.quantize(quant, calibration=[[1, 2, 3, 4, 5, 6]] if quant.reads_texts else None)
     sizes = []
     for source in (checkpoint, quantized):
-        with source.build(BUILD, plan=False).session(backend="torch") as session:
+        with source.build(BUILD, plan=False).session(backend="torch", device="cpu") as session:
             sizes.append(session.kv_cache.pool)
     assert sizes[0].block_bytes == 4 * sizes[1].block_bytes and sizes[0].num_blocks == sizes[1].num_blocks
 
 
 def test_a_request_larger_than_the_pool_is_refused_at_submit_and_a_smaller_one_is_served(random_model):
     engine = Checkpoint.from_hugging_face(random_model()).build(BUILD, plan=False)
-    with engine.session(SessionConfig(max_tokens_in_paged_kv_cache=32), backend="torch") as session:
+    with engine.session(SessionConfig(max_tokens_in_paged_kv_cache=32), backend="torch", device="cpu") as session:
         with pytest.raises(RequestError, match="needs 3 KV blocks and the pool has 2") as caught:
             session.submit([1] * 20, SamplingParams(max_new_tokens=14))
         assert caught.value.remedy and session.waiting == 0

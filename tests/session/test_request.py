@@ -34,7 +34,7 @@ def opened(random_model):
     def start(config=None, mapping=None, backend="torch", source=None, **build):
         checkpoint = source or Checkpoint.from_hugging_face(random_model())
         engine = checkpoint.build(BuildConfig(**{**BOUNDS, **build}), mapping=mapping, plan=False)
-        sessions.append(engine.session(config, backend=backend, device=None if backend == "interpreter" else "cpu"))
+        sessions.append(engine.session(config, backend=backend, device="cpu"))
         return sessions[-1]
 
     yield start
@@ -182,6 +182,7 @@ def test_ranks_give_what_one_rank_gives(opened, expected):
     assert answers(submit_all(session)) == expected and idle(session)
 
 
+@pytest.mark.tensorrt
 def test_slots_of_the_interpreter_keep_the_same_account(opened, expected):
     config = SessionConfig(capacity_scheduler_policy="MAX_UTILIZATION", max_tokens_in_paged_kv_cache=48)
     session = opened(config, backend="interpreter", max_batch_size=3, max_num_tokens=48)
@@ -429,7 +430,11 @@ def test_close_ends_what_is_under_way_and_whoever_wants_the_result_is_told(opene
 @pytest.fixture
 def talk(talking_model):
     build = BuildConfig(max_seq_len=96, max_input_len=64, max_batch_size=3, tokens_per_block=8)
-    with Checkpoint.from_hugging_face(talking_model).build(build, plan=False).session(backend="torch") as session:
+    with (
+        Checkpoint.from_hugging_face(talking_model)
+        .build(build, plan=False)
+        .session(backend="torch", device="cpu") as session
+    ):
         yield session
 
 

@@ -44,7 +44,7 @@ def tokens(answers):
 def one_by_one(random_model):
     """Each prompt's answer when it runs alone."""
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
-    with engine.session(backend="torch") as session:
+    with engine.session(backend="torch", device="cpu") as session:
         return [session.generate(p, SamplingParams(max_new_tokens=10 + i)) for i, p in enumerate(PROMPTS)]
 
 
@@ -67,7 +67,7 @@ def test_a_context_in_chunks_has_the_logits_of_one_shot(chunk, random_model, ope
 
 def test_chunks_can_be_forbidden(random_model):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(max_num_tokens=8, **BOUNDS), plan=False)
-    with engine.session(SessionConfig(enable_chunked_context=False), backend="torch") as session:
+    with engine.session(SessionConfig(enable_chunked_context=False), backend="torch", device="cpu") as session:
         assert session.generate([1] * 8).token_ids
         with pytest.raises(RequestError, match="9 tokens exceeds max_num_tokens 8"):
             session.generate([1] * 9)
@@ -87,7 +87,7 @@ def talk(talking_model):
     engine = Checkpoint.from_hugging_face(talking_model).build(
         BuildConfig(max_seq_len=96, max_input_len=64, max_batch_size=3), plan=False
     )
-    with engine.session(backend="torch") as session:
+    with engine.session(backend="torch", device="cpu") as session:
         yield session
 
 
@@ -346,7 +346,7 @@ def test_a_rank_that_fails_reports_its_own_error_and_frees_the_slots(random_mode
 
 def test_two_sessions_of_one_engine_live_side_by_side(random_model):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
-    with engine.session(backend="torch") as a, engine.session(backend="torch") as b:
+    with engine.session(backend="torch", device="cpu") as a, engine.session(backend="torch", device="cpu") as b:
         requests = [x.submit(PROMPTS[i], SamplingParams(max_new_tokens=8)) for i, x in enumerate((a, b))]
         while a.step() or b.step():
             pass
@@ -358,7 +358,7 @@ def test_two_sessions_of_one_engine_live_side_by_side(random_model):
 
 def test_a_session_outlives_its_engine_and_the_other_way_round(random_model):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
-    session = engine.session(backend="torch")
+    session = engine.session(backend="torch", device="cpu")
     engine.close()
     assert session.generate(PROMPTS[0]).token_ids
     session.close()
@@ -456,25 +456,24 @@ def test_a_damaged_tokenizer_is_named(talking_model, open_session, edited):
         session.generate("the")
 
 
+@pytest.mark.no_gpu
 def test_backends_and_devices_that_are_not_here_are_named(random_model, monkeypatch):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
     for backend, device, words in (
-        ("cuda", None, "unknown backend.*tensorrt"),
+        ("cuda", "cpu", "unknown backend.*tensorrt"),
         ("torch", "nowhere", "unknown device"),
+        ("torch", "cuda", "no CUDA device"),
     ):
         with pytest.raises(ConfigError, match=words):
             engine.session(backend=backend, device=device)
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no CUDA device"):
-            engine.session(backend="torch", device="cuda")
     monkeypatch.setenv("TRTLAB_BACKEND", "nonsense")
     with pytest.raises(ConfigError, match="nonsense"):
-        engine.session()
-    with engine.session(backend="torch") as session:
+        engine.session(device="cpu")
+    with engine.session(backend="torch", device="cpu") as session:
         assert session.backend == "torch"
     engine.close()
     with pytest.raises(EngineError, match="closed"):
-        engine.session(backend="torch")
+        engine.session(backend="torch", device="cpu")
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
@@ -493,11 +492,14 @@ def test_end_ids_are_those_of_the_models_files_wherever_they_stand(tmp_path, whe
     engine = Checkpoint.from_hugging_face(folder).build(plan=False)
     engine.save(tmp_path / "engine")
     assert listed_end_ids(tmp_path / "engine") == [7], "an engine's folder keeps them"
-    with Engine.load(tmp_path / "engine").session(backend="torch") as session:
+    with Engine.load(tmp_path / "engine").session(backend="torch", device="cpu") as session:
         assert 7 in session._tokenizer.end_ids
 
 
-@pytest.mark.parametrize(("backend", "loops"), [("torch", True), ("torch", False), ("interpreter", True)])
+@pytest.mark.parametrize(
+    ("backend", "loops"),
+    [("torch", True), ("torch", False), pytest.param("interpreter", True, marks=pytest.mark.tensorrt)],
+)
 def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypatch, backend, loops):
     monkeypatch.setattr("trtlab.runtime.torch_backend.has_loops", lambda: loops and has_loops())
     checkpoint = Checkpoint.from_hugging_face(random_model())

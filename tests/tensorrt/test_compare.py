@@ -12,6 +12,8 @@ from trtlab.tensorrt.compare import compare
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
 
+pytestmark = pytest.mark.tensorrt
+
 PROMPT = [3, 14, 15, 92, 65, 35]
 
 

@@ -15,8 +15,6 @@ from trtlab.tensorrt.emit.ops import ACTIVATIONS
 from trtlab.tensorrt.library import NAMES, NAMES_FOR_RTX, Library, check_names, library
 from trtlab.tensorrt.read.readback import PARAMETERS
 
-bundled = pytest.mark.skipif(library().source != finder.BINDINGS, reason="TensorRT is not from the PyPI wheels")
-
 
 def rtx() -> Library:
     return Library(library().trt, "tensorrt_rtx", "1.7.1", "tensorrt_rtx")
@@ -38,11 +36,13 @@ def test_every_name_the_package_uses_is_listed():
     assert set(re.findall(r"\.(add_\w+)\(", source)) - methods == set()
 
 
+@pytest.mark.tensorrt
 def test_every_class_that_is_cast_to_exists():
     trt = library().trt
     assert all(kind in trt.LayerType.__members__ and hasattr(trt, cls) for kind, (cls, _) in PARAMETERS.items())
 
 
+@pytest.mark.tensorrt
 @pytest.mark.parametrize(
     ("found", "gpu", "dtypes", "expected"),
     [
@@ -65,17 +65,20 @@ def test_what_runs_where(found, gpu, dtypes, expected):
     assert verdict.reason
 
 
+@pytest.mark.tensorrt
 def test_tensorrt_for_rtx_names_the_way_out_on_hopper():
     assert "9.0" in rtx().runs_on((9, 0)).reason
     assert "use tensorrt" in rtx().runs_on((9, 0)).reason
 
 
+@pytest.mark.tensorrt
 def test_only_tensorrt_for_rtx_builds_without_a_gpu():
     assert rtx().builds(None)
     assert not full().builds(None)
     assert full().builds((9, 0))
 
 
+@pytest.mark.tensorrt
 def test_an_old_library_is_refused_by_the_names_it_lacks():
     network = types.SimpleNamespace(
         **{name: None for name in dir(library().trt.INetworkDefinition) if "v2" not in name}
@@ -120,7 +123,8 @@ def test_a_tensorrt_that_does_not_load_is_passed_over_and_named(monkeypatch):
         library.cache_clear()
 
 
-@bundled
+@pytest.mark.tensorrt
+@pytest.mark.skipif(importlib.util.find_spec(finder.BINDINGS) is None, reason="TensorRT is not from the PyPI wheels")
 def test_bindings_and_libraries_of_two_releases_are_refused(monkeypatch):
     release = finder.load_shared_libraries()
     assert library().version.startswith(release)

@@ -76,7 +76,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         stderr=log,
         start_new_session=True,
         env={**os.environ, "JUPYTER_CONFIG_DIR": str(own), "JUPYTER_RUNTIME_DIR": str(own / "runtime"),
-             "IPYTHONDIR": str(own / "ipython"), "TRTLAB_BACKEND": "torch", "OMP_NUM_THREADS": "1"},
+             "IPYTHONDIR": str(own / "ipython"), "TRTLAB_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "",
+             "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"

@@ -30,7 +30,7 @@ from trtlab.tiny import EXAMPLES, llama_dir
 from trtlab.widgets import KVBlocks
 bounds = BuildConfig(max_batch_size=4, max_input_len=64, max_seq_len=128, tokens_per_block=8)
 engine = Checkpoint.from_hugging_face(llama_dir()).build(bounds, plan=False)
-session = engine.session(SessionConfig(max_tokens_in_paged_kv_cache=384), backend="torch")
+session = engine.session(SessionConfig(max_tokens_in_paged_kv_cache=384), backend="torch", device="cpu")
 blocks, started = KVBlocks(session), False
 blocks"""
 # A second run starts requests and leaves them to the event loop; every run prints the selection.

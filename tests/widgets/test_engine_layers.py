@@ -75,6 +75,7 @@ def test_decoder_layers_come_in_their_order():
     assert list(groups(table, "FLOP", "decoder layer")) == ["outside", "layer 0", "layer 2", "layer 10"]
 
 
+@pytest.mark.tensorrt
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("by", GROUPINGS)
 def test_every_view_adds_up_to_the_whole(engine, measure, by):
@@ -109,11 +110,13 @@ def test_a_figure_is_a_function_of_its_data():
     assert figure(TABLE, "FLOP", "kind") == figure(TABLE, "FLOP", "kind")
 
 
+@pytest.mark.tensorrt
 def test_labels_have_room_beside_the_longest_bar(engine):
     picture = figure(engine.layers)
     assert picture.layout.xaxis.range[1] >= 1.3 * max(picture.data[-1].x)
 
 
+@pytest.mark.tensorrt
 def test_a_click_chooses_the_layers_of_a_bar(layers):
     assert layers.selected == "attention.qkv"
     names = list(groups(layers.table))
@@ -127,6 +130,7 @@ def test_a_click_chooses_the_layers_of_a_bar(layers):
     assert any("▶ lm_head" in tick for tick in layers.figure.layout.yaxis.ticktext)
 
 
+@pytest.mark.tensorrt
 def test_a_chosen_bar_stays_chosen_while_it_is_there(layers):
     layers.select("lm_head")
     layers.measure.value = "FLOP"
@@ -137,6 +141,7 @@ def test_a_chosen_bar_stays_chosen_while_it_is_there(layers):
         layers.select("lm_head")
 
 
+@pytest.mark.tensorrt
 def test_steps_stay_within_the_plan_s_profiles(layers):
     one = layers.table.flops
     layers.amount.value = 4
@@ -150,6 +155,7 @@ def test_steps_stay_within_the_plan_s_profiles(layers):
     assert layers.table.flops == pytest.approx(4 * one)
 
 
+@pytest.mark.tensorrt
 def test_the_live_figure_keeps_what_a_reloaded_page_will_ask_for(layers):
     layers.by.value = "kind"
     live = layers.figure
@@ -158,6 +164,7 @@ def test_the_live_figure_keeps_what_a_reloaded_page_will_ask_for(layers):
     assert len(reloaded["_widget_data"]) == len(live.data)
 
 
+@pytest.mark.tensorrt
 def test_it_shows_itself_without_a_kernel_and_without_ids(engine, layers):
     shown = layers._repr_mimebundle_()
     assert shown["text/plain"] == (
@@ -170,6 +177,7 @@ def test_it_shows_itself_without_a_kernel_and_without_ids(engine, layers):
     assert (again["text/plain"], again["text/html"]) == (shown["text/plain"], shown["text/html"])
 
 
+@pytest.mark.tensorrt
 def test_a_rank_of_several_shows_its_own_layers():
     bounds = BuildConfig(max_batch_size=2, max_input_len=16, max_seq_len=32)
     split = Checkpoint.from_hugging_face(llama_dir()).build(bounds, mapping=Mapping(tp_size=2), plan=False)

@@ -31,7 +31,9 @@ def engine():
 
 @pytest.fixture
 def session(engine):
-    with engine.session(SessionConfig(max_tokens_in_paged_kv_cache=40 * SIZE), backend="torch") as session:
+    with engine.session(
+        SessionConfig(max_tokens_in_paged_kv_cache=40 * SIZE), backend="torch", device="cpu"
+    ) as session:
         yield session
 
 
@@ -81,7 +83,7 @@ def test_every_step_shows_the_blocks_as_they_were(engine, data):
         enable_block_reuse=reuse,
         capacity_scheduler_policy="GUARANTEED_NO_EVICT" if no_evict else "MAX_UTILIZATION",
     )
-    with engine.session(config, backend="torch") as session:
+    with engine.session(config, backend="torch", device="cpu") as session:
         requests, states = [], []
         for _ in range(20):
             action = data.draw(st.sampled_from(("submit", "fork", "cancel", "step", "step", "step")))
@@ -108,7 +110,7 @@ def test_every_step_shows_the_blocks_as_they_were(engine, data):
 
 def test_the_block_that_is_being_filled_is_known_without_reuse_too(engine):
     config = SessionConfig(max_tokens_in_paged_kv_cache=12 * SIZE, enable_block_reuse=False)
-    with engine.session(config, backend="torch") as session:
+    with engine.session(config, backend="torch", device="cpu") as session:
         session.submit(range(5, 5 + 2 * SIZE + 3), LONG)
         session.step()
         assert moment_after(session.events, 0, SIZE).filled == {0: SIZE, 1: SIZE, 2: 3}
@@ -202,7 +204,7 @@ def test_live_follows_while_steps_run_in_a_task(session):
 
 
 def test_the_watcher_ends_with_the_session(engine):
-    with engine.session(backend="torch") as session:
+    with engine.session(backend="torch", device="cpu") as session:
         blocks = KVBlocks(session)
         session.submit([5, 6], LONG)
         session.step()
@@ -213,7 +215,7 @@ def test_the_watcher_ends_with_the_session(engine):
 
 def test_steps_that_fell_off_are_not_offered(engine):
     config = SessionConfig(max_tokens_in_paged_kv_cache=40 * SIZE, events_kept=5)
-    with engine.session(config, backend="torch") as session:
+    with engine.session(config, backend="torch", device="cpu") as session:
         blocks = KVBlocks(session)
         blocks.live.value = False
         session.submit(range(5, 15), LONG)
@@ -298,7 +300,9 @@ def test_of_a_large_pool_the_used_blocks_are_drawn_and_the_picture_says_so():
 
 
 def test_a_pool_of_a_million_blocks_is_not_asked_for_each(engine):
-    with engine.session(SessionConfig(max_tokens_in_paged_kv_cache=5000 * SIZE), backend="torch") as session:
+    with engine.session(
+        SessionConfig(max_tokens_in_paged_kv_cache=5000 * SIZE), backend="torch", device="cpu"
+    ) as session:
         blocks = KVBlocks(session)
         blocks.live.value = False
         session.submit(range(5, 35), LONG)

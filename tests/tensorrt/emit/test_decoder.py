@@ -16,6 +16,8 @@ from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.storage.lazy import in_memory
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
+pytestmark = pytest.mark.tensorrt
+
 VARIANTS = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},

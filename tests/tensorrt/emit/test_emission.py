@@ -15,6 +15,8 @@ from trtlab.session.session import Session
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
+pytestmark = pytest.mark.tensorrt
+
 
 def test_layer_names_are_unique_and_bear_their_weights_names(small, bounds, weights_of):
     weights = weights_of(small)
@@ -86,7 +88,7 @@ def test_a_session_generates_the_same_tokens_through_the_network(small, bounds, 
     engine = Checkpoint.from_weights(small, weights).build(bounds, plan=False)
     prompts = [[5, 6, 7], [9], list(range(20)), [44, 2], [60] * 11]  # more than the three slots
     params = SamplingParams(max_new_tokens=8)
-    with engine.session(backend="torch") as session:
+    with engine.session(backend="torch", device="cpu") as session:
         expected = [answer.token_ids for answer in session.generate(prompts, params)]
         logits = session.logits(prompts[2])
     backend = interpreter_backend(small, engine.build_config, Mapping(), [weights])

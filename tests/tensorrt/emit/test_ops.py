@@ -254,6 +254,7 @@ SIZES = st.builds(
 )
 
 
+@pytest.mark.tensorrt
 @settings(max_examples=8, deadline=None)
 @given(n=SIZES)
 @pytest.mark.parametrize("case", CASES)
@@ -272,6 +273,7 @@ def test_the_loops_of_a_cpu_equal_torch(case, n):
 
 
 # One rounding in float16 is 5e-4, in bfloat16 4e-3 of a value; the sums here are of up to eighteen products.
+@pytest.mark.tensorrt
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 4e-2)])
 @pytest.mark.parametrize("case", CASES)
 def test_low_precision_equals_torch_within_rounding(by_hand, case, dtype, tolerance):
@@ -283,6 +285,7 @@ def test_every_verb_has_a_case():
     assert {case.replace(",", " ").split()[0] for case in CASES} == verbs
 
 
+@pytest.mark.tensorrt
 def test_an_unknown_activation_is_refused(by_hand):
     x = by_hand.input("x", "float32", (-1, -1, 4))
     ops = TensorRTOps(by_hand.trt, by_hand.net, {}, "float32", (torch.zeros(2, 1), torch.zeros(2, 1)), [0])

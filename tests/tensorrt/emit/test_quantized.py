@@ -21,10 +21,11 @@ from trtlab.tensorrt.build import plan
 from trtlab.tensorrt.build.plan import build_plan
 from trtlab.tensorrt.emit.emission import emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
-from trtlab.tensorrt.library import library
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 
 from ...models import loud_checkpoint, random_texts, small_config
+
+pytestmark = pytest.mark.tensorrt
 
 CONFIG = small_config(
     vocab_size=97, hidden_size=128, head_size=32, intermediate_size=192, attn_bias=True, dense_bias=True
@@ -51,7 +52,6 @@ CACHES = [
     (None, "FP8", "split"),
     ("FP8", "FP8", "split"),
 ]
-builds = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_quantized_cache_is_read_and_only_new_tokens_are_written(quantized):
     assert names.MASK not in {binding.name for binding in table.inputs}
 
 
-@builds
+@pytest.mark.plans
 @pytest.mark.parametrize(
     ("cache", "scales", "dtype"),
     [
@@ -257,7 +257,7 @@ def test_fp8_is_refused_for_a_gpu_without_it(quantized, monkeypatch, algorithm, 
         build_plan(checkpoint.config, build, Mapping(), 0, {}, io.BytesIO())
 
 
-@builds
+@pytest.mark.plans
 @pytest.mark.parametrize(("algorithm", "dtype"), PLANS)
 def test_a_plan_is_built_for_each_algorithm(quantized, algorithm, dtype):
     checkpoint = quantized(algorithm, dtype=dtype)

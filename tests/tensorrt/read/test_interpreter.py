@@ -12,6 +12,8 @@ from trtlab.config.mapping import Mapping
 from trtlab.errors import EngineError
 from trtlab.parallel.comm import thread_group
 
+pytestmark = pytest.mark.tensorrt
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.tensorrt
+
 sizes = st.integers(1, 5)
 quick = settings(max_examples=20, deadline=None)
 

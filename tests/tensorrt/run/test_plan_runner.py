@@ -26,6 +26,8 @@ from trtlab.tensorrt.run import plan_runner as runtime
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 from trtlab.tensorrt.run.plan_rank import slot_backend
 
+pytestmark = pytest.mark.tensorrt
+
 
 def at_address(pointer: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The memory that a binding points to."""
