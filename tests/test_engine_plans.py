@@ -203,9 +203,23 @@ def test_a_plan_is_hashed_once_a_load_and_read_once_more_to_run(engine, folder, 
     assert (hashed, read) == (["rank0.engine"], ["rank0.engine"] * 2)
 
 
-@pytest.mark.parametrize("fault", [truncate, alter, lambda folder: (folder / "rank0.engine").unlink()])
-def test_a_plan_that_changed_after_the_load_does_not_run(engine, folder, fault):
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (truncate, "has changed"),
+        (alter, "has changed"),
+        (lambda folder: (folder / "rank0.engine").unlink(), "is gone"),
+    ],
+)
+def test_a_plan_that_changed_after_the_load_does_not_run(engine, folder, tmp_path, fault, words):
     loaded = plans.Plans.load(folder, engine.plans.records)
     fault(folder)
-    with pytest.raises(trtlab.EngineError, match=r"rank0\.engine has changed since the engine was opened"):
-        loaded.read(0)
+    for use in (lambda: loaded.read(0), lambda: loaded.save(tmp_path)):
+        with pytest.raises(trtlab.EngineError, match=rf"rank0\.engine {words} since the engine was opened"):
+            use()
+
+
+def test_without_a_temporary_folder_the_error_names_it(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(trtlab.EngineError, match=r"no folder for temporary files.*TMPDIR"):
+        checkpoint.build(trtlab.BuildConfig(**BOUNDS))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms (folders, and files beside them) from the ground up. A file imports from floors below its own and from its
 # own room; rooms of one floor do not know each other. An import in a function, or for type checkers alone, counts too.
 FLOORS = """
-    errors version progress hardware
+    errors version progress hardware interrupts
     validation
     card
     config

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.json_files import read_object
 from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor
+from trtlab.storage.scratch import scratch_folder
 
 
 @contextlib.contextmanager
@@ -45,7 +44,7 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch, lock = _scratch_beside(folder)
+        scratch, lock = scratch_folder(folder.parent, f".{folder.name}-", ".partial")
     except OSError as cause:
         raise error(f"{folder} cannot be written: {cause.strerror}", remedy="choose a writable place") from cause
     try:
@@ -62,38 +61,6 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
             scratch.unlink()
         shutil.rmtree(scratch, ignore_errors=True)
         lock.close()
-
-
-def _scratch_beside(folder: Path) -> tuple[Path, _FolderLock]:
-    """A new hidden folder beside ``folder``, locked while this process lives; those of dead processes are removed."""
-    with contextlib.closing(_FolderLock(folder.parent, wait=True)):
-        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-*.partial"):
-            with contextlib.closing(_FolderLock(leftover, wait=False)) as lock:
-                if lock.acquired:
-                    shutil.rmtree(leftover, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".partial", dir=folder.parent))
-        return scratch, _FolderLock(scratch, wait=False)
-
-
-class _FolderLock:
-    """A lock on a folder for one process at a time; the system releases it when that process ends, however it ends.
-
-    ``acquired`` is False while another process has the lock, and where the system has no such locks.
-    """
-
-    def __init__(self, folder: Path, *, wait: bool) -> None:
-        self._descriptor, self.acquired = -1, False
-        with contextlib.suppress(ImportError, OSError):  # missing on Windows and on some file systems
-            import fcntl
-
-            self._descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            self.acquired = True
-
-    def close(self) -> None:
-        """Release the lock."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
 
 
 def _obstacles(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import weakref
 from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError, TrtlabError
 from trtlab.storage.lazy import LazyTensor
+from trtlab.storage.scratch import FolderLock, scratch_folder
 from trtlab.tensorrt.build.plan import PlanRecord, build_plan
 from trtlab.tensorrt.build.plan_check import COPY_OR_BUILD, check_plan
 from trtlab.tensorrt.library import Verdict, library
@@ -37,11 +39,20 @@ def plan_file(rank: int) -> str:
 
 
 class Scratch:
-    """A temporary folder that is deleted by ``close``, or when nothing refers to it any more."""
+    """A temporary folder that is deleted by ``close``, or when nothing refers to it any more.
+
+    One that a killed process left is deleted by the next build.
+    """
 
     def __init__(self) -> None:
-        self.folder = Path(mkdtemp(prefix="trtlab-plan-"))
-        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder, lock = scratch_folder(Path(gettempdir()), "trtlab-plan-")
+        self.close = weakref.finalize(self, _remove, self.folder, lock, os.getpid())
+
+
+def _remove(folder: Path, lock: FolderLock, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child ends with what its parent still uses
+        shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,13 @@ class Plans:
     ) -> Plans:
         """Compile every rank, one after the other; after an error or an interrupt no file is left."""
         library()  # raises if TensorRT is missing, before any weight is read
-        scratch = Scratch()
+        try:
+            scratch = Scratch()
+        except OSError as cause:
+            raise EngineError(
+                f"no plan can be built, as there is no folder for temporary files: {cause.strerror}",
+                remedy="set TMPDIR to a folder with room for the plan",
+            ) from cause
         try:
             records, files = [], []
             for rank, tensors in enumerate(ranks):
@@ -86,16 +103,21 @@ class Plans:
         return cls(tuple(records), files, tuple(map(_state, files)))
 
     def read(self, rank: int) -> bytes:
-        """Read one rank's plan; EngineError when its file has changed since it was checked."""
-        path = self.files[rank]
-        if not path.is_file() or _state(path) != self.states[rank]:
-            raise EngineError(f"{path.name} has changed since the engine was opened", remedy=COPY_OR_BUILD)
-        return path.read_bytes()
+        """Read one rank's plan; EngineError when its file is gone, or has changed since it was checked."""
+        return self._unchanged(rank).read_bytes()
 
     def save(self, folder: Path) -> None:
-        """Copy the plans into a folder."""
-        for path in self.files:
-            shutil.copyfile(path, folder / path.name)
+        """Copy the plans into a folder; EngineError as for ``read``."""
+        for rank, path in enumerate(self.files):
+            shutil.copyfile(self._unchanged(rank), folder / path.name)
+
+    def _unchanged(self, rank: int) -> Path:
+        path = self.files[rank]
+        if not path.is_file():
+            raise EngineError(f"{path} is gone since the engine was opened", remedy=COPY_OR_BUILD)
+        if _state(path) != self.states[rank]:
+            raise EngineError(f"{path} has changed since the engine was opened", remedy=COPY_OR_BUILD)
+        return path
 
     def to_json(self) -> list[dict[str, Any]]:
         """The records in the form of config.json."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from trtlab.interrupts import held_interrupts
 from trtlab.progress import PATIENCE_S, progress
 
 # A build that fails on a machine without a driver reports this as well; it is never the cause.
@@ -75,33 +76,37 @@ def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
     """Run a build in its own thread, while this one draws the progress bar and waits for an interrupt.
 
     Python delivers an interrupt to the main thread only, and inside a callback of TensorRT it would be lost. The bar's
-    clock also goes on while TensorRT calls nothing for a long time.
+    clock also goes on while TensorRT calls nothing for a long time. This returns, or raises, when the build has ended.
     """
     outcome: list[bool | BaseException] = []
+    ended = threading.Event()
 
     def guarded() -> None:
         try:
             outcome.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again below, on the caller's thread
             outcome.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=guarded, name="trtlab-build", daemon=True)
+    # No daemon: Python waits for this thread before it exits, as TensorRT calls back into it.
+    thread = threading.Thread(target=guarded, name="trtlab-build")
     started = time.monotonic()
-    with progress(label, 0, unit="step") as bar:
+    with progress(label, 0, unit="step") as bar, held_interrupts() as held:
         try:
             thread.start()
-        except KeyboardInterrupt:
-            watch.cancelled = True
-        while thread.is_alive():
-            try:
-                thread.join(0.05)
+            # Not join(): after an exception in it, Python 3.11 takes a thread that runs for one that has ended.
+            while not ended.wait(0.05):
+                watch.cancelled = held.asked
                 bar.total, bar.n = watch.total, watch.steps
                 if time.monotonic() - started > PATIENCE_S:
                     bar.refresh()
-            except KeyboardInterrupt:
-                watch.cancelled = True
-    if watch.cancelled:
-        raise KeyboardInterrupt
+        finally:
+            watch.cancelled = not ended.is_set()
+            if thread.is_alive():
+                ended.wait()
+        if outcome == [True]:
+            bar.total = bar.n = max(watch.total, watch.steps)  # TensorRT skips steps that it announced
     (result,) = outcome
     if isinstance(result, BaseException):
         raise result

@@ -11,6 +11,7 @@ import torch
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.interrupts import held_interrupts
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
@@ -76,8 +77,21 @@ def emit(
         MissingDependency: without TensorRT.
     """
     build = build.resolve(config)
-    assert build.dtype is not None, "the build config is not resolved: it has no dtype"
     trt_library = library()
+    with held_interrupts():  # TensorRT logs while layers are added, and in its callback an interrupt would be lost
+        return _emit(trt_library, config, build, mapping, rank, weights, op_set)
+
+
+def _emit(
+    trt_library: Library,
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    rank: int,
+    weights: abc.Mapping[str, torch.Tensor],
+    op_set: type[TensorRTOps],
+) -> Emission:
+    assert build.dtype is not None, "the build config is not resolved: it has no dtype"
     trt = trt_library.trt
     builder = trt.Builder(log(trt).native)
     network = builder.create_network(0)
