@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 
 from trtlab.card import Shown
-from trtlab.config.base import PositiveFloat, PositiveInt, Settings, settings
+from trtlab.config.base import NotNegativeFloat, PositiveFloat, PositiveInt, Settings, settings
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 RotaryKind = Literal["linear", "llama3", "yarn"]
 DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SMALLEST, LARGEST = 2.0**-126, 2.0**128  # float32 holds numbers from the first up to, without it, the second
+
+
+def _in_float32(number: float) -> float:
+    if number and not SMALLEST <= abs(number) < LARGEST:
+        raise ValueError("a number that float32 holds: 1.2e-38 to 3.4e38")
+    return number
+
+
+PositiveFloat32 = Annotated[PositiveFloat, AfterValidator(_in_float32)]
+NotNegativeFloat32 = Annotated[NotNegativeFloat, AfterValidator(_in_float32)]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -42,23 +54,23 @@ class RotaryScaling(Settings):
 
     ``llama3`` is the interpolation published with Llama 3.1, ``yarn`` that of arXiv:2309.00071.
     """
-    factor: PositiveFloat
+    factor: PositiveFloat32
     """How many times longer a text may be than the longest of the training."""
     original_max_position_embeddings: PositiveInt | None = None
     """Longest text of the training in tokens; llama3 needs it, yarn takes the model's where it is None."""
-    low_freq_factor: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat32 | None = None
     """Turns over the trained length below which a frequency is stretched whole; llama3 only."""
-    high_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat32 | None = None
     """Turns over the trained length above which a frequency stays as it is; llama3 only."""
-    beta_fast: PositiveFloat = 32.0
+    beta_fast: PositiveFloat32 = 32.0
     """Turns over the trained length above which a frequency stays as it is; yarn only."""
-    beta_slow: PositiveFloat = 1.0
+    beta_slow: PositiveFloat32 = 1.0
     """Turns over the trained length below which a frequency is stretched whole; yarn only."""
-    attention_factor: float | None = None
+    attention_factor: PositiveFloat32 | None = None
     """Number that cosines and sines are multiplied by; None derives it from the factor. Yarn only."""
-    mscale: float | None = None
+    mscale: NotNegativeFloat32 | None = None
     """Weight of the factor's logarithm in the numerator of the attention factor; yarn only."""
-    mscale_all_dim: float | None = None
+    mscale_all_dim: NotNegativeFloat32 | None = None
     """Weight of the same logarithm in the denominator of the attention factor; yarn only."""
     truncate: bool = True
     """Whether the bounds between the two ``beta`` are rounded to whole dimensions; yarn only."""
@@ -100,9 +112,9 @@ class ModelConfig(Shown, Settings):
     """Longest text in tokens, prompt and answer together."""
     hidden_act: str = "silu"
     """Activation of the MLP's gate."""
-    norm_epsilon: PositiveFloat = 1e-5
+    norm_epsilon: PositiveFloat32 = 1e-5
     """Number that a norm adds to the mean square before the square root. Hugging Face: ``rms_norm_eps``."""
-    rotary_base: PositiveFloat = 10000.0
+    rotary_base: PositiveFloat32 = 10000.0
     """Base of the rotary frequencies. Hugging Face: ``rope_theta``."""
     rotary_scaling: RotaryScaling | None = None
     """How the rotary frequencies are stretched; None leaves them as they are."""
@@ -135,6 +147,23 @@ class ModelConfig(Shown, Settings):
             )
         if self.head_size % 2:
             raise ConfigError("rotary embedding needs an even head_size", got=self.head_size)
+        if self.uses_rotary:
+            self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        """Raise ConfigError where an angle would be no number: its cosine would make every logit NaN."""
+        scaling = self.rotary_scaling
+        if self.rotary_base == 1 and scaling is not None and scaling.kind == "yarn":
+            raise ConfigError("yarn scaling needs a rotary_base other than 1", got=self.rotary_base)
+        shrunk = 1.0 if scaling is None else scaling.factor  # factors below 1 make the frequencies higher
+        largest = self.max_position_embeddings * max(1.0, 1 / self.rotary_base) * max(1.0, 1 / shrunk)
+        if largest >= LARGEST:
+            raise ConfigError(
+                "the rotary angle of the last position is beyond float32",
+                got=f"rotary_base {self.rotary_base:g}, a factor of {shrunk:g}, "
+                f"{self.max_position_embeddings} positions",
+                remedy="copy rotary_base and rotary_scaling (in Hugging Face rope_theta and rope_scaling) from the model",
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -28,45 +28,59 @@ def rotary_table(config: ModelConfig, positions: int) -> RotaryTable:
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians a token for each pair of dimensions ``[head_size / 2]``, and the factor on cosine and sine."""
+    """Radians a token for each pair of dimensions ``[head_size / 2]``, and the factor on cosine and sine.
+
+    The operations and their order are those of transformers: an angle of thousands of turns makes other cosines of
+    frequencies that differ in the last bit.
+    """
     pairs = torch.arange(0, config.head_size, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / (config.rotary_base ** (pairs / config.head_size))
+    wavelengths = config.rotary_base ** (pairs / config.head_size)  # of each pair, in tokens a radian
     scaling = config.rotary_scaling
     if scaling is None:
-        return frequencies, 1.0
-    return SCALINGS[scaling.kind](config, scaling, frequencies)
+        return 1.0 / wavelengths, 1.0
+    return SCALINGS[scaling.kind](config, scaling, wavelengths)
 
 
-def _linear(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
-    return frequencies / scaling.factor, 1.0
+def _linear(config: ModelConfig, scaling: RotaryScaling, wavelengths: Tensor) -> tuple[Tensor, float]:
+    return 1.0 / wavelengths / scaling.factor, 1.0
 
 
-def _llama3(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
-    """Long wavelengths are divided by the factor, short ones are kept, those between are blended (Llama 3.1)."""
+def _llama3(config: ModelConfig, scaling: RotaryScaling, wavelengths: Tensor) -> tuple[Tensor, float]:
+    """Long wavelengths are divided by the factor, short ones are kept, those between are blended (Llama 3.1).
+
+    Where the bounds are in the wrong order nothing lies between them, and the low one alone decides.
+    """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     trained = scaling.original_max_position_embeddings
     assert low is not None and high is not None and trained is not None, f"llama3 scaling lacks a value: {scaling}"
-    turns = trained * frequencies / (2 * math.pi)  # full turns over the trained length
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequencies / scaling.factor + keep * frequencies, 1.0
+    frequencies = 1.0 / wavelengths
+    turn = 2 * math.pi / frequencies  # tokens of a full turn
+    is_long, is_short = turn > trained / low, turn < trained / high
+    scaled = torch.where(is_long, frequencies / scaling.factor, frequencies)
+    keep = (trained / turn - low) / (high - low)
+    blended = (1 - keep) * scaled / scaling.factor + keep * scaled
+    return torch.where(~is_short & ~is_long, blended, scaled), 1.0
 
 
-def _yarn(config: ModelConfig, scaling: RotaryScaling, frequencies: Tensor) -> tuple[Tensor, float]:
+def _yarn(config: ModelConfig, scaling: RotaryScaling, wavelengths: Tensor) -> tuple[Tensor, float]:
     """High frequencies are kept, low ones are interpolated, with a linear ramp between them (arXiv:2309.00071)."""
     trained = scaling.original_max_position_embeddings or config.max_position_embeddings
-    half = config.head_size // 2
+    size = config.head_size
 
     def dimension(turns: float) -> float:
         """The index of the pair that makes this many turns over the trained length."""
-        return half * math.log(trained / (turns * 2 * math.pi)) / math.log(config.rotary_base)
+        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_size - 1)
-    span = high - low or 0.001
-    ramp = ((torch.arange(half, dtype=torch.float32) - low) / span).clamp(0, 1)
-    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), _yarn_factor(scaling)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001  # a ramp needs a width
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    frequencies = 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    return frequencies, _yarn_factor(scaling)
 
 
 def _yarn_factor(scaling: RotaryScaling) -> float:
