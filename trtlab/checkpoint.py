@@ -60,24 +60,50 @@ class Checkpoint(Shown):
     folder: Path | None = None  # where the tensors are stored in TensorRT-LLM's format, if they are
 
     @classmethod
-    def from_hugging_face(cls, model_dir: PathLike, dtype: str = "auto") -> Checkpoint:
+    def from_hugging_face(
+        cls, model_dir: PathLike, dtype: str = "auto", *, allow_unknown_config: bool = True
+    ) -> Checkpoint:
         """Open a Hugging Face folder (config.json with safetensors, whole or sharded); nothing is copied.
 
-        ``dtype="auto"`` keeps the source's. Raises CheckpointError for an unknown architecture, a quantized folder,
-        a config key that changes the numbers and is not handled, or tensors that do not fit the config.
+        Args:
+            model_dir: The folder.
+            dtype: Type of the tensors; ``auto`` keeps the source's.
+            allow_unknown_config: Whether a key of config.json that trtlab does not know is a warning, not an error.
+
+        Raises:
+            CheckpointError: For an unknown architecture, a quantized folder, a config key that changes the numbers and
+                is not supported, or tensors that do not fit the config.
         """
         folder = Path(model_dir)
-        config, tensors = read_hugging_face(folder, dtype)
+        config, tensors = read_hugging_face(folder, dtype, allow_unknown=allow_unknown_config)
         return cls(config, tensors, f"Hugging Face folder {folder.name}", find_tokenizer(folder))
 
     @classmethod
-    def from_meta_ckpt(cls, ckpt_dir: PathLike, dtype: str = "auto") -> Checkpoint:
+    def from_meta_ckpt(
+        cls,
+        ckpt_dir: PathLike,
+        dtype: str = "auto",
+        *,
+        max_position_embeddings: int | None = None,
+        allow_unknown_config: bool = True,
+    ) -> Checkpoint:
         """Open a folder in Meta's format (params.json with consolidated.*.pth); shards are joined when read.
 
-        Raises CheckpointError for a pickle that would run code: the files are loaded as data only.
+        Args:
+            ckpt_dir: The folder.
+            dtype: Type of the tensors; ``auto`` keeps the source's.
+            max_position_embeddings: Longest text in tokens, which params.json does not store; None derives it from the
+                rotary embedding: 4096 for Llama 1 and 2, 8192 for Llama 3, 131072 for later ones, 16384 for Code Llama.
+            allow_unknown_config: Whether a key of params.json that trtlab does not know is a warning, not an error.
+
+        Raises:
+            CheckpointError: For a folder that is incomplete or not supported, and for a pickle that would run code: the
+                files are loaded as data only.
         """
         folder = Path(ckpt_dir)
-        config, tensors = read_meta(folder, dtype)
+        config, tensors = read_meta(
+            folder, dtype, max_position_embeddings=max_position_embeddings, allow_unknown=allow_unknown_config
+        )
         return cls(config, tensors, f"Meta folder {folder.name}", find_tokenizer(folder))
 
     @classmethod

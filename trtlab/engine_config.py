@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import ValidationInfo, model_validator
 
 from trtlab.config.build import BuildConfig
+from trtlab.convert.kinds import ENGINE, refuse_other_kind
 from trtlab.convert.trtllm_config import TrtllmConfig
 from trtlab.errors import EngineError
 from trtlab.storage.json_files import ByFields, Count, Listed, OpenObject, read_model
@@ -39,6 +40,7 @@ class EngineFile(OpenObject):
     @classmethod
     def _check_kind(cls, raw: dict[str, Any], info: ValidationInfo[str]) -> dict[str, Any]:
         if not isinstance(raw.get("build_config"), dict) or not isinstance(raw.get("pretrained_config"), dict):
+            refuse_other_kind(raw, ENGINE, info.context, error=EngineError)
             raise EngineError(
                 f"{info.context} is not the config.json of an engine folder",
                 remedy="Checkpoint.load() opens a checkpoint; build() it first",

@@ -59,9 +59,7 @@ def test_linear_scaling_is_that_of_transformers(base, head_size, longest, factor
 
 
 @given(bases, head_sizes, lengths, factors, turns, turns)
-def test_llama3_scaling_is_that_of_transformers_for_bounds_in_either_order(
-    base, head_size, trained, factor, low, high
-):
+def test_llama3_scaling_is_that_of_transformers_for_bounds_in_either_order(base, head_size, trained, factor, low, high):
     assume(low != high)
     parameters = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     config = config_of(base, head_size, 131072, RotaryScaling("llama3", factor, trained, low, high))

@@ -162,7 +162,7 @@ class ModelConfig(Shown, Settings):
                 "the rotary angle of the last position is beyond float32",
                 got=f"rotary_base {self.rotary_base:g}, a factor of {shrunk:g}, "
                 f"{self.max_position_embeddings} positions",
-                remedy="copy rotary_base and rotary_scaling (in Hugging Face rope_theta and rope_scaling) from the model",
+                remedy="copy the base (Hugging Face: rope_theta) and its scaling from the model",
             )
 
     @property

@@ -34,11 +34,13 @@ class WeightIndex(OpenObject):
     weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]]
 
 
-def read_hugging_face(model_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[str, LazyTensor]]:
+def read_hugging_face(
+    model_dir: Path, dtype: str = "auto", *, allow_unknown: bool = True
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a folder; CheckpointError when the folder is incomplete or not supported."""
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is not a folder", remedy="give a folder with config.json and safetensors")
-    stored = read_config(model_dir)
+    stored = read_config(model_dir, allow_unknown=allow_unknown)
     config = stored.to_model_config("float32")  # refuses a config before the weights are opened
     tensors = {name: t for name, t in _find_tensors(model_dir).items() if not BUFFERS.search(name)}
     check_floating(model_dir.name, tensors.items())

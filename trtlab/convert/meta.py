@@ -8,43 +8,56 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trtlab.config.model import DTYPES, DtypeName, ModelConfig, RotaryScaling, dtype_name
+from trtlab.config.model import DTYPES, DtypeName, ModelConfig, PositiveFloat32, RotaryScaling, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.llama import META_NAMES
 from trtlab.errors import CheckpointError
-from trtlab.storage.json_files import Count, Positive, StoredObject, read_model
+from trtlab.storage.foreign_objects import ForeignObject, read_foreign
+from trtlab.storage.json_files import Count
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
-REMEDY = "give Meta's own folder, or take out an unknown key that changes no number"
+REMEDY = "copy Meta's own params.json"
 BUFFERS = ("rope.freqs",)
 COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards are joined by columns
 # params.json of Llama 3.2 does not store its factor of 32 (Llama 3.1 has 8): these (dim, n_layers) identify it.
 FACTOR_32 = ((2048, 16), (3072, 28))
+# The trained context, which params.json does not store, by the base of the rotary embedding: Llama 3, Code Llama.
+CONTEXT_OF_BASE = {500000.0: 8192, 1000000.0: 16384}
 
 
-class Params(StoredObject):
+class Params(ForeignObject):
     """params.json: the keys that are read, and in ``neutral`` those that the tensors show or that change no number."""
 
-    neutral: ClassVar[frozenset[str]] = frozenset({"vocab_size", "multiple_of", "ffn_dim_multiplier", "max_batch_size"})
-    passes_empty: ClassVar[bool] = True
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        "vocab_size multiple_of ffn_dim_multiplier max_batch_size hidden_dim head_dim".split()
+    )
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        """
+        moe moe_args quantization_args lora_args sliding_window use_qk_norm nope_layer_interval attention_chunk_size
+        attn_temperature_tuning floor_scale attn_scale rope_high_freq_factor rope_low_freq_factor
+        vision_args vision_encoder vision_chunk_size vision_max_num_chunks vision_num_cross_attention_layers
+        """.split()
+    )
 
     dim: Count
     n_layers: Count
     n_heads: Count
     n_kv_heads: Count | None = None
     """None: as many as query heads."""
-    norm_eps: Positive | None = None
-    rope_theta: Positive | None = None
+    norm_eps: PositiveFloat32 | None = None
+    rope_theta: PositiveFloat32 | None = None
     use_scaled_rope: bool | None = None
-    rope_scaling_factor: Positive | None = None
+    rope_scaling_factor: PositiveFloat32 | None = None
     max_seq_len: Count | None = None
 
 
-def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[str, LazyTensor]]:
+def read_meta(
+    ckpt_dir: Path, dtype: str = "auto", *, max_position_embeddings: int | None = None, allow_unknown: bool = True
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a folder in Meta's format; CheckpointError when it is incomplete or not supported."""
     if not ckpt_dir.is_dir():
         raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder with params.json and *.pth")
-    params = read_model(ckpt_dir / "params.json", Params, remedy=REMEDY)
+    params = read_params(ckpt_dir, allow_unknown=allow_unknown)
     files = sorted(ckpt_dir.glob("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"{ckpt_dir} holds no consolidated.*.pth", remedy="give Meta's own folder")
@@ -53,7 +66,19 @@ def read_meta(ckpt_dir: Path, dtype: str = "auto") -> tuple[ModelConfig, dict[st
     tensors = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
     check_floating(ckpt_dir.name, tensors.items())
     config = _read_config(params, tensors, dtype)
+    if max_position_embeddings is not None:
+        config = config.replace(max_position_embeddings=max_position_embeddings)
     return config, _rename(ckpt_dir.name, config, tensors)
+
+
+def read_params(ckpt_dir: Path, *, allow_unknown: bool = True) -> Params:
+    """Read params.json of a folder; CheckpointError for keys and values that are not valid or not supported."""
+    params = read_foreign(ckpt_dir / "params.json", Params, remedy=REMEDY, allow_unknown=allow_unknown)
+    if params.dim % params.n_heads:
+        raise CheckpointError(
+            f"params.json has dim {params.dim}, which is not a multiple of n_heads {params.n_heads}", remedy=REMEDY
+        )
+    return params
 
 
 def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTensor:
@@ -92,8 +117,8 @@ def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) 
 
 
 def _context(scaled: bool, base: float) -> int:
-    """The trained context, which params.json does not store: of Llama 3.1 and later, of Llama 3, of Llama 1 and 2."""
-    return 131072 if scaled else 8192 if base == 500000.0 else 4096
+    """The trained context; Llama 3.1 and later scale the rotary embedding, Llama 1 and 2 have the usual base."""
+    return 131072 if scaled else CONTEXT_OF_BASE.get(base, 4096)
 
 
 def _scaling(params: Params) -> RotaryScaling:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trtlab.config.model import RotaryScaling
-from trtlab.storage.json_files import Count, Positive, StoredObject
+from trtlab.config.model import NotNegativeFloat32, PositiveFloat32, RotaryScaling
+from trtlab.storage.foreign_objects import ForeignObject
+from trtlab.storage.json_files import Count
 
 
-class StoredScaling(StoredObject):
+class StoredScaling(ForeignObject):
     """A scaling under its names in config.json; keys that a kind does not use are absent or null."""
 
     rope_type: str | None = None
     type: str | None = None
     """``rope_type`` in the oldest files."""
-    factor: Positive | None = None
+    factor: PositiveFloat32 | None = None
     original_max_position_embeddings: Count | None = None
-    low_freq_factor: Positive | None = None
-    high_freq_factor: Positive | None = None
-    beta_fast: Positive | None = None
-    beta_slow: Positive | None = None
-    attention_factor: Positive | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    low_freq_factor: PositiveFloat32 | None = None
+    high_freq_factor: PositiveFloat32 | None = None
+    beta_fast: PositiveFloat32 | None = None
+    beta_slow: PositiveFloat32 | None = None
+    attention_factor: PositiveFloat32 | None = None
+    mscale: NotNegativeFloat32 | None = None
+    mscale_all_dim: NotNegativeFloat32 | None = None
     truncate: bool | None = True
 
 

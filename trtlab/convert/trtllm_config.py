@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import abc
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
-from trtlab.config.mapping import Mapping
-from trtlab.config.model import ModelConfig, RotaryScaling
+from trtlab.config.mapping import MOST_RANKS, Mapping
+from trtlab.config.model import ModelConfig, PositiveFloat32, RotaryScaling
 from trtlab.convert.families import FAMILIES
+from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
 from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
 from trtlab.convert.rope_scaling import StoredScaling, scaling_to_json
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout
-from trtlab.storage.json_files import Count, OpenObject, Positive, StoredObject, parse_model
+from trtlab.storage.json_files import Count, OpenObject, StoredObject, parse_model
 from trtlab.version import VERSION
 
 FORMAT = 1  # raised when an older trtlab cannot read what this version writes
@@ -46,20 +47,12 @@ class _Producer(OpenObject):
 class _Header(OpenObject):
     """The keys that are checked first: they show which program wrote the file."""
 
-    architecture: object = None
-    architectures: object = None
     rotary_base: object = None
     producer: _Producer | None = None
     trtlab: _Format | None = None
 
     def check(self, where: str) -> None:
-        """Raise CheckpointError for a file of another program or of a later trtlab; ``where`` names the file."""
-        if self.architecture is None and self.architectures is not None:
-            raise CheckpointError(
-                f"{where} is the config.json of a Hugging Face folder",
-                expected="a folder that checkpoint.save() or TensorRT-LLM wrote",
-                remedy="open it with Checkpoint.from_hugging_face()",
-            )
+        """Raise CheckpointError for a file of ModelOpt or of a later trtlab; ``where`` names the file."""
         if self.trtlab is not None and self.trtlab.format > FORMAT:
             raise CheckpointError(
                 f"{where} has format {self.trtlab.format}; this trtlab {VERSION} reads up to {FORMAT}",
@@ -87,8 +80,8 @@ class ModelFields(StoredObject):
     """None: ``hidden_size // num_attention_heads``."""
     hidden_act: str = "silu"
     intermediate_size: Count
-    norm_epsilon: Positive | None = None
-    rotary_base: Positive | None = None
+    norm_epsilon: PositiveFloat32 | None = None
+    rotary_base: PositiveFloat32 | None = None
     attn_bias: bool | None = None
     dense_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -99,10 +92,12 @@ class ModelFields(StoredObject):
 
 
 class _Scaling(StoredScaling):
-    factor: Positive
+    model_config = ConfigDict(extra="forbid")
+
+    factor: PositiveFloat32
 
     def to_rotary_scaling(self) -> RotaryScaling:
-        fields = self.stored_values()
+        fields = {name: value for name, value in self.stored_values().items() if value is not None}
         kind = fields.pop("rope_type", None) or fields.pop("type", None)
         if kind is None or "type" in fields:
             raise CheckpointError(
@@ -120,6 +115,12 @@ class _Mapping(OpenObject):
     def to_mapping(self) -> Mapping:
         if self.cp_size != 1:
             raise CheckpointError(f"cp_size={self.cp_size} is not supported yet", expected=1)
+        if self.tp_size * self.pp_size > MOST_RANKS:
+            raise CheckpointError(
+                f"mapping in config.json has {self.tp_size * self.pp_size} ranks",
+                expected=f"at most {MOST_RANKS}",
+                remedy=REMEDY,
+            )
         return Mapping(self.world_size, self.tp_size, self.pp_size)
 
 
@@ -166,6 +167,7 @@ class TrtllmConfig(ModelFields):
     @classmethod
     def _check_header(cls, raw: Any, info: ValidationInfo[str]) -> Any:
         if isinstance(raw, dict):
+            refuse_other_kind(raw, CHECKPOINT, info.context)
             parse_model(raw, _Header, info.context, remedy=REMEDY).check(info.context)
         return raw
 
@@ -202,7 +204,10 @@ class TrtllmConfig(ModelFields):
         layout = EmbeddingLayout(
             bool(self.use_parallel_embedding), self.embedding_sharding_dim or 0, bool(self.share_embedding_table)
         )
-        return config, (self.mapping or _Mapping()).to_mapping(), layout
+        mapping = (self.mapping or _Mapping()).to_mapping()
+        mapping.check(config)
+        layout.check(config, mapping)
+        return config, mapping, layout
 
 
 def config_to_json(

@@ -29,7 +29,6 @@ LARGEST = 2**63 - 1  # of a 64-bit integer
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
 Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has no tuples; the items stay strict
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trtlab.convert.families.family import Family
 from trtlab.convert.families.llama import LLAMA
 from trtlab.convert.families.mistral import MISTRAL
 from trtlab.convert.families.qwen import QWEN2, QWEN3
+from trtlab.errors import CheckpointError
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": LLAMA,
@@ -15,3 +16,35 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
 }
+
+
+def find_architecture(architectures: Sequence[str] | None, model_type: str | None) -> str:
+    """The architecture that a Hugging Face config names, by its class or else by ``model_type``.
+
+    The spelling of the first conversions, ``LLaMAForCausalLM``, is understood.
+
+    Raises:
+        CheckpointError: It is unknown, or the two keys name different families.
+    """
+    of_type = {family.model_type: name for name, family in FAMILIES.items() if family.model_type is not None}
+    if architectures:
+        named = next((name for name in FAMILIES if name.lower() == architectures[0].lower()), None)
+    else:
+        named = of_type.get(model_type) if model_type else None
+    if named is None:
+        what = f"architecture {architectures[0]!r}" if architectures else f"model_type {model_type!r}"
+        raise CheckpointError(
+            f"unknown {what}"
+            if architectures or model_type
+            else "config.json names neither architectures nor model_type",
+            expected=" | ".join(FAMILIES),
+            remedy="convert one of these",
+        )
+    expected = FAMILIES[named].model_type
+    if model_type and expected is not None and model_type != expected:
+        raise CheckpointError(
+            f"config.json has architecture {named} and model_type {model_type!r}",
+            expected=f"model_type {expected!r}",
+            remedy="correct the wrong one",
+        )
+    return named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trtlab.config.model import ModelConfig
 from trtlab.model.blocks import QKV
@@ -50,8 +50,10 @@ class Family:
     """One architecture by Hugging Face's name.
 
     ``defaults`` are the values of keys that config.json leaves out. Where ``attn_bias`` is None, the config's
-    ``attention_bias`` decides, also for the output projection. ``mlp_bias`` is whether the config may have one.
-    ``settings`` are the fields of ModelConfig that are fixed for the family, such as its norm.
+    ``attention_bias`` decides, also for the output projection. ``mlp_bias`` is whether the config's key is read.
+    ``model_type`` is Hugging Face's short name. ``window`` is where the attention window comes from: no key, the key
+    ``sliding_window``, or also the keys that switch it on and choose its layers. ``settings`` are the fields of
+    ModelConfig that are fixed for the family, such as its norm.
     """
 
     names: NameTable
@@ -59,6 +61,8 @@ class Family:
     attn_bias: bool | None = None
     qk_layernorm: bool = False
     mlp_bias: bool = False
+    model_type: str | None = None
+    window: Literal["none", "every layer", "by layer"] = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -54,4 +54,9 @@ DEFAULTS: dict[str, Any] = {
     "sliding_window": None,
 }
 
-LLAMA = Family(NAMES, {**DEFAULTS, "num_key_value_heads": None, "max_position_embeddings": 2048}, mlp_bias=True)
+LLAMA = Family(
+    NAMES,
+    {**DEFAULTS, "num_key_value_heads": None, "max_position_embeddings": 2048},
+    mlp_bias=True,
+    model_type="llama",
+)
