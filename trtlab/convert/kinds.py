@@ -42,5 +42,7 @@ def refuse_other_kind(
     kind = next((kind for kind in (wanted, *KINDS) if kind.owns(raw)), wanted)
     if kind is not wanted:
         raise error(
-            f"{where} belongs to {kind.name}", expected=wanted.name, remedy=f"open the folder with {kind.opened_by}"
+            f"{where} is the config.json of {kind.name}",
+            expected=wanted.name,
+            remedy=f"open the folder with {kind.opened_by}",
         )
