@@ -8,7 +8,7 @@ import pytest
 import trtlab
 from trtlab import tiny
 from trtlab.cli import BUILD_FLAGS, EMBEDDING_FLAGS, MAPPING_FLAGS, main, with_flags
-from trtlab.config.base import first_sentence
+from trtlab.config.docs import first_sentence
 from trtlab.parallel.shard import EmbeddingLayout
 
 pytestmark = pytest.mark.no_gpu  # commands choose the device

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from trtlab.bench import benchmark
 from trtlab.checkpoint import Checkpoint
-from trtlab.config.base import Settings, default_of, first_sentence
+from trtlab.config.base import Settings, default_of
 from trtlab.config.build import BuildConfig
+from trtlab.config.docs import first_sentence
 from trtlab.config.mapping import Mapping
 from trtlab.config.sampling import SamplingParams
 from trtlab.engine import Engine

@@ -94,13 +94,30 @@ def describe(hint: Any, whole: bool = False) -> str:
 
     With ``whole`` it includes the limits that are usually left out: finite numbers, ints of at most 64 bits.
     """
-    return " or ".join(_describe_one(option, whole) for option in _options(hint))
+    return " or ".join(_describe_one(option, whole) for option in options(hint))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A remedy that names the most similar of the known names, None when no name is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else None
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type itself."""
+    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(base) in (types.UnionType, Union):
+        return tuple(option for member in get_args(base) for option in options(member))
+    return (hint,)
+
+
+def did_you_mean(name: str | None) -> str | None:
+    """The remedy that proposes a name; None without one."""
+    return None if name is None else f"did you mean {name}?"
+
+
+def similar(name: str, known: Iterable[str]) -> str | None:
+    """The most similar of the known names, None when no name is similar."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a type lists, empty for a type that lists none."""
+    return tuple(value for option in options(hint) if get_origin(option) is Literal for value in get_args(option))
 
 
 def shorten(value: object) -> str:
@@ -125,9 +142,9 @@ def _problem(field: str, expected: Any, entry: ErrorDetails, hint: Any) -> Probl
     code, value = entry["type"], entry["input"]
     if code in UNKNOWN:
         parent = _place(entry["loc"][:-1], hint)[1]
-        known = [name for option in _options(parent) for name in fields_of(get_origin(option) or option)]
+        known = [name for option in options(parent) for name in fields_of(get_origin(option) or option)]
         name = str(entry["loc"][-1])
-        remedy = did_you_mean(name, known)
+        remedy = did_you_mean(similar(name, known))
         return Problem(field, "is unknown", expected=None if remedy else " | ".join(known) or None, remedy=remedy)
     if code == "missing":
         return Problem(field, "is missing", expected=None if expected is None else describe(expected))
@@ -152,12 +169,12 @@ def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:
     """The name and the type of a place inside a value; nothing inside a value of several types has its own name."""
     name = ""
     for part in loc:
-        options = [option for option in _options(hint) if option is not type(None)]
-        if len(options) > 1:
+        kinds = [option for option in options(hint) if option is not type(None)]
+        if len(kinds) > 1:
             return name, hint
-        names = list(fields_of(options[0])) if options and isinstance(part, int) else []
+        names = list(fields_of(kinds[0])) if kinds and isinstance(part, int) else []
         part = names[part] if isinstance(part, int) and part < len(names) else part  # an argument by position
-        hint = _inner(options[0], part) if options else None
+        hint = _inner(kinds[0], part) if kinds else None
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name, hint
 
@@ -186,14 +203,6 @@ def fields_of(kind: Any) -> dict[str, Any]:
     return {str(info.validation_alias or info.alias or name): hints[name] for name, info in known.items()}
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type itself."""
-    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if get_origin(base) in (types.UnionType, Union):
-        return tuple(option for member in get_args(base) for option in _options(member))
-    return (hint,)
-
-
 def _describe_one(hint: Any, whole: bool, article: bool = True) -> str:
     bounds = ""
     if get_origin(hint) is Annotated:
@@ -217,7 +226,7 @@ def _describe_one(hint: Any, whole: bool, article: bool = True) -> str:
 
 def _items(hint: Any) -> str:
     """The items of a list or a dict, without articles: ``str``, ``int of at least 1``."""
-    return " or ".join(_describe_one(option, False, article=False) for option in _options(hint))
+    return " or ".join(_describe_one(option, False, article=False) for option in options(hint))
 
 
 def _bounds(metadata: Sequence[Any], whole: bool) -> str:

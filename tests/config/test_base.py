@@ -29,7 +29,8 @@ from trtlab import (
 )
 from trtlab.card import card, text
 from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, KV_SCALES
-from trtlab.config.base import Settings, field_docs, first_sentence, python_code
+from trtlab.config.base import Settings, python_code
+from trtlab.config.docs import field_docs, first_sentence
 from trtlab.config.model import DTYPES
 from trtlab.model.rope import SCALINGS
 from trtlab.parallel.shard import EmbeddingLayout

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from trtlab.card import Card, Table, card
-from trtlab.config.base import Settings, default_of, first_sentence, python_code
+from trtlab.config.base import Settings, default_of, python_code
+from trtlab.config.docs import first_sentence
 
 
 @card.register

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
-import textwrap
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 import numpy as np
 import pydantic.dataclasses
+import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from trtlab.card import card, html
+from trtlab.config.docs import DocWithFields, first_sentence
+from trtlab.config.names import belongs_to, field_called, field_like, value_meant
 from trtlab.errors import ConfigError
-from trtlab.validation import Problem, combine, problems
+from trtlab.validation import Problem, combine, did_you_mean, fields_of, problems
 
 T = TypeVar("T")
 PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
@@ -51,8 +51,9 @@ class Settings:
 def settings(kind: type[T]) -> type[T]:
     """Make a class of fields a frozen dataclass whose values are checked by their declared types.
 
-    numpy's scalars become Python's, lists become tuples; a bool does not pass as an int, nor a str as a number. Any
-    other value is a ConfigError that names the class and the field. A ``__repr__`` that the class inherits is kept.
+    Scalars of numpy and torch become Python's, lists become tuples; a bool does not pass as an int, nor a str as a
+    number. Any other value is a ConfigError that names the class and the field. A ``__repr__`` that the class inherits
+    is kept.
     """
     keeps_repr = kind.__repr__ is not object.__repr__
     checked: Any = pydantic.dataclasses.dataclass(frozen=True, repr=not keeps_repr, config=STRICT)(kind)
@@ -63,30 +64,24 @@ def settings(kind: type[T]) -> type[T]:
         try:
             validate(self, *map(normalize, values), **{name: normalize(value) for name, value in named.items()})
         except ValidationError as error:
-            raise _config_error(error, checked) from error
+            given = {**dict(zip(fields_of(checked), values, strict=False)), **named}
+            raise _config_error(error, checked, given) from error
 
     checked.__init__ = __init__
     checked.__doc__ = DocWithFields(kind.__doc__ or "")
     return checked  # type: ignore[no-any-return]
 
 
-class DocWithFields:
-    """The docstring of a class with those of its fields as ``Args:``, made when ``help()`` asks for it."""
-
-    def __init__(self, summary: str) -> None:
-        self.summary = summary
-
-    def __get__(self, instance: object, kind: type) -> str:
-        fields = "\n".join(f"{name}: {textwrap.indent(doc, '    ').strip()}" for name, doc in field_docs(kind).items())
-        return f"{inspect.cleandoc(self.summary)}\n\nArgs:\n{textwrap.indent(fields, '    ')}\n"
-
-
 def normalize(value: Any, depth: int = DEEPEST_LIST) -> Any:
-    """The value with numpy's scalars as Python's and lists as tuples; any other value is returned unchanged."""
+    """The value with scalars of numpy and torch as Python's and lists as tuples; any other is returned unchanged."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, (list, tuple)) and depth:
         return tuple(normalize(item, depth - 1) for item in value)
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.layout == torch.strided and not value.is_meta:
+        return value.item()
     if isinstance(value, np.generic):
         for scalar, plain in NUMPY_SCALARS.items():
             if isinstance(value, scalar):
@@ -109,31 +104,9 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-@functools.cache
-def field_docs(kind: type) -> dict[str, str]:
-    """The docstring under each field of a class, in the order of the fields; empty where there is no source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(kind))
-    except (OSError, TypeError):
-        return {}
-    (body,) = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    return {
-        field.target.id: inspect.cleandoc(doc.value.value)
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
-    }
-
-
-def first_sentence(kind: type, field: str) -> str:
-    """The first sentence of a field's docstring on one line, without its full stop."""
-    words = " ".join(field_docs(kind).get(field, "").split())
-    return words.split(". ")[0].removesuffix(".").replace("``", "")
-
-
-def _config_error(error: ValidationError, kind: Any) -> ConfigError:
+def _config_error(error: ValidationError, kind: Any, named: Mapping[str, object]) -> ConfigError:
     """The problems as one ConfigError; a single problem without a remedy gets the meaning of its field."""
-    listed = [_with_remedy(problem, kind) for problem in problems(error, kind)]
+    listed = [_with_remedy(problem, kind, named.get(problem.field)) for problem in problems(error, kind)]
     if len(listed) == 1 and listed[0].remedy is None:
         name = listed[0].field.split("[")[0].split(".")[0]
         meaning = first_sentence(kind, name)
@@ -142,7 +115,18 @@ def _config_error(error: ValidationError, kind: Any) -> ConfigError:
     return combine(ConfigError, listed, kind.__name__, ".")
 
 
-def _with_remedy(problem: Problem, kind: type[Settings]) -> Problem:
-    """Give an unknown name the remedy that its class has for it, in place of the list of known names."""
-    remedy = kind.remedy_for_unknown(problem.field) if problem.what == "is unknown" else None
-    return problem if remedy is None else dataclasses.replace(problem, expected=None, remedy=remedy)
+def _with_remedy(problem: Problem, kind: Any, value: object) -> Problem:
+    """Say what was meant: the field of an unknown name, the choice of a refused value."""
+    name = problem.field
+    if problem.what == "is unknown":
+        remedy = kind.remedy_for_unknown(name) or _remedy_for_name(name, kind, value)
+        return problem if remedy is None else dataclasses.replace(problem, expected=None, remedy=remedy)
+    meant = value_meant(fields_of(kind).get(name), value) if problem.what == "is not valid" else None
+    return problem if meant is None else dataclasses.replace(problem, expected=None, remedy=f"did you mean {meant!r}?")
+
+
+def _remedy_for_name(name: str, kind: Any, value: object) -> str | None:
+    """The field of the class that has this name elsewhere, the class that has such a field, or a similar field."""
+    field = field_called(kind, name)
+    elsewhere = belongs_to(name, value, Settings.__subclasses__()) if field is None else None
+    return elsewhere or did_you_mean(field or field_like(kind, name))

@@ -12,7 +12,7 @@ from pydantic import Field
 from trtlab.config.base import PositiveInt, Settings, normalize, settings
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.errors import ConfigError
-from trtlab.validation import describe, did_you_mean, shorten
+from trtlab.validation import describe, did_you_mean, shorten, similar
 
 logger = logging.getLogger("trtlab")
 
@@ -55,7 +55,10 @@ class BuildConfig(Settings):
     compute_capabilities: tuple[str, ...] = ()
     """Targets of the plan, such as ``("8.9",)``; empty means all that the TensorRT library supports."""
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
-    """How long TensorRT looks for fast kernels, 0 to 5; None is TensorRT's default. ``--builder_opt``."""
+    """How long TensorRT looks for fast kernels, 0 to 5; None is TensorRT's default.
+
+    TensorRT-LLM: ``--builder_opt``.
+    """
     notes: tuple[str, ...] = ()
     """Why old flags have no effect; ``BuildConfig.from_trtllm`` fills it in."""
 
@@ -85,7 +88,7 @@ class BuildConfig(Settings):
         """
         known = (*(field.name for field in dataclasses.fields(cls)), *OLD_FLAGS)
         for flag in flags.keys() - set(known):
-            remedy = did_you_mean(flag, known) or f"known flags are {', '.join(known)}"
+            remedy = did_you_mean(similar(flag, known)) or f"known flags are {', '.join(known)}"
             raise ConfigError(f"BuildConfig.from_trtllm: unknown flag {flag}", remedy=remedy)
         old = {flag: value for flag, value in flags.items() if flag in OLD_FLAGS and value is not None}
         bounds = cls(**{flag: value for flag, value in flags.items() if flag not in OLD_FLAGS})

@@ -35,9 +35,15 @@ class QuantConfig(Settings):
     """
 
     quant_algo: QuantAlgo | None = None
-    """Algorithm of the weights, TensorRT-LLM's string; None leaves them as they are."""
+    """Algorithm of the weights, TensorRT-LLM's string; None leaves them as they are.
+
+    TensorRT-LLM: ``--qformat``.
+    """
     kv_cache_quant_algo: KvCacheAlgo | None = None
-    """Algorithm of the KV cache; None stores it in the model's type. Either halves the bytes of a 16-bit cache."""
+    """Algorithm of the KV cache; None stores it in the model's type.
+
+    Either halves the bytes of a 16-bit cache. TensorRT-LLM: ``--kv_cache_dtype``.
+    """
     smoothquant_val: Share | None = 0.5
     """The alpha of SmoothQuant: 0 leaves the difficulty to the activations, 1 moves it to the weights; None searches.
 

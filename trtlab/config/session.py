@@ -15,11 +15,13 @@ class SessionConfig(Settings):
     """Most tokens that the pool of KV blocks holds; None derives it from the bounds and the memory.
 
     On a CPU that is ``max_batch_size * max_seq_len``. More holds more requests and more shared beginnings.
+    TensorRT-LLM: ``max_tokens``.
     """
     kv_cache_free_gpu_memory_fraction: PositiveShare = 0.9
     """Share of the GPU memory left by the weights that the pool may take; 0.9 leaves a tenth free.
 
     The smaller of the two bounds wins; ``session.kv_cache.pool`` shows both. It does not apply on a CPU.
+    TensorRT-LLM: ``free_gpu_memory_fraction``.
     """
     enable_block_reuse: bool = True
     """Whether blocks of finished requests are kept for prompts with the same beginning.

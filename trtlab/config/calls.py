@@ -1,0 +1,206 @@
+"""Checks the arguments of public calls: a wrong name or type is a ConfigError that says what was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from trtlab.config.base import STRICT, Settings, normalize, python_code
+from trtlab.config.names import USAGE, belongs_to, code, field_called, field_like, usage, value_meant
+from trtlab.errors import ConfigError
+from trtlab.validation import choices, combine, describe, did_you_mean, options, problems, shorten, similar
+
+Item = TypeVar("Item", bound=Callable[..., Any])
+SIMPLE = (bool, int, float, str, NoneType)  # types whose values are checked, besides Literal and settings
+
+
+def public(item: Item) -> Item:
+    """Check the arguments of each call of a function, or of a class's constructor and public methods.
+
+    A name that is not in the signature, a missing argument and a value of another type are ConfigErrors. Only types
+    made of bool, int, float, str, ``Literal`` and settings are checked; they take scalars of numpy and torch too.
+    """
+    if not isinstance(item, type):
+        return cast(Item, _checked(item))
+    for name, member in vars(item).copy().items():
+        if name.startswith("_") and (name != "__init__" or dataclasses.is_dataclass(item)):
+            continue
+        if isinstance(member, (classmethod, staticmethod)):
+            setattr(item, name, type(member)(_checked(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(item, name, _checked(member))
+    return item
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def checked(*values: Any, **named: Any) -> Any:
+        bound = _call(function).bind(values, named)
+        return function(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+@functools.cache
+def _call(function: Callable[..., Any]) -> Call:
+    """What is known of a function; read at its first call, when all names in its annotations exist."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    checks = {name: hints[name] for name in signature.parameters if name in hints and _is_simple(hints[name])}
+    kinds = {name: kind for name, hint in checks.items() for kind in options(hint) if _is_settings(kind)}
+    adapters = {name: TypeAdapter(hint, config=STRICT) for name, hint in checks.items() if name not in kinds}
+    return Call(function.__qualname__.removesuffix(".__init__"), signature, checks, kinds, adapters)
+
+
+def _is_simple(hint: Any) -> bool:
+    return all(option in SIMPLE or get_origin(option) is Literal or _is_settings(option) for option in options(hint))
+
+
+def _is_settings(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The signature of a public function, with the types that are checked: settings, and types with an adapter."""
+
+    name: str
+    signature: inspect.Signature
+    hints: Mapping[str, Any]
+    settings: Mapping[str, type[Settings]]
+    adapters: Mapping[str, TypeAdapter[Any]]
+
+    def bind(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments of one call by name; ConfigError when they do not fit."""
+        try:
+            bound = self.signature.bind(*values, **named)
+        except TypeError:
+            self._refuse_arguments(values, named)
+            raise
+        for name, value in bound.arguments.items():
+            if name in self.settings:
+                self._check_settings(name, value)
+            elif name in self.adapters:
+                bound.arguments[name] = self._value(name, value)
+        return bound
+
+    def _value(self, name: str, value: object) -> object:
+        try:
+            return self.adapters[name].validate_python(normalize(value))
+        except ValidationError as error:
+            meant = value_meant(self.hints[name], value)
+            listed = [
+                dataclasses.replace(problem, field=name, remedy=did_you_mean(None if meant is None else repr(meant)))
+                for problem in problems(error, self.hints[name])
+            ]
+            raise combine(ConfigError, listed, self.name) from error
+
+    def _check_settings(self, name: str, value: object) -> None:
+        kind, hint = self.settings[name], self.hints[name]
+        if isinstance(value, kind) or (value is None and NoneType in options(hint)):
+            return
+        raise ConfigError(
+            f"{self.name}: {name} is not valid",
+            got=shorten(value),
+            expected=describe(hint),
+            remedy=f"use {self._place_of(value) or settings_from(kind, value) or USAGE.get(kind.__name__)}",
+        )
+
+    def _place_of(self, value: object) -> str | None:
+        """The argument that takes this value, or another call that takes these settings."""
+        for name, kind in self.settings.items():
+            if isinstance(value, kind):
+                return f"{name}={python_code(value)}"
+        for name, hint in self.hints.items():
+            if isinstance(value, str) and choices(hint) and (meant := value_meant(hint, value)) is not None:
+                return f"{name}={meant!r}"
+        if isinstance(value, Settings) and type(value).__name__ in USAGE:
+            return usage(type(value), python_code(value))
+        return None
+
+    def _refuse_arguments(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Raise ConfigError for arguments that the signature does not bind."""
+        parameters = list(self.signature.parameters.values())
+        by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        own = by_position[0] if by_position[:1] in (["self"], ["cls"]) else None
+        if len(values) > len(by_position) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            most = len(by_position) - (own is not None)
+            raise ConfigError(
+                f"{self.name} takes at most {most} arguments by position", remedy="give the others by name"
+            )
+        for twice in [name for name in by_position[: len(values)] if name in named]:
+            raise ConfigError(f"{self.name}: {twice} is given twice, by position and by name")
+        known = [p.name for p in parameters if p.name != own]
+        unknown = {name: value for name, value in named.items() if name not in known}
+        given = self.signature.bind_partial(*values, **{n: v for n, v in named.items() if n not in unknown}).arguments
+        if unknown:
+            self._refuse_names(unknown, known, given)
+        for missing in [p.name for p in parameters if p.default is p.empty and p.name not in given]:
+            kind = self.settings.get(missing)
+            example = f"use {USAGE[kind.__name__]}" if kind is not None and kind.__name__ in USAGE else None
+            raise ConfigError(f"{self.name} needs {missing}", remedy=example)
+
+    def _refuse_names(
+        self, unknown: Mapping[str, object], known: Sequence[str], given: Mapping[str, object]
+    ) -> NoReturn:
+        """Raise ConfigError for names that are not in the signature, with what was meant by each."""
+        remedies, fields = list[str](), dict[str, dict[str, object]]()
+        for name, value in unknown.items():
+            meant = self._meant(name, value, known)
+            if isinstance(meant, tuple):
+                parameter, field = meant
+                fields.setdefault(parameter, {})[field] = value
+            elif meant is not None:
+                remedies.append(meant)
+        settings = [
+            f"{parameter}={settings_with(self.settings[parameter], given.get(parameter), chosen)}"
+            for parameter, chosen in fields.items()
+        ]
+        remedies = ([f"use {', '.join(settings)}"] if settings else []) + remedies
+        raise ConfigError(
+            f"{self.name} has no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
+            expected=None if remedies else " | ".join(known) or "none",
+            remedy="; ".join(remedies) or None,
+        )
+
+    def _meant(self, name: str, value: object, known: Sequence[str]) -> tuple[str, str] | str | None:
+        """What a name stands for: a parameter and a field of its settings, or a remedy in words."""
+        special = (kind.remedy_for_unknown(name) for kind in self.settings.values())
+        return (
+            self._setting(name, field_called)
+            or next((remedy for remedy in special if remedy is not None), None)
+            or belongs_to(name, value, Settings.__subclasses__())
+            or did_you_mean(similar(name, known))
+            or self._setting(name, field_like)
+        )
+
+    def _setting(self, name: str, find: Callable[[type, str], str | None]) -> tuple[str, str] | None:
+        for parameter, kind in self.settings.items():
+            if (field := find(kind, name)) is not None:
+                return parameter, field
+        return None
+
+
+def settings_from(kind: type[Settings], value: object) -> str | None:
+    """The Python code of settings made from a dict of fields or from the first field's value; None if it has none."""
+    try:
+        made = kind(**value) if isinstance(value, dict) else kind(value)  # type: ignore[call-arg]
+    except (ConfigError, TypeError):
+        return None
+    return python_code(made)
+
+
+def settings_with(kind: type[Settings], given: object, fields: Mapping[str, Any]) -> str:
+    """The Python code of the given settings, or of new ones, with these fields."""
+    try:
+        return python_code(dataclasses.replace(given, **fields) if isinstance(given, kind) else kind(**fields))
+    except ConfigError:
+        return code(kind, fields)
