@@ -131,7 +131,7 @@ def test_after_close_every_use_is_an_error_and_a_second_close_is_none(engine, tm
 
 
 def test_an_unknown_way_to_keep_weights_is_named(engine, tmp_path):
-    with pytest.raises(EngineError, match=r"link \| copy \| none"):
+    with pytest.raises(ConfigError, match=r"link \| copy \| none"):
         engine.save(tmp_path / "x", weights="move")
     assert not (tmp_path / "x").exists()
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trtlab.card import Shown
+from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
 from trtlab.errors import ConfigError, RequestError
 from trtlab.progress import progress
@@ -87,6 +88,7 @@ class Benchmark(Shown):
         return Path(path)
 
 
+@public
 def benchmark(
     session: Session,
     batch_size: Sequence[int] = (1, 8),
@@ -195,6 +197,7 @@ class Duel(Shown):
         return median(theirs / ours for ours, theirs in zip(self.ours_s, self.theirs_s, strict=True))
 
 
+@public
 def against_transformers(
     session: Session, model: Any, batch_size: int = 1, lengths: tuple[int, int] = (32, 64), num_runs: int = 5
 ) -> Duel:

@@ -10,13 +10,15 @@ from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from trtlab.card import Shown
 from trtlab.config.build import BuildConfig
+from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
-from trtlab.config.model import ModelConfig
+from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
 from trtlab.convert.hugging_face import read_hugging_face
@@ -42,6 +44,7 @@ from trtlab.storage.paths import PathLike
 from trtlab.validation import require
 
 
+@public
 @dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint(Shown):
     """A model that can be saved, quantized or built; its weights stay on disk until they are needed.
@@ -61,7 +64,7 @@ class Checkpoint(Shown):
 
     @classmethod
     def from_hugging_face(
-        cls, model_dir: PathLike, dtype: str = "auto", *, allow_unknown_config: bool = True
+        cls, model_dir: PathLike, dtype: DtypeName | Literal["auto"] = "auto", *, allow_unknown_config: bool = True
     ) -> Checkpoint:
         """Open a Hugging Face folder (config.json with safetensors, whole or sharded); nothing is copied.
 
@@ -82,7 +85,7 @@ class Checkpoint(Shown):
     def from_meta_ckpt(
         cls,
         ckpt_dir: PathLike,
-        dtype: str = "auto",
+        dtype: DtypeName | Literal["auto"] = "auto",
         *,
         max_position_embeddings: int | None = None,
         allow_unknown_config: bool = True,
@@ -255,6 +258,7 @@ class Checkpoint(Shown):
         return self.config.replace(tie_word_embeddings=True)
 
 
+@public
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedCheckpoint(Checkpoint):
     """A checkpoint with quantized linears, a quantized KV cache or both.

@@ -10,15 +10,16 @@ from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from trtlab.card import Shown
 from trtlab.config.build import BuildConfig
+from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.config.session import SessionConfig
+from trtlab.config.session import BackendName, SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
@@ -44,8 +45,6 @@ from trtlab.validation import require
 from trtlab.version import VERSION
 
 logger = logging.getLogger("trtlab")
-
-WEIGHTS = ("link", "copy", "none")
 
 
 class WeightSource(Protocol):
@@ -91,6 +90,7 @@ class WeightSource(Protocol):
         ...
 
 
+@public
 @dataclass(eq=False, repr=False)
 class Engine(Shown):
     """A model ready to run: config, bounds, the lazy weights of each rank, and the plans that TensorRT built.
@@ -113,7 +113,10 @@ class Engine(Shown):
     closed: bool = False
 
     def session(
-        self, session_config: SessionConfig | None = None, backend: str = "auto", device: str | None = None
+        self,
+        session_config: SessionConfig | None = None,
+        backend: BackendName = "auto",
+        device: str | torch.device | None = None,
     ) -> Session:
         """A session that generates with this engine; ``backend`` is auto, tensorrt, torch or interpreter."""
         config = SessionConfig() if session_config is None else session_config
@@ -174,15 +177,13 @@ class Engine(Shown):
             raise EngineError(f"there is no rank {rank}", expected=f"0 to {len(self.ranks) - 1}")
         return {name: tensor.read() for name, tensor in self.ranks[rank].items()}
 
-    def save(self, engine_dir: PathLike, weights: str = "link") -> Path:
+    def save(self, engine_dir: PathLike, weights: Literal["link", "copy", "none"] = "link") -> Path:
         """Write the engine folder, in one step; returns the folder.
 
         ``weights`` is ``"link"`` (hard links where source and file system allow them, else copies), ``"copy"`` or
         ``"none"``; a folder without weights needs TensorRT to run.
         """
         self.require_open()
-        if weights not in WEIGHTS:
-            raise EngineError("unknown way to keep weights", got=repr(weights), expected=" | ".join(WEIGHTS))
         if weights != "none" and not self.ranks:
             raise EngineError("this engine was loaded without weights", remedy='save it with weights="none"')
         if weights == "none" and self.plans is None:

@@ -9,9 +9,11 @@ import inspect
 import math
 import pickle
 import pydoc
+import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -141,6 +143,12 @@ class Rank(enum.IntEnum):
         (SamplingParams, "seed", np.uint64(2**64 - 1), 2**64 - 1),
         (QuantConfig, "group_size", np.int64(64), 64),
         (QuantConfig, "exclude_modules", ["*.mlp.fc"], ("*.mlp.fc",)),
+        (BuildConfig, "max_batch_size", np.array(4), 4),
+        (BuildConfig, "max_batch_size", torch.tensor(4), 4),
+        (BuildConfig, "weight_streaming", torch.tensor(True), True),
+        (SamplingParams, "temperature", torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (SamplingParams, "temperature", np.array(0.5, np.float16), 0.5),
+        (SamplingParams, "temperature", torch.nn.Parameter(torch.tensor(0.5)), 0.5),
     ],
 )
 def test_numpy_s_scalars_and_lists_are_taken_for_python_s_and_tuples(kind, name, given, kept):
@@ -160,6 +168,7 @@ ANY = st.one_of(
     st.binary(max_size=2),
     st.sampled_from(["FP8", "INT8", "W8A16", "split", "STATIC", "float16", "yarn", "llama3", 64, HUGE, 10**5000]),
     st.sampled_from([np.int8(3), np.float16(0.5), np.float32("inf"), np.True_, np.str_("x"), np.zeros(2), np.array(3)]),
+    st.sampled_from([torch.tensor(3), torch.tensor([3]), torch.tensor(2.5), torch.empty((), device="meta")]),
     st.lists(st.one_of(st.text(max_size=2), st.integers()), max_size=2),
     st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
     st.builds(object),
@@ -171,7 +180,7 @@ def plain(value):
     """The value that is stored for an argument: an equal value of Python's own types."""
     if isinstance(value, (list, tuple)):
         return tuple(plain(item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
 
 
 @given(st.sampled_from(FIELDS), ANY)
@@ -215,7 +224,12 @@ def test_a_list_within_itself_is_refused_like_any_other():
         (
             SessionConfig,
             {"batching_type": "STATC"},
-            "SessionConfig.batching_type is not valid; got 'STATC'; expected INFLIGHT | STATIC; batching_type: whether "
+            "SessionConfig.batching_type is not valid; got 'STATC'; did you mean 'STATIC'?",
+        ),
+        (
+            SessionConfig,
+            {"batching_type": "V1"},
+            "SessionConfig.batching_type is not valid; got 'V1'; expected INFLIGHT | STATIC; batching_type: whether "
             "requests join and leave at each step, or (STATIC) a batch is closed until all its requests are done",
         ),
         (
@@ -227,8 +241,8 @@ def test_a_list_within_itself_is_refused_like_any_other():
         (
             Mapping,
             {"tp_size": 0, "pp_size": 1.0},
-            "Mapping.tp_size is 0, expected an int of at least 1\n"
-            "Mapping.pp_size is 1.0, expected an int of at least 1",
+            "Mapping.tp_size is 0, expected an int of at least 1 and at most 65536\n"
+            "Mapping.pp_size is 1.0, expected an int of at least 1 and at most 65536",
         ),
     ],
 )
@@ -351,13 +365,13 @@ def test_the_steps_refuse_what_are_no_settings(tmp_path):
     checkpoint = Checkpoint.from_hugging_face(llama_dir())
     with checkpoint.build(plan=False) as engine, engine.session(backend="torch", device="cpu") as session:
         for call, expected in (
-            (lambda: checkpoint.build({"max_batch_size": 4}), "a BuildConfig, got dict"),
-            (lambda: checkpoint.build(mapping=2), "a Mapping, got int"),
-            (lambda: checkpoint.quantize("W8A16"), "a QuantConfig, got str"),
-            (lambda: checkpoint.save(tmp_path / "x", mapping=2), "a Mapping, got int"),
-            (lambda: engine.session("torch"), "a SessionConfig, got str"),
-            (lambda: session.generate("x", {"max_new_tokens": 2}), "a SamplingParams, got dict"),
+            (lambda: checkpoint.build({"max_batch_size": 4}), "a BuildConfig or None; use BuildConfig("),
+            (lambda: checkpoint.build(mapping=2), "a Mapping or None; use checkpoint.build(mapping=Mapping("),
+            (lambda: checkpoint.quantize("W8A16"), "a QuantConfig; use QuantConfig("),
+            (lambda: checkpoint.save(tmp_path / "x", mapping=2), "a Mapping or None; use checkpoint.build("),
+            (lambda: engine.session("torch"), "a SessionConfig or None; use backend='torch'"),
+            (lambda: session.generate("x", {"max_new_tokens": 2}), "a SamplingParams or None; use SamplingParams("),
         ):
-            with pytest.raises(ConfigError, match=f"expected {expected}; .*{expected.split()[1][:-1]}"):
+            with pytest.raises(ConfigError, match=re.escape(f"expected {expected}")):
                 call()
     assert not (tmp_path / "x").exists()

@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtlab import BuildConfig, Checkpoint, Mapping, QuantConfig, RequestError, SamplingParams, SessionConfig
+from trtlab import (
+    BuildConfig,
+    Checkpoint,
+    ConfigError,
+    Mapping,
+    QuantConfig,
+    RequestError,
+    SamplingParams,
+    SessionConfig,
+)
 
 BOUNDS = {"max_seq_len": 96, "max_input_len": 64, "tokens_per_block": 8, "max_batch_size": 4}
 DICE = torch.Generator().manual_seed(0)
@@ -346,7 +355,7 @@ def test_a_higher_priority_goes_first(opened):
 )
 def test_a_submit_that_means_nothing_is_refused(settings, words, opened):
     session = opened()
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(ConfigError, match=words):
         session.submit([1], **settings)
     assert session.waiting == 0
 

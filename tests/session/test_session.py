@@ -460,7 +460,7 @@ def test_a_damaged_tokenizer_is_named(talking_model, open_session, edited):
 def test_backends_and_devices_that_are_not_here_are_named(random_model, monkeypatch):
     engine = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(**BOUNDS), plan=False)
     for backend, device, words in (
-        ("cuda", "cpu", "unknown backend.*tensorrt"),
+        ("cuda", "cpu", "backend is not valid; got 'cuda'.*tensorrt"),
         ("torch", "nowhere", "unknown device"),
         ("torch", "cuda", "no CUDA device"),
     ):
@@ -533,9 +533,12 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
         (lambda session: session.generate(None), "unknown kind of prompt; got None; expected a str"),
         (lambda session: session.generate(5), "unknown kind of prompt; got 5"),
         (lambda session: session.generate({"role": "user", "content": "hi"}), "unknown kind of prompt; got {'role'"),
-        (lambda session: session.generate([3], 5), "expected a SamplingParams, got int"),
-        (lambda session: session.submit([3], {"max_new_tokens": 3}), "expected a SamplingParams, got dict"),
-        (lambda session: session.submit([3], allotted_time_ms="x"), "must be a positive number; got 'x'"),
+        (
+            lambda session: session.generate([3], 5),
+            "got 5; expected a SamplingParams or None; use SamplingParams(max_new_tokens=5)",
+        ),
+        (lambda session: session.submit([3], {"max_new_tokens": 3}), "use SamplingParams(max_new_tokens=3)"),
+        (lambda session: session.submit([3], allotted_time_ms="x"), "got 'x'; expected a number above 0 or None"),
     ],
 )
 def test_what_is_no_prompt_and_no_params_is_refused_by_name(open_session, random_model, call, message):

@@ -9,14 +9,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
 from trtlab.config.base import STRICT, Settings, normalize, python_code
 from trtlab.config.names import USAGE, belongs_to, code, field_called, field_like, usage, value_meant
 from trtlab.errors import ConfigError
-from trtlab.validation import choices, combine, describe, did_you_mean, options, problems, shorten, similar
+from trtlab.validation import choices, combine, describe, did_you_mean, fields_of, options, problems, shorten, similar
 
 Item = TypeVar("Item", bound=Callable[..., Any])
 SIMPLE = (bool, int, float, str, NoneType)  # types whose values are checked, besides Literal and settings
@@ -61,7 +61,8 @@ def _call(function: Callable[..., Any]) -> Call:
 
 
 def _is_simple(hint: Any) -> bool:
-    return all(option in SIMPLE or get_origin(option) is Literal or _is_settings(option) for option in options(hint))
+    plain = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options(hint)]
+    return all(kind in SIMPLE or get_origin(kind) is Literal or _is_settings(kind) for kind in plain)
 
 
 def _is_settings(kind: Any) -> bool:
@@ -198,8 +199,10 @@ def settings_from(kind: type[Settings], value: object) -> str | None:
     return python_code(made)
 
 
-def settings_with(kind: type[Settings], given: object, fields: Mapping[str, Any]) -> str:
+def settings_with(kind: Any, given: object, fields: Mapping[str, Any]) -> str:
     """The Python code of the given settings, or of new ones, with these fields."""
+    meant = {name: value_meant(fields_of(kind)[name], value) for name, value in fields.items()}
+    fields = {name: value if meant[name] is None else meant[name] for name, value in fields.items()}
     try:
         return python_code(dataclasses.replace(given, **fields) if isinstance(given, kind) else kind(**fields))
     except ConfigError:

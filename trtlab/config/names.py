@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from trtlab.config.docs import other_names
-from trtlab.validation import choices, fields_of, shorten
+from trtlab.validation import LONGEST_VALUE, choices, fields_of, shorten
 
 USAGE = {  # settings that a user makes, and a call that takes them
     "BuildConfig": "checkpoint.build(BuildConfig(max_seq_len=512))",
@@ -49,7 +51,7 @@ def value_meant(hint: Any, value: object) -> object | None:
     word with other digits: ``float64`` is not ``float16``.
     """
     known = {_folded(choice): choice for choice in choices(hint) if isinstance(choice, str)}
-    if not known:
+    if not known or not isinstance(value, (str, torch.dtype)) or len(str(value)) > LONGEST_VALUE:
         return None
     word = _folded(str(value).rpartition(".")[2])
     for choice, others in OTHER_VALUES.items():

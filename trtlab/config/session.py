@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from trtlab.config.base import PositiveInt, PositiveShare, Settings, settings
+
+BackendName = Literal["auto", "tensorrt", "torch", "interpreter"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 @settings

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.checkpoint import Checkpoint
+from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
 from trtlab.errors import RequestError
 from trtlab.session.session import Session
@@ -31,6 +32,7 @@ class Question(Protocol):
     def answer(self) -> str: ...
 
 
+@public
 def perplexity(model: Model, texts: Texts) -> float:
     """exp of the mean loss of all tokens except the first of each text; each text is read alone.
 
@@ -41,6 +43,7 @@ def perplexity(model: Model, texts: Texts) -> float:
         return perplexity_of(rows, map(session.logits, rows))
 
 
+@public
 def divergence(model: Model, reference: Model, texts: Texts) -> float:
     """Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats a token.
 
@@ -70,6 +73,7 @@ def divergence_of(logits: Iterable[Tensor], reference: Iterable[Tensor]) -> floa
     return total / tokens
 
 
+@public
 def accuracy(model: Model, questions: Sequence[Question], max_new_tokens: int | None = None) -> float:
     """The share of questions whose greedy answer is exactly the expected text, surrounding blanks ignored.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trtlab.card import Shown
 from trtlab.checkpoint import Checkpoint, QuantizedCheckpoint
+from trtlab.config.calls import public
 from trtlab.config.quant import QuantConfig
 from trtlab.evaluate.perplexity import (
     Question,
@@ -45,6 +46,7 @@ class RecipeComparison(Shown):
     rows: tuple[RecipeRow, ...]
 
 
+@public
 def compare_recipes(
     checkpoint: Checkpoint,
     recipes: Sequence[QuantConfig],

@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 
 from trtlab.card import Shown, size
 from trtlab.config.build import BuildConfig
+from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import GroupSize, KvCacheAlgo, QuantAlgo, QuantConfig
@@ -169,6 +170,7 @@ class Estimate(Shown):
         )
 
 
+@public
 def estimate(
     model: ModelConfig | HasConfig,
     build_config: BuildConfig | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from trtlab.config.session import SessionConfig
+from trtlab.config.session import BACKENDS, BackendName, SessionConfig
 from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.fits import require_room_to_run
 from trtlab.runtime.backend import Backend
@@ -17,10 +17,12 @@ from trtlab.session.session import Session
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
 from trtlab.tensorrt.run.plan_runner import plan_backend
 
-BACKENDS = ("auto", "tensorrt", "torch", "interpreter")
+DEVICES = "cpu | cuda | cuda:0 ..."
 
 
-def open_session(engine: RunnableEngine, config: SessionConfig, backend: str, device: str | None) -> Session:
+def open_session(
+    engine: RunnableEngine, config: SessionConfig, backend: BackendName, device: str | torch.device | None
+) -> Session:
     """Open a session on a backend.
 
     Args:
@@ -31,13 +33,13 @@ def open_session(engine: RunnableEngine, config: SessionConfig, backend: str, de
         device: ``cpu``, ``cuda`` or ``cuda:N``; None for CUDA if there is a device, else the CPU.
 
     Raises:
-        ConfigError: for an unknown backend or device.
+        ConfigError: for an unknown backend, or a device that is not here or not supported.
         EngineError: for a closed engine, or a backend that cannot run it.
     """
     engine.require_open()
     requested = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
     if requested not in BACKENDS:
-        raise ConfigError("unknown backend", got=repr(requested), expected=" | ".join(BACKENDS))
+        raise ConfigError("TRTLAB_BACKEND is no backend", got=repr(requested), expected=" | ".join(BACKENDS))
     target = _device(device)
     name, reason = (requested, "asked for") if requested != "auto" else _best(engine, target)
     used = torch.device("cpu") if name == "interpreter" else target
@@ -85,11 +87,22 @@ OPENERS: dict[str, Callable[[RunnableEngine, torch.device, SessionConfig], Backe
 }
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; ConfigError for one that is not here, or that trtlab does not run on."""
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if here else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name if isinstance(name, torch.device) else str(name))
     except RuntimeError as error:
-        raise ConfigError("unknown device", got=repr(name), expected="cpu | cuda | cuda:0 ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("unknown device", got=repr(name), expected=DEVICES) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ConfigError(f"sessions do not run on {device.type}", got=repr(name), expected=DEVICES)
+    if not here:
         raise ConfigError("there is no CUDA device here", got=repr(name), remedy='use device="cpu"')
+    if (device.index or 0) >= here:
+        known = " | ".join(f"cuda:{index}" for index in range(here))
+        raise ConfigError("there is no such CUDA device here", got=repr(name), expected=known)
     return device

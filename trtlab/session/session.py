@@ -10,6 +10,8 @@ from typing import Any, overload
 from torch import Tensor
 
 from trtlab.card import Shown
+from trtlab.config.base import PositiveFloat
+from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
@@ -25,6 +27,7 @@ from trtlab.session.request import Completion, Request
 from trtlab.session.runnable_engine import RunnableEngine
 
 
+@public
 class Session(Shown):
     """Generates with one engine. Use it as a context manager, or call ``close()``.
 
@@ -140,7 +143,7 @@ class Session(Shown):
         params: SamplingParams | None = None,
         *,
         priority: int = 0,
-        allotted_time_ms: float | None = None,
+        allotted_time_ms: PositiveFloat | None = None,
     ) -> Request:
         """Queue a prompt and return at once; the request runs whenever the session steps.
 
@@ -154,11 +157,6 @@ class Session(Shown):
         Raises:
             RequestError: as ``generate``.
         """
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError("priority must be an int", got=repr(priority))
-        timed = allotted_time_ms is not None
-        if timed and not (isinstance(allotted_time_ms, int | float) and allotted_time_ms > 0):
-            raise RequestError("allotted_time_ms must be a positive number", got=repr(allotted_time_ms))
         params = checked_params(params)
         state = self._state(self._checked(prompt, params), params)
         state.priority = priority

@@ -1,0 +1,221 @@
+"""A public call with arguments that do not fit says what was meant, and its remedy works."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import trtlab
+from trtlab import BuildConfig, Checkpoint, ConfigError, evaluate
+from trtlab.config.calls import _call, public
+from trtlab.tiny import llama_dir
+
+OBJECTS = (trtlab.Checkpoint, trtlab.QuantizedCheckpoint, trtlab.Engine, trtlab.Session)
+FUNCTIONS = (trtlab.benchmark, trtlab.estimate, evaluate.accuracy, evaluate.compare_recipes, evaluate.perplexity)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    checkpoint = Checkpoint.from_hugging_face(llama_dir())
+    engine = checkpoint.build(BuildConfig(max_batch_size=2, max_seq_len=64), plan=False)
+    with engine, engine.session(backend="torch", device="cpu") as session:
+        yield {"checkpoint": checkpoint, "engine": engine, "session": session, "prompt": "Who"}
+
+
+def refusal(call, objects):
+    """The ConfigError of a call that is given as Python code."""
+    with pytest.raises(ConfigError) as caught:
+        eval(call, vars(trtlab), objects)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (
+            "session.generate(prompt, max_new_tokens=4)",
+            "Session.generate has no argument max_new_tokens; use params=SamplingParams(max_new_tokens=4)",
+        ),
+        (
+            "session.generate(prompt, SamplingParams(seed=3), max_tokens=4, top_k=2)",
+            "Session.generate has no arguments max_tokens, top_k; "
+            "use params=SamplingParams(max_new_tokens=4, top_k=2, seed=3)",
+        ),
+        (
+            "session.stream(prompt, temprature=0.5)",
+            "Session.stream has no argument temprature; use params=SamplingParams(temperature=0.5)",
+        ),
+        (
+            "checkpoint.build(max_batch_size=4)",
+            "Checkpoint.build has no argument max_batch_size; use build_config=BuildConfig(max_batch_size=4)",
+        ),
+        (
+            "checkpoint.build(max_batch_size='x')",
+            "Checkpoint.build has no argument max_batch_size; use build_config=BuildConfig(max_batch_size='x')",
+        ),
+        (
+            "checkpoint.build(gemm_plugin='auto')",
+            "Checkpoint.build has no argument gemm_plugin; "
+            "use BuildConfig.from_trtllm(gemm_plugin=...), which takes the old flags",
+        ),
+        (
+            "checkpoint.quantize(quant_algo='w8a16')",
+            "Checkpoint.quantize has no argument quant_algo; use quant_config=QuantConfig(quant_algo='W8A16')",
+        ),
+        (
+            "engine.session(max_tokens=64)",
+            "Engine.session has no argument max_tokens; "
+            "use session_config=SessionConfig(max_tokens_in_paged_kv_cache=64)",
+        ),
+        (
+            "engine.session(max_batch_size=64)",
+            "Engine.session has no argument max_batch_size; "
+            "max_batch_size belongs to BuildConfig: use checkpoint.build(BuildConfig(max_batch_size=64))",
+        ),
+        ("engine.session(devise='cpu')", "Engine.session has no argument devise; did you mean device?"),
+        (
+            "checkpoint.build(zebra=1)",
+            "Checkpoint.build has no argument zebra; expected build_config | mapping | plan",
+        ),
+        ("session.step(zebra=1)", "Session.step has no argument zebra; expected none"),
+        (
+            "checkpoint.build(3)",
+            "Checkpoint.build: build_config is not valid; got 3; expected a BuildConfig or None; "
+            "use BuildConfig(max_batch_size=3)",
+        ),
+        (
+            "checkpoint.quantize('W8A16')",
+            "Checkpoint.quantize: quant_config is not valid; got 'W8A16'; expected a QuantConfig; "
+            "use QuantConfig(quant_algo='W8A16')",
+        ),
+        (
+            "session.generate(prompt, {'max_new_tokens': 5})",
+            "Session.generate: params is not valid; got {'max_new_tokens': 5}; expected a SamplingParams or None; "
+            "use SamplingParams(max_new_tokens=5)",
+        ),
+        (
+            "engine.session('torch')",
+            "Engine.session: session_config is not valid; got 'torch'; expected a SessionConfig or None; "
+            "use backend='torch'",
+        ),
+        (
+            "checkpoint.build(plan='no')",
+            "Checkpoint.build: plan is not valid; got 'no'; expected a bool",
+        ),
+        (
+            "engine.session(backend='pytorch')",
+            "Engine.session: backend is not valid; got 'pytorch'; "
+            "expected auto | tensorrt | torch | interpreter; did you mean 'torch'?",
+        ),
+        (
+            "Checkpoint.from_hugging_face('nowhere', dtype='fp16')",
+            "Checkpoint.from_hugging_face: dtype is not valid; got 'fp16'; "
+            "expected float32 | float16 | bfloat16 or auto; did you mean 'float16'?",
+        ),
+        (
+            "session.submit(prompt, priority='high')",
+            "Session.submit: priority is not valid; got 'high'; expected an int",
+        ),
+        ("session.generate()", "Session.generate needs prompts"),
+        (
+            "checkpoint.quantize()",
+            'Checkpoint.quantize needs quant_config; use checkpoint.quantize(QuantConfig(quant_algo="W8A16"))',
+        ),
+        (
+            "checkpoint.build(None, None, True, 4)",
+            "Checkpoint.build takes at most 3 arguments by position; give the others by name",
+        ),
+        (
+            "checkpoint.build(None, build_config=None)",
+            "Checkpoint.build: build_config is given twice, by position and by name",
+        ),
+        (
+            "estimate(checkpoint.config, tp_size=2)",
+            "estimate has no argument tp_size; use mapping=Mapping(world_size=2, tp_size=2)",
+        ),
+        ("benchmark(session, warmup=1)", "benchmark has no argument warmup; did you mean warm_up?"),
+    ],
+)
+def test_a_call_that_does_not_fit_says_what_was_meant(call, line, objects):
+    assert refusal(call, objects) == line
+
+
+REPAIRED = {  # a call, and how its remedy is put into it
+    "session.generate(prompt, max_new_tokens=4)": "session.generate(prompt, {})",
+    "session.generate(prompt, {'max_new_tokens': 5})": "session.generate(prompt, {})",
+    "session.generate(prompt, 5)": "session.generate(prompt, {})",
+    "checkpoint.build(max_batch_size=4)": "checkpoint.build({}, plan=False)",
+    "checkpoint.build(BuildConfig(max_seq_len=64), max_batch_size=4)": "checkpoint.build({}, plan=False)",
+    "checkpoint.build(3)": "checkpoint.build({}, plan=False)",
+    "checkpoint.build(Mapping(tp_size=2))": "checkpoint.build({}, plan=False)",
+    "checkpoint.quantize(quant_algo='int8_wo')": "checkpoint.quantize({})",
+    "checkpoint.quantize('W8A16')": "checkpoint.quantize({})",
+    "engine.session(max_tokens=64)": "engine.session({})",
+    "engine.session('torch')": "engine.session({})",
+    "engine.session(max_batch_size=2)": "{}",
+    "BuildConfig(tp_size=2)": "{}",
+    "SessionConfig(max_new_tokens=2)": "{}",
+    "QuantConfig(max_new_tokens=2)": "{}",
+}
+
+
+@pytest.mark.no_gpu
+@pytest.mark.parametrize("call", REPAIRED)
+def test_a_remedy_that_is_followed_works(call, objects, capsys):
+    remedy = re.search(r"\buse (.*)", refusal(call, objects))[1]
+    eval(REPAIRED[call].format(remedy), vars(trtlab), objects)
+
+
+def test_settings_given_beside_a_stray_field_keep_their_fields(objects):
+    line = refusal("checkpoint.build(BuildConfig(max_seq_len=64), max_batch_size=4)", objects)
+    assert line.endswith("use build_config=BuildConfig(max_batch_size=4, max_seq_len=64)")
+
+
+def test_scalars_of_numpy_and_torch_are_plain_values():
+    @public
+    def call(count: int, share: float = 0.5, name: str = "", flag: bool = False) -> tuple[object, ...]:
+        return count, share, name, flag
+
+    given = call(np.int64(3), torch.tensor(0.25), np.str_("x"), flag=np.True_)
+    assert given == (3, 0.25, "x", True) and [type(value) for value in given] == [int, float, str, bool]
+    with pytest.raises(ConfigError, match=r"call: flag is not valid; got 1; expected a bool"):
+        call(1, flag=1)
+
+
+def test_a_type_error_inside_a_function_is_its_own():
+    @public
+    def broken(value: object) -> None:
+        len(5)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="has no len"):
+        broken(3)
+
+
+def test_names_by_keyword_only_or_any_are_taken():
+    @public
+    def free(first: int, *rest: object, last: int = 0, **others: object) -> tuple[object, ...]:
+        return first, rest, last, others
+
+    assert free(1, 2, 3, last=4, zebra=5) == (1, (2, 3), 4, {"zebra": 5})
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_every_public_method_is_checked_and_keeps_its_signature(kind):
+    for name, member in vars(kind).items():
+        function = getattr(member, "__func__", member)
+        if inspect.isfunction(function) and not name.startswith("_"):
+            assert function.__wrapped__, name
+            assert inspect.signature(function) == inspect.signature(function.__wrapped__)
+            call = _call(function.__wrapped__)  # the annotations can be read
+            assert set(call.hints) <= set(call.signature.parameters)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_every_public_function_is_checked(function):
+    assert _call(function.__wrapped__).name == function.__name__
+    with pytest.raises(ConfigError, match="has no argument zebra"):
+        function(zebra=1)
