@@ -105,14 +105,10 @@ def options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def did_you_mean(name: str | None) -> str | None:
-    """The remedy that proposes a name; None without one."""
-    return None if name is None else f"did you mean {name}?"
-
-
-def similar(name: str, known: Iterable[str]) -> str | None:
-    """The most similar of the known names, None when no name is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A remedy that names the most similar of the known names, None when no name is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else None
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
@@ -144,7 +140,7 @@ def _problem(field: str, expected: Any, entry: ErrorDetails, hint: Any) -> Probl
         parent = _place(entry["loc"][:-1], hint)[1]
         known = [name for option in options(parent) for name in fields_of(get_origin(option) or option)]
         name = str(entry["loc"][-1])
-        remedy = did_you_mean(similar(name, known))
+        remedy = did_you_mean(name, known)
         return Problem(field, "is unknown", expected=None if remedy else " | ".join(known) or None, remedy=remedy)
     if code == "missing":
         return Problem(field, "is missing", expected=None if expected is None else describe(expected))

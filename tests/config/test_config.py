@@ -238,3 +238,10 @@ def test_an_error_reads_as_what_got_expected_and_remedy():
     error = TrtlabError("heads do not fit", got=6, expected="a divisor of 8", remedy="use 4")
     assert str(error) == "heads do not fit; got 6; expected a divisor of 8; use 4"
     assert str(TrtlabError("alone")) == "alone"
+
+
+def test_a_model_has_at_most_1024_ranks():
+    assert Mapping(tp_size=32, pp_size=32).world_size == 1024
+    for tp_size, pp_size in ((1025, 1), (1, 3 * 10**6), (2**62, 2**62)):
+        with pytest.raises(ConfigError, match=r"tp_size \* pp_size is too large; got \d+; expected at most 1024"):
+            Mapping(tp_size=tp_size, pp_size=pp_size)

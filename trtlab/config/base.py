@@ -16,7 +16,7 @@ from trtlab.card import card, html
 from trtlab.config.docs import DocWithFields, first_sentence
 from trtlab.config.names import belongs_to, field_called, field_like, value_meant
 from trtlab.errors import ConfigError
-from trtlab.validation import Problem, combine, did_you_mean, fields_of, problems
+from trtlab.validation import Problem, combine, fields_of, problems
 
 T = TypeVar("T")
 PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
@@ -127,6 +127,6 @@ def _with_remedy(problem: Problem, kind: Any, value: object) -> Problem:
 
 def _remedy_for_name(name: str, kind: Any, value: object) -> str | None:
     """The field of the class that has this name elsewhere, the class that has such a field, or a similar field."""
-    field = field_called(kind, name)
-    elsewhere = belongs_to(name, value, Settings.__subclasses__()) if field is None else None
-    return elsewhere or did_you_mean(field or field_like(kind, name))
+    elsewhere = None if field_called(kind, name) else belongs_to(name, value, Settings.__subclasses__())
+    field = field_called(kind, name) or field_like(kind, name)
+    return elsewhere or (f"did you mean {field}?" if field else None)

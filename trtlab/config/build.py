@@ -12,7 +12,7 @@ from pydantic import Field
 from trtlab.config.base import PositiveInt, Settings, normalize, settings
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.errors import ConfigError
-from trtlab.validation import describe, did_you_mean, shorten, similar
+from trtlab.validation import describe, did_you_mean, shorten
 
 logger = logging.getLogger("trtlab")
 
@@ -88,7 +88,7 @@ class BuildConfig(Settings):
         """
         known = (*(field.name for field in dataclasses.fields(cls)), *OLD_FLAGS)
         for flag in flags.keys() - set(known):
-            remedy = did_you_mean(similar(flag, known)) or f"known flags are {', '.join(known)}"
+            remedy = did_you_mean(flag, known) or f"known flags are {', '.join(known)}"
             raise ConfigError(f"BuildConfig.from_trtllm: unknown flag {flag}", remedy=remedy)
         old = {flag: value for flag, value in flags.items() if flag in OLD_FLAGS and value is not None}
         bounds = cls(**{flag: value for flag, value in flags.items() if flag not in OLD_FLAGS})

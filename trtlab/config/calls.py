@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from trtlab.config.base import STRICT, Settings, normalize, python_code
 from trtlab.config.names import USAGE, belongs_to, code, field_called, field_like, usage, value_meant
 from trtlab.errors import ConfigError
-from trtlab.validation import choices, combine, describe, did_you_mean, fields_of, options, problems, shorten, similar
+from trtlab.validation import choices, combine, describe, did_you_mean, fields_of, options, problems, shorten
 
 Item = TypeVar("Item", bound=Callable[..., Any])
 SIMPLE = (bool, int, float, str, NoneType)  # types whose values are checked, besides Literal and settings
@@ -98,9 +98,9 @@ class Call:
             return self.adapters[name].validate_python(normalize(value))
         except ValidationError as error:
             meant = value_meant(self.hints[name], value)
+            remedy = None if meant is None else f"did you mean {meant!r}?"
             listed = [
-                dataclasses.replace(problem, field=name, remedy=did_you_mean(None if meant is None else repr(meant)))
-                for problem in problems(error, self.hints[name])
+                dataclasses.replace(problem, field=name, remedy=remedy) for problem in problems(error, self.hints[name])
             ]
             raise combine(ConfigError, listed, self.name) from error
 
@@ -179,7 +179,7 @@ class Call:
             self._setting(name, field_called)
             or next((remedy for remedy in special if remedy is not None), None)
             or belongs_to(name, value, Settings.__subclasses__())
-            or did_you_mean(similar(name, known))
+            or did_you_mean(name, known)
             or self._setting(name, field_like)
         )
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from trtlab.config.base import PositiveInt, Settings, settings
 from trtlab.config.model import ModelConfig
 from trtlab.errors import ConfigError
 
-Ranks = Annotated[int, Field(ge=1, le=2**16)]
-MOST_SUGGESTED = 1024  # larger sizes are not suggested
+MOST_RANKS = 1024  # of one model
 
 
 @settings
@@ -23,13 +18,15 @@ class Mapping(Settings):
 
     world_size: PositiveInt | None = None
     """Number of processes; None becomes ``tp_size * pp_size``, and no other number is valid."""
-    tp_size: Ranks = 1
+    tp_size: PositiveInt = 1
     """Ranks that share each layer; it must divide the query heads and the intermediate size."""
-    pp_size: Ranks = 1
+    pp_size: PositiveInt = 1
     """Stages that share the layers; it must divide their number."""
 
     def __post_init__(self) -> None:
         product = self.tp_size * self.pp_size
+        if product > MOST_RANKS:
+            raise ConfigError("tp_size * pp_size is too large", got=product, expected=f"at most {MOST_RANKS}")
         if self.world_size is None:
             object.__setattr__(self, "world_size", product)
         elif self.world_size != product:
@@ -86,11 +83,11 @@ class Mapping(Settings):
             raise ConfigError(
                 f"{heads} query heads, {kv_heads} key/value heads and intermediate size {config.intermediate_size} "
                 f"cannot be split over tp_size={self.tp_size}",
-                remedy=f"use {_alternatives([n for n in range(1, min(heads, MOST_SUGGESTED) + 1) if fits(n)])}",
+                remedy=f"use {_alternatives([n for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n)])}",
             )
         layers = config.num_hidden_layers
         if layers % self.pp_size:
-            stages = [n for n in range(1, min(layers, MOST_SUGGESTED) + 1) if layers % n == 0]
+            stages = [n for n in range(1, min(layers, MOST_RANKS) + 1) if layers % n == 0]
             raise ConfigError(
                 f"{config.num_hidden_layers} layers cannot be split over pp_size={self.pp_size}",
                 remedy=f"use {_alternatives(stages)}",
