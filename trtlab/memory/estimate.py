@@ -68,6 +68,8 @@ class RankEstimate:
     activation_bytes: int
     prefill_flops_per_token: float
     generation_flops_per_token: float
+    table_bytes: int = 0
+    """Bytes of rotary and block tables, which a session has."""
 
     @property
     def weight_bytes(self) -> int:
@@ -76,8 +78,8 @@ class RankEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, the whole KV pool and the activations of the largest step."""
-        return self.weight_bytes + self.kv_pool_bytes + self.activation_bytes
+        """Weights, the whole KV pool, the activations of the largest step and the tables."""
+        return self.weight_bytes + self.kv_pool_bytes + self.activation_bytes + self.table_bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,23 +153,30 @@ class Estimate(Shown):
             self._refuse(available_bytes, where)
 
     def _refuse(self, available_bytes: float, where: str) -> NoReturn:
-        need = self.largest
-        build = self.build_config
-        tokens = self.kv_tokens(available_bytes)
-        batch = tokens // build.seq_len
-        if batch:
-            remedy = f"lower max_batch_size to {batch}, or max_seq_len"
-        elif tokens:
-            remedy = f"use max_batch_size=1 with max_seq_len={tokens} or less"
-        else:
-            remedy = "split the weights over more ranks (tp_size), quantize them, or lower max_num_tokens"
+        need, build = self.largest, self.build_config
+        tables = f", {size(need.table_bytes)} of tables of positions and blocks" if need.table_bytes else ""
         raise EngineError(
             f"rank {need.rank} needs {size(need.total_bytes)}: {size(need.weight_bytes)} of weights, "
             f"{size(need.kv_pool_bytes)} of KV for max_batch_size {build.max_batch_size} x max_seq_len "
-            f"{build.seq_len} tokens, {size(need.activation_bytes)} of activations",
+            f"{build.seq_len} tokens, {size(need.activation_bytes)} of activations{tables}",
             expected=f"at most {size(available_bytes)}, which {where} has free",
-            remedy=remedy,
+            remedy=self._remedy(available_bytes),
         )
+
+    def _remedy(self, available_bytes: float) -> str:
+        build, need = self.build_config, self.largest
+        reserve = need.activation_bytes + need.table_bytes
+        tokens = self.kv_tokens(available_bytes, reserve_bytes=reserve)
+        batch = tokens // (pool_tokens(build) // build.max_batch_size)
+        if 0 < batch < build.max_batch_size:
+            return f"lower max_batch_size to {batch}, or max_seq_len"
+        if tokens:
+            return f"use max_batch_size=1 with max_seq_len={tokens} or less"
+        if need.weight_bytes + reserve + build.seq_len * need.kv_bytes_per_token <= available_bytes:
+            return f"lower tokens_per_block, at most to max_seq_len {build.seq_len}"
+        if reserve > need.weight_bytes + available_bytes / 2:
+            return "lower max_num_tokens, max_seq_len and max_batch_size"
+        return "split the weights over more ranks (tp_size), quantize them, or lower max_num_tokens"
 
 
 @public
@@ -258,7 +267,7 @@ def _rank_estimate(
         weights=weights,
         step_weight_bytes=sum(weights.values()) - (weights["embedding"] if lookup_only else 0),
         kv_bytes_per_token=per_token,
-        kv_pool_bytes=build.max_batch_size * build.seq_len * per_token,
+        kv_pool_bytes=pool_tokens(build) * per_token,
         activation_bytes=_trace(plain, mapping, model, largest_step(build)).peak_bytes,
         prefill_flops_per_token=_trace(plain, mapping, model, [Span(0, prompt)]).flops / prompt,
         generation_flops_per_token=float(_trace(plain, mapping, model, [Span(past, 1)]).flops),
@@ -274,7 +283,14 @@ def largest_step(build: BuildConfig) -> list[Span]:
     tokens = min(build.max_num_tokens, build.max_batch_size * build.input_len)
     rows = min(build.max_batch_size, tokens)
     share, rest = divmod(tokens, rows)
-    return [Span(0, share + (place < rest)) for place in range(rows)]
+    spans = (Span(0, share + 1, rest), Span(0, share, rows - rest))
+    return [span for span in spans if span.requests]
+
+
+def pool_tokens(build: BuildConfig) -> int:
+    """Tokens of a KV pool for ``max_batch_size`` requests of ``max_seq_len`` tokens, each in whole blocks."""
+    blocks = -(-build.seq_len // build.tokens_per_block)
+    return build.max_batch_size * blocks * build.tokens_per_block
 
 
 def _kind(name: str) -> str:

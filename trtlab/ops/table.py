@@ -29,15 +29,21 @@ ROTARY_FLOPS = 3  # multiply by the cosine, multiply by the sine, add
 
 
 class Span(NamedTuple):
-    """One request's share of a packed step: ``length`` new tokens after ``past`` cached ones."""
+    """A request's share of a packed step: ``length`` new tokens after ``past`` cached ones, the same for each."""
 
     past: int
     length: int
+    requests: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all these requests."""
+        return self.requests * self.length
 
     @property
     def keys_seen(self) -> int:
         """Pairs of a new token and a key that it attends to: the past tokens, the new ones before it, and itself."""
-        return self.length * self.past + self.length * (self.length + 1) // 2
+        return self.tokens * self.past + self.tokens * (self.length + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class TableOps(Ops[Spec]):
 
     def tokens(self) -> Spec:
         """The step's token ids ``[tokens]``, the decoder's first input."""
-        return Spec("tokens", (sum(span.length for span in self._spans),), torch.int64, "tokens")
+        return Spec("tokens", (sum(span.tokens for span in self._spans),), torch.int64, "tokens")
 
     def embedding(self, tokens: Spec, weight: Embedding) -> Spec:
         shape = (*tokens.shape, weight.weight.shape[1])
@@ -216,7 +222,7 @@ class TableOps(Ops[Spec]):
         return self._write("send", (x,), x.shape, view_of=x)
 
     def last_tokens(self, x: Spec) -> Spec:
-        wanted = len(self._spans)
+        wanted = sum(span.requests for span in self._spans)
         if self._every_token or x.shape[0] == wanted:
             return x
         return self._write("last_tokens", (x,), (wanted, *x.shape[1:]))
