@@ -239,7 +239,7 @@ FAULTS = {
     "a format from the future": (lambda f: rewrite(f, trtlab={"format": 99}), "format 99.*upgrade trtlab"),
     "of Hugging Face": (
         lambda f: rewrite(f, architecture=..., architectures=["LlamaForCausalLM"]),
-        "config.json of a Hugging Face folder.*from_hugging_face",
+        "is a Hugging Face folder.*from_hugging_face",
     ),
     "of ModelOpt": (lambda f: rewrite(f, rotary_base=..., producer={"name": "modelopt"}), "ModelOpt.*add rotary_base"),
     "no sizes": (lambda f: rewrite(f, hidden_size=...), "hidden_size is missing"),

@@ -21,6 +21,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
+from trtlab.convert.folder_kind import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.meta import read_meta
 from trtlab.convert.trtllm import rank_file, read_checkpoint
@@ -40,7 +41,7 @@ from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.storage.files import TensorFile, replacing, write_safetensors
 from trtlab.storage.lazy import LazyTensor, in_memory
-from trtlab.storage.paths import PathLike
+from trtlab.storage.paths import PathLike, absolute_path
 from trtlab.validation import require
 
 
@@ -77,7 +78,7 @@ class Checkpoint(Shown):
             CheckpointError: For an unknown architecture, a quantized folder, a config key that changes the numbers and
                 is not supported, or tensors that do not fit the config.
         """
-        folder = Path(model_dir)
+        folder = open_folder(model_dir, HUGGING_FACE)
         config, tensors = read_hugging_face(folder, dtype, allow_unknown=allow_unknown_config)
         return cls(config, tensors, f"Hugging Face folder {folder.name}", find_tokenizer(folder))
 
@@ -103,7 +104,7 @@ class Checkpoint(Shown):
             CheckpointError: For a folder that is incomplete or not supported, and for a pickle that would run code: the
                 files are loaded as data only.
         """
-        folder = Path(ckpt_dir)
+        folder = open_folder(ckpt_dir, META)
         config, tensors = read_meta(
             folder, dtype, max_position_embeddings=max_position_embeddings, allow_unknown=allow_unknown_config
         )
@@ -123,7 +124,7 @@ class Checkpoint(Shown):
     @classmethod
     def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> Checkpoint:
         """Open a folder that ``save`` or TensorRT-LLM wrote: whole tensors, joined when read, or one rank's own."""
-        folder = Path(ckpt_dir)
+        folder = open_folder(ckpt_dir, CHECKPOINT)
         stored = read_checkpoint(folder, rank)
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
         parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
@@ -151,7 +152,7 @@ class Checkpoint(Shown):
         layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
         config = self._tied_config() if use_embedding_sharing else self.config
         ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
-        folder = Path(ckpt_dir)
+        folder = absolute_path(ckpt_dir)
         with self._writing(folder, config, mapping, layout) as scratch:
             total = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())
             with progress(f"saving {folder.name}", total) as bar:
@@ -193,7 +194,7 @@ class Checkpoint(Shown):
             return QuantizedCheckpoint(
                 quantization.config, tensors, self.source, self.tokenizer_dir, report=report, made_by=quantization
             )
-        folder, results = Path(output_dir), list[QuantizedCheckpoint]()
+        folder, results = absolute_path(output_dir), list[QuantizedCheckpoint]()
 
         def write() -> None:
             results.append(self._quantize_to(folder, self._prepare(quant_config, calibration, in_memory=False)))
@@ -295,12 +296,13 @@ class QuantizedCheckpoint(Checkpoint):
         Raises MissingDependency without ``nvidia-modelopt``, QuantizeError for settings that ModelOpt does not support.
         """
         check_modelopt(quant_config)
-        plain = Checkpoint.from_hugging_face(model_dir)
+        source = absolute_path(model_dir)
+        plain = Checkpoint.from_hugging_face(source)
         tokenizer = Tokenizer(plain.tokenizer_dir) if plain.tokenizer_dir else None
         limit = min(MAX_TOKENS, plain.config.max_position_embeddings)
         rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
         with tempfile.TemporaryDirectory() as scratch:
-            export_with_modelopt(Path(model_dir), plain.config, quant_config, rows, Path(scratch))
+            export_with_modelopt(source, plain.config, quant_config, rows, Path(scratch))
             exported = cls.load(scratch)
             config = exported.config.replace(vocab_size=plain.config.vocab_size)
             tensors = {  # AWQ exports pad the vocabulary

@@ -21,6 +21,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import BackendName, SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
+from trtlab.convert.folder_kind import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine_config import read_engine_file
@@ -35,7 +36,7 @@ from trtlab.session.session import Session
 from trtlab.storage.files import replacing, write_safetensors
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.lazy import LazyTensor, open_safetensors
-from trtlab.storage.paths import PathLike
+from trtlab.storage.paths import PathLike, absolute_path
 from trtlab.tensorrt.build.plans import Plans
 from trtlab.tensorrt.compare import NetworkComparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit
@@ -188,7 +189,7 @@ class Engine(Shown):
             raise EngineError("this engine was loaded without weights", remedy='save it with weights="none"')
         if weights == "none" and self.plans is None:
             raise EngineError("an engine without plan and weights cannot run", remedy='save it with weights="link"')
-        folder = Path(engine_dir)
+        folder = absolute_path(engine_dir, error=EngineError)
         with replacing(folder, ours=_is_ours, marker="build_config", error=EngineError) as scratch:
             meta = json.dumps(_to_json(self), indent=2) + "\n"
             (scratch / "config.json").write_text(meta, encoding="utf-8")
@@ -215,9 +216,7 @@ class Engine(Shown):
         Raises EngineError or CheckpointError when the folder is damaged, holds other weights than it was built from,
         or has plans of another TensorRT than the installed one.
         """
-        folder = Path(engine_dir)
-        if not folder.is_dir():
-            raise EngineError(f"{folder} is not a folder", remedy="give a folder that engine.save() wrote")
+        folder = open_folder(engine_dir, ENGINE, error=EngineError)
         stored = read_engine_file(folder, plans=plan)
         config, mapping, layout = stored.pretrained_config.to_settings()
         files = [folder / rank_file(rank) for rank in mapping.ranks]

@@ -88,6 +88,20 @@ def test_both_forms_of_a_model_convert_to_identical_files(shards, embedding_dim,
     assert first == second
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_llama_1_of_the_format_before_zip_files_converts_to_identical_files(shards, source, files_of, tmp_path):
+    meta = write_meta(tmp_path / "meta", meta_tensors(source), shards=shards)
+    for file in sorted(meta.glob("*.pth")):
+        tensors = torch.load(file, weights_only=True)
+        del tensors["rope.freqs"]
+        for layer in range(2):
+            tensors[f"layers.{layer}.attention.inner_attention.rope.freqs"] = torch.arange(8.0)
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    Checkpoint.from_meta_ckpt(meta).save(tmp_path / "a")
+    Checkpoint.from_hugging_face(source).save(tmp_path / "b")
+    assert files_of(tmp_path / "a")["rank0.safetensors"] == files_of(tmp_path / "b")["rank0.safetensors"]
+
+
 def test_a_model_without_a_head_of_its_own_is_tied(random_model, tmp_path):
     folder = random_model("LlamaForCausalLM", tie_word_embeddings=True)
     meta = write_meta(tmp_path / "meta", meta_tensors(folder))
@@ -210,6 +224,41 @@ FAULTS = {
     "a mis-shaped tensor": (
         lambda m: every(m, lambda t: t.update({"norm.weight": torch.ones(3)})),
         r"norm.weight is \[3\], expected \[64\]",
+    ),
+    "a tensor without dimensions": (
+        lambda m: every(m, lambda t: t.update({"layers.0.attention.wq.weight": torch.tensor(1.0)})),
+        r"wq.weight is \[\]",
+    ),
+    "a sparse tensor": (
+        lambda m: every(m, lambda t: t.update({"norm.weight": torch.ones(64).to_sparse()})),
+        "norm.weight in consolidated.00.pth is sparse",
+    ),
+    "a tensor on the meta device": (
+        lambda m: every(m, lambda t: t.update({"norm.weight": torch.ones(64, device="meta")})),
+        "norm.weight in consolidated.00.pth is on the meta device",
+    ),
+    "shards of other widths": (
+        lambda m: rewrite(m / "consolidated.01.pth", lambda t: t.update({"output.weight": torch.ones(50, 32)})),
+        r"shards of output.weight do not fit together; got \[50, 64\] .* and \[50, 32\]",
+    ),
+    "shards of other dimensions": (
+        lambda m: rewrite(m / "consolidated.01.pth", lambda t: t.update({"output.weight": torch.tensor(1.0)})),
+        r"shards of output.weight do not fit together; got \[50, 64\] .* and \[\]",
+    ),
+    "shards of other dtypes": (
+        lambda m: rewrite(m / "consolidated.01.pth", lambda t: t.update({"output.weight": t["output.weight"].half()})),
+        r"shards of output.weight do not fit together; got .*float32 and .*float16",
+    ),
+    "a shard of the format before zip files, cut short": (
+        lambda m: (
+            torch.save(
+                torch.load(m / "consolidated.01.pth", weights_only=True),
+                m / "consolidated.01.pth",
+                _use_new_zipfile_serialization=False,
+            ),
+            cut(m / "consolidated.01.pth"),
+        ),
+        r"consolidated.01.pth cannot be read: unexpected EOF.*truncated or damaged",
     ),
     "integers": (
         lambda m: every(m, lambda t: t.update({n: x.to(torch.int8) for n, x in t.items()})),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -30,12 +30,24 @@ def check_tensors(where: str, tensors: Mapping[str, LazyTensor], expected: Mappi
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != tuple(shape)
     ]
-    problems = missing + surplus + misshaped
-    if problems:
-        raise CheckpointError(
-            f"{where} does not fit its config: {_listed(problems)}",
-            remedy="compare the names with tensor_specs(config), or the config with the weights",
+    kinds = [problems for problems in (missing, surplus, misshaped) if problems]
+    if kinds:
+        prefix = _surplus_prefix(tensors, expected)
+        remedy = (
+            f"its names begin with {prefix!r}, as a training tool writes them: store the tensors without it"
+            if prefix
+            else "compare the names with tensor_specs(config), or the config with the weights"
         )
+        summary = "; ".join(listed(problems, LISTED // len(kinds)) for problems in kinds)
+        raise CheckpointError(f"{where} does not fit its config: {summary}", remedy=remedy)
+
+
+def _surplus_prefix(names: Iterable[str], expected: Mapping[str, object]) -> str | None:
+    """What stands before the expected names, such as ``module.``, when none is there without it."""
+    if any(name in expected for name in names):
+        return None
+    wanted = max(expected, key=len)
+    return next((name.removesuffix(wanted) for name in names if name.endswith(wanted)), None)
 
 
 def check_floating(where: str, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
@@ -47,7 +59,8 @@ def check_floating(where: str, tensors: Iterable[tuple[str, LazyTensor]]) -> Non
     ]
     if refused:
         raise CheckpointError(
-            f"{where} holds quantized weights: {_listed(refused)}", remedy="start from the model's unquantized folder"
+            f"{where} holds quantized weights: {listed(refused)}",
+            remedy="start from the model's unquantized folder",
         )
 
 
@@ -59,9 +72,10 @@ def check_dtype(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping
         if tensor.dtype != expected[name]
     ]
     if refused:
-        raise CheckpointError(f"{where} does not fit its config: {_listed(refused)}", remedy="convert the model again")
+        raise CheckpointError(f"{where} does not fit its config: {listed(refused)}", remedy="convert the model again")
 
 
-def _listed(problems: list[str]) -> str:
-    rest = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    return "; ".join(problems[:LISTED]) + rest
+def listed(problems: Sequence[str], most: int = LISTED) -> str:
+    """The first few of many, and how many more there are."""
+    rest = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ from trtlab.storage.json_files import Count
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
 REMEDY = "copy Meta's own params.json"
-BUFFERS = ("rope.freqs",)
+BUFFERS = re.compile(r"(^|\.)rope\.freqs$")  # of the model, or in LLaMA 1 of each layer: computed anew
 COLUMN_SPLIT = (".wo.weight", ".w2.weight")  # row-parallel linears: shards are joined by columns
 # params.json of Llama 3.2 does not store its factor of 32 (Llama 3.1 has 8): these (dim, n_layers) identify it.
 FACTOR_32 = ((2048, 16), (3072, 28))
@@ -55,13 +56,11 @@ def read_meta(
     ckpt_dir: Path, dtype: str = "auto", *, max_position_embeddings: int | None = None, allow_unknown: bool = True
 ) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a folder in Meta's format; CheckpointError when it is incomplete or not supported."""
-    if not ckpt_dir.is_dir():
-        raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder with params.json and *.pth")
     params = read_params(ckpt_dir, allow_unknown=allow_unknown)
-    files = sorted(ckpt_dir.glob("consolidated.*.pth"))
+    files = sorted(path for path in ckpt_dir.iterdir() if path.match("consolidated.*.pth"))
     if not files:
         raise CheckpointError(f"{ckpt_dir} holds no consolidated.*.pth", remedy="give Meta's own folder")
-    shards = [{n: t for n, t in open_pickle(file).items() if n not in BUFFERS} for file in files]
+    shards = [{n: t for n, t in open_pickle(file).items() if not BUFFERS.search(n)} for file in files]
     names = dict.fromkeys(name for shard in shards for name in shard)
     tensors = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
     check_floating(ckpt_dir.name, tensors.items())
@@ -85,10 +84,19 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
     whole = [part for part in parts if part is not None]
     if len(whole) != len(parts):
         raise CheckpointError(f"{name} is not in every consolidated.*.pth", remedy="copy the folder again")
-    if len(whole[0].shape) == 1:  # norms: every shard has the whole tensor
-        return whole[0]
-    cut_columns = name.endswith(COLUMN_SPLIT) or (name.startswith("tok_embeddings") and whole[0].shape[1] != hidden)
-    return cat(whole, dim=1 if cut_columns else 0)
+    first = whole[0]
+    if len(first.shape) != 2:  # norms: every shard has the whole tensor
+        return first
+    cut_columns = name.endswith(COLUMN_SPLIT) or (name.startswith("tok_embeddings") and first.shape[1] != hidden)
+    joined, other = (1, 0) if cut_columns else (0, 1)
+    for part in whole:
+        if len(part.shape) != 2 or part.shape[other] != first.shape[other] or part.dtype != first.dtype:
+            raise CheckpointError(
+                f"the shards of {name} do not fit together",
+                got=" and ".join(f"{list(piece.shape)} {piece.dtype}" for piece in (first, part)),
+                remedy="copy the folder again",
+            )
+    return cat(whole, dim=joined)
 
 
 def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:

@@ -41,8 +41,6 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
 
     Raises CheckpointError for a missing folder, config or rank, and for tensors that do not fit the config.
     """
-    if not ckpt_dir.is_dir():
-        raise CheckpointError(f"{ckpt_dir} is not a folder", remedy="give a folder that checkpoint.save() wrote")
     stored = read_model(ckpt_dir / "config.json", TrtllmConfig, remedy=REMEDY)
     config, mapping, layout = stored.to_settings()
     if rank is not None and rank not in mapping.ranks:

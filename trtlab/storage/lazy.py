@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +15,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trtlab.errors import CheckpointError
-from trtlab.storage.paths import require_file
+from trtlab.storage.paths import reading, require_file
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -100,45 +109,98 @@ def _overlapping(parts: Sequence[LazyTensor], start: int, length: int) -> Iterat
         start -= part.shape[0]
 
 
+Stamp = tuple[int, int, int]
+CALLS = re.compile(r"GLOBAL|unrecognized function|Can only (create|build)|must be imported")  # in torch's refusals
+
+
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of one safetensors file; the file is mapped for each read and released after it.
 
-    Raises CheckpointError when the file is missing, truncated or holds a dtype that no model weight has.
+    Raises CheckpointError when the file is missing, truncated or holds a dtype that torch does not have.
     """
     require_file(path)
-    try:
-        stamp = _stamp(path)
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {name: _stored(path, stamp, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
-        ) from error
+    stamp = _stamp(path)
+    with _explained(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: _stored(path, stamp, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+
+
+def _stored(path: Path, stamp: Stamp, name: str, shape: Sequence[int], kind: str) -> LazyTensor:
+    if kind not in SAFETENSORS_DTYPES:
+        raise CheckpointError(f"{name} in {path.name} has dtype {kind}", expected=" | ".join(SAFETENSORS_DTYPES))
+
+    def read() -> Tensor:
+        _require_unchanged(path, stamp)
+        with _explained(path), safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], read)
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one ``torch.save`` file, loaded as data only; it stays mapped, its pages are read when used.
+    """The tensors of one ``torch.save`` file, loaded as data only.
 
-    Raises CheckpointError when the file is missing or damaged, or when its pickle would run code.
+    The file stays mapped, and its pages are read when they are used. A file of torch before 1.6, which is no zip file,
+    cannot be mapped: its tensors are held in memory.
+
+    Raises CheckpointError when the file is missing or damaged, when its pickle would run code, and for a tensor without
+    plain values (sparse, quantized by torch, or on the meta device).
     """
     require_file(path)
     stamp = _stamp(path)
     return {
-        name: LazyTensor(tuple(value.shape), value.dtype, partial(_mapped, path, stamp, value))
+        name: LazyTensor(tuple(value.shape), value.dtype, partial(_loaded, path, stamp, value))
         for name, value in _load_pickle(path).items()
-        if isinstance(value, Tensor)
     }
 
 
-def _mapped(path: Path, stamp: Stamp, value: Tensor) -> Tensor:
+def _loaded(path: Path, stamp: Stamp, value: Tensor) -> Tensor:
     _require_unchanged(path, stamp)
     return value
 
 
-Stamp = tuple[int, int, int]
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    with _explained(path):
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        except pickle.UnpicklingError as error:
+            if CALLS.search(str(error)) is None:  # torch's own words advise to load it with code
+                raise ValueError("its pickle is damaged") from error
+            raise CheckpointError(
+                f"{path.name} is refused: its pickle holds more than tensors, and loading it would run code",
+                remedy="if you trust it, convert it to safetensors",
+            ) from error
+    if not isinstance(loaded, dict) or any(not isinstance(name, str) for name in loaded):
+        raise CheckpointError(f"{path.name} does not hold a dict of tensors", remedy="copy the model's own file again")
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if loaded and not tensors:
+        raise CheckpointError(
+            f"{path.name} does not hold a dict of tensors: it has {', '.join(list(loaded)[:5])}",
+            remedy="a training tool wrote it: store the model's own state_dict() alone",
+        )
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+            raise CheckpointError(f"{name} in {path.name} is {kind}", remedy="store it as a plain tensor")
+    return tensors
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn anything that a reader of weight files raises within the block into an error that names the file."""
+    try:
+        with reading(path):
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{path.name} cannot be read: {reason:.300}", remedy="the file is truncated or damaged: copy it again"
+        ) from error
 
 
 def _stamp(path: Path) -> Stamp:
@@ -150,40 +212,10 @@ def _stamp(path: Path) -> Stamp:
 def _require_unchanged(path: Path, stamp: Stamp) -> None:
     try:
         changed = _stamp(path) != stamp
-    except (FileNotFoundError, NotADirectoryError) as cause:
+    except OSError as cause:
         raise CheckpointError(
-            f"{path} is gone: it was there when its folder was opened",
+            f"{path} is gone: it was there when its folder was opened ({cause.strerror})",
             remedy="put it back, or open the folder at its new place",
         ) from cause
     if changed:
         raise CheckpointError(f"{path} has changed since it was opened", remedy="open its folder again")
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} is refused: its pickle holds more than tensors, and loading it would run code",
-            remedy="if you trust it, convert it to safetensors",
-        ) from error
-    except Exception as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error}", remedy="the file is truncated or damaged: copy it again"
-        ) from error
-    if not isinstance(loaded, dict) or any(not isinstance(name, str) for name in loaded):
-        raise CheckpointError(f"{path.name} does not hold a dict of tensors", remedy="copy the model's own file again")
-    return loaded
-
-
-def _stored(path: Path, stamp: Stamp, name: str, shape: Sequence[int], kind: str) -> LazyTensor:
-    if kind not in SAFETENSORS_DTYPES:
-        raise CheckpointError(f"{name} in {path.name} has dtype {kind}", expected=" | ".join(SAFETENSORS_DTYPES))
-
-    def read() -> Tensor:
-        _require_unchanged(path, stamp)
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], read)

@@ -43,10 +43,10 @@ def require_folder(folder: Path, *, remedy: str, error: type[TrtlabError] = Chec
     with reading(folder, remedy=remedy, error=error):
         status = _status(folder)
         if status is None:
-            target = f", a link to {folder.readlink()}, which is missing" if folder.is_symlink() else ""
-            raise error(f"{folder} is not a folder: there is nothing of that name{target}", remedy=remedy)
+            target = f", a link to {shown(folder.readlink())}, which is missing" if folder.is_symlink() else ""
+            raise error(f"{shown(folder)} is not a folder: there is nothing of that name{target}", remedy=remedy)
         if not stat.S_ISDIR(status.st_mode):
-            raise error(f"{folder} is not a folder: it is a file", remedy=remedy)
+            raise error(f"{shown(folder)} is not a folder: it is a file", remedy=remedy)
 
 
 def has_file(file: Path, *, error: type[TrtlabError] = CheckpointError) -> bool:
@@ -75,17 +75,17 @@ def require_file(file: Path, *, remedy: str = COPY_AGAIN, error: type[TrtlabErro
         status = _status(file)
         if status is None:
             if file.is_symlink():
-                raise error(f"{file} is a link to {file.readlink()}, which is missing", remedy=COPY_AGAIN)
-            raise error(f"{file} is missing", remedy=remedy)
+                raise error(f"{shown(file)} is a link to {shown(file.readlink())}, which is missing", remedy=COPY_AGAIN)
+            raise error(f"{shown(file)} is missing", remedy=remedy)
         target = Path(os.path.realpath(file))
         if not _is_inside_model(file, target):
             raise error(
-                f"{file} is a link to {target}, outside of the model's folder: it is not followed",
+                f"{shown(file)} is a link to {shown(target)}, outside of the model's folder: it is not followed",
                 remedy="if that file belongs to the model, put it into the folder instead of the link",
             )
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise error(f"{file} is {kind}", expected="a file", remedy=remedy)
+            raise error(f"{shown(file)} is {kind}", expected="a file", remedy=remedy)
         file.open("rb").close()  # the only sure test of a permission
 
 
