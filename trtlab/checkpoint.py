@@ -21,8 +21,8 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
-from trtlab.convert.folder_kind import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.hugging_face import read_hugging_face
+from trtlab.convert.kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.meta import read_meta
 from trtlab.convert.trtllm import rank_file, read_checkpoint
 from trtlab.convert.trtllm_config import config_to_json

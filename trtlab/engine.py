@@ -21,7 +21,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import BackendName, SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
-from trtlab.convert.folder_kind import ENGINE, open_folder
+from trtlab.convert.kinds import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine_config import read_engine_file

@@ -53,7 +53,7 @@ def test_a_folder_of_another_kind_names_the_call_that_opens_it(opener, folders):
         if call != opener:
             with pytest.raises(TrtlabError, match=r"is an? \w+") as caught:
                 OPENERS[opener](folder)
-            assert caught.value.remedy == f"open it with {call}" and str(folder) in caught.value.what
+            assert caught.value.remedy == f"open the folder with {call}" and str(folder) in caught.value.what
     for path, words in others.items():
         with pytest.raises(TrtlabError) as caught:
             OPENERS[opener](path)
