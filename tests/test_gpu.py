@@ -1,5 +1,7 @@
 """What only a CUDA device can show: the same engine there and on the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -73,12 +75,32 @@ def test_reused_forked_and_interrupted_requests_on_cuda_give_the_fresh_tokens(pr
         assert any(event.preempted for event in session.events)
 
 
-def test_by_default_the_pool_takes_its_fraction_of_what_is_free():
-    config = trtlab.SessionConfig(kv_cache_free_gpu_memory_fraction=0.05)
+def test_a_fraction_that_is_given_is_taken_whole():
+    config = trtlab.SessionConfig(kv_cache_free_gpu_memory_fraction=0.02)
     with engine("bfloat16").session(config, device="cuda") as session:
         pool = session.kv_cache.pool
         assert pool.winner == "kv_cache_free_gpu_memory_fraction"
-        assert 0.049 * pool.free_bytes < pool.nbytes <= 0.05 * pool.free_bytes
+        assert 0.019 * pool.free_bytes < pool.nbytes <= 0.02 * pool.free_bytes
+
+
+def test_by_default_the_pool_holds_a_full_batch_twice_and_sessions_live_side_by_side():
+    with contextlib.ExitStack() as opened:
+        for _ in range(8):
+            session = opened.enter_context(engine("bfloat16", max_batch_size=4).session(device="cuda"))
+            assert session.kv_cache.pool.max_tokens == 2 * 4 * 512
+            assert session.device.type == "cuda" and len(session.generate([5, 6, 7]).token_ids) > 0
+
+
+def test_a_session_that_does_not_fit_says_so_and_leaves_room_for_one_that_does():
+    large = trtlab.SessionConfig(max_tokens_in_paged_kv_cache=500_000)  # 3 GiB in float32
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**30 / whole)
+    try:
+        with pytest.raises(trtlab.EngineError, match=r"too little memory.*GiB free of.*for the weights"):
+            engine("float32").session(large, device="cuda")
+        engine("float32").session(device="cuda").close()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trtlab.card import Shown
+from trtlab.config.build import compute_dtype
 from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
 from trtlab.errors import ConfigError, RequestError
@@ -131,9 +132,10 @@ def _measure(
     config = session.engine.config
     prompts = random_prompts(config.vocab_size, batch, inputs)
     params = SamplingParams(max_new_tokens=outputs, ignore_eos=True)
-    on_gpu = torch.cuda.is_available()
+    device = session.device
+    on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     times = []
     try:
         for run in range(warm_up + num_runs):
@@ -156,16 +158,16 @@ def _measure(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        precision=config.dtype if on_gpu else "float32",
+        precision=str(compute_dtype(session.engine.build_config, device)).removeprefix("torch."),
         batch_size=batch,
         input_length=inputs,
         output_length=outputs,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        peak_memory_gb=torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0,
         tokens_per_sec=batch * outputs / mean,
         percentile95_ms=_percentile(ordered, 0.95) * 1e3,
         percentile99_ms=_percentile(ordered, 0.99) * 1e3,
         latency_ms=mean * 1e3,
-        compute_cap="sm{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else "cpu",
+        compute_cap="sm{}{}".format(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
     )
 
 
@@ -177,7 +179,7 @@ def timed(call: Callable[[], object]) -> float:
     """Seconds that a call takes, including the GPU's work."""
     start = time.perf_counter()
     call()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

@@ -123,7 +123,7 @@ class Bench:
         events_kept: int = 10_000,
     ) -> None:
         self.rank = FakeRank(num_blocks, tokens_per_block, paged=paged)
-        backend = Backend("fake", self.rank.pool, RankGroup([self.rank], Mapping()))
+        backend = Backend("fake", self.rank.pool, RankGroup([self.rank], Mapping()), torch.device("cpu"))
         self.batch, self.budget, self.size = batch, budget, tokens_per_block
         self.clock = Clock()
         build = BuildConfig(

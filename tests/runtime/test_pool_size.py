@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import weakref
 
-from trtlab import BuildConfig, Checkpoint, ConfigError, QuantConfig, RequestError, SamplingParams, SessionConfig
+import pytest
+import torch
+
+from trtlab import (
+    BuildConfig,
+    Checkpoint,
+    ConfigError,
+    EngineError,
+    QuantConfig,
+    RequestError,
+    SamplingParams,
+    SessionConfig,
+)
+from trtlab.runtime import torch_backend
 from trtlab.runtime.pool_size import Bound, pool_size
 
 BUILD = BuildConfig(max_batch_size=3, max_seq_len=100, max_input_len=64, tokens_per_block=16)
@@ -40,8 +53,38 @@ def test_on_a_gpu_the_smaller_bound_wins_and_both_are_shown(tokens, winner, bloc
     )
 
 
-def test_smaller_keys_and_values_make_more_blocks_not_less_memory():
-    wide, narrow = (pool_size(BUILD, SessionConfig(), block, free_bytes=GIB) for block in (2**16, 2**15))
+@pytest.mark.parametrize(
+    ("free", "winner", "blocks"),
+    [
+        (80 * GIB, "2 x max_batch_size x max_seq_len", 2 * 3 * 7),
+        (30 * 2**20, "kv_cache_free_gpu_memory_fraction", 27),
+    ],
+)
+def test_on_a_gpu_the_default_is_twice_a_full_batch_or_nine_tenths_of_what_is_free(free, winner, blocks):
+    size = pool_size(BUILD, SessionConfig(), 2**20, free_bytes=free)
+    assert (size.winner, size.num_blocks) == (winner, blocks)
+    assert bounds(size) == {
+        "2 x max_batch_size x max_seq_len": 42,
+        "kv_cache_free_gpu_memory_fraction": int(0.9 * free) // 2**20,
+    }
+    assert all(name in repr(size) and name in size._repr_html_() for name in bounds(size))
+
+
+def test_a_fraction_that_is_given_is_taken_whole():
+    size = pool_size(BUILD, SessionConfig(kv_cache_free_gpu_memory_fraction=0.9), 2**20, free_bytes=80 * GIB)
+    assert bounds(size) == {"kv_cache_free_gpu_memory_fraction": 72 * 1024}
+
+
+def test_tokens_that_are_given_replace_the_full_batch_and_stay_below_nine_tenths():
+    session = SessionConfig(max_tokens_in_paged_kv_cache=16 * 5000)
+    size = pool_size(BUILD, session, 2**20, free_bytes=GIB)
+    assert bounds(size) == {"max_tokens_in_paged_kv_cache": 5000, "kv_cache_free_gpu_memory_fraction": 921}
+    assert size.num_blocks == 921
+
+
+def test_of_a_fraction_smaller_keys_and_values_make_more_blocks_not_less_memory():
+    session = SessionConfig(kv_cache_free_gpu_memory_fraction=0.9)
+    wide, narrow = (pool_size(BUILD, session, block, free_bytes=GIB) for block in (2**16, 2**15))
     assert narrow.num_blocks - 2 * wide.num_blocks in (0, 1) and abs(narrow.nbytes - wide.nbytes) <= 2**16
 
 
@@ -112,3 +155,23 @@ def test_a_request_larger_than_the_pool_is_refused_at_submit_and_a_smaller_one_i
             session.submit([1] * 20, SamplingParams(max_new_tokens=14))
         assert caught.value.remedy and session.waiting == 0
         assert len(session.generate([1] * 20, SamplingParams(max_new_tokens=13)).token_ids) == 13
+
+
+def test_out_of_gpu_memory_is_an_error_with_the_figures_and_keeps_no_tensor(random_model, monkeypatch):
+    held = []
+
+    def exhausted(config, pool, weights, dtype, device):
+        held.append(weakref.ref(weights))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
+
+    monkeypatch.setattr(torch_backend, "_cache", exhausted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
+    engine = Checkpoint.from_hugging_face(random_model()).build(BUILD, plan=False)
+    words = (
+        r"too little memory for this session; got 3\.00 GiB free of 80\.00 GiB; expected \d+\.\d\d KiB for the weights"
+    )
+    with pytest.raises(EngineError, match=words) as caught:
+        engine.session(backend="torch", device="cpu")
+    assert "max_tokens_in_paged_kv_cache" in caught.value.remedy
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert [reference() for reference in held] == [None], "a traceback holds the weights"

@@ -8,7 +8,7 @@ from itertools import groupby
 from trtlab.card import Card, Table, bar, card, size
 from trtlab.runtime.events import Block, EventLog, StepEvent
 from trtlab.runtime.kv_cache_view import KvCache
-from trtlab.runtime.pool_size import PoolSize
+from trtlab.runtime.pool_size import FRACTION, PoolSize
 
 SIGNS = {"used": "█", "shared": "▓", "cached": "░", "free": "·"}
 LINE = 64  # blocks in a line of the map
@@ -27,6 +27,7 @@ def pool_card(pool: PoolSize) -> Card:
     ]
     if pool.free_bytes is not None:
         facts.append(("free beside weights", size(pool.free_bytes)))
+    if pool.winner == FRACTION:
         facts.append(("note", "the pool takes its fraction whole: smaller K and V make more blocks, not less memory"))
     return Card(f"KV pool · decided by {pool.winner}", tuple(facts), (_bounds(pool),))
 

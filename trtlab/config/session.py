@@ -15,15 +15,19 @@ class SessionConfig(Settings):
     """How a session runs an engine, under the names of TensorRT-LLM's executor."""
 
     max_tokens_in_paged_kv_cache: PositiveInt | None = None
-    """Most tokens that the pool of KV blocks holds; None derives it from the bounds and the memory.
+    """Most tokens that the pool of KV blocks holds; None derives it from the engine's bounds and the memory.
 
-    On a CPU that is ``max_batch_size * max_seq_len``. More holds more requests and more shared beginnings.
+    On a CPU that is ``max_batch_size * max_seq_len``, on a GPU see ``kv_cache_free_gpu_memory_fraction``. More holds
+    more requests and more shared beginnings.
     TensorRT-LLM: ``max_tokens``.
     """
-    kv_cache_free_gpu_memory_fraction: PositiveShare = 0.9
-    """Share of the GPU memory left by the weights that the pool may take; 0.9 leaves a tenth free.
+    kv_cache_free_gpu_memory_fraction: PositiveShare | None = None
+    """Share of the GPU memory left by the weights that the pool takes; None takes what the engine's bounds can use.
 
-    The smaller of the two bounds wins; ``session.kv_cache.pool`` shows both. It does not apply on a CPU.
+    None is twice ``max_batch_size * max_seq_len`` tokens, the second half for shared beginnings, or 0.9 of that memory
+    if this is smaller. A number is TensorRT-LLM's: the pool takes all of that share, unless
+    ``max_tokens_in_paged_kv_cache`` is smaller, and a second session gets a share of the rest. The smaller bound wins;
+    ``session.kv_cache.pool`` shows all. It does not apply on a CPU.
     TensorRT-LLM: ``free_gpu_memory_fraction``.
     """
     enable_block_reuse: bool = True

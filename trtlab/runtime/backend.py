@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from trtlab.parallel.ranks import RankGroup
 from trtlab.runtime.pool_size import PoolSize
 
@@ -12,9 +14,11 @@ from trtlab.runtime.pool_size import PoolSize
 class Backend:
     """What runs a session's steps.
 
-    ``name`` is torch, tensorrt or interpreter; ``pool`` is the KV pool whose memory the ``ranks`` hold together.
+    ``name`` is torch, tensorrt or interpreter; ``pool`` is the KV pool whose memory the ``ranks`` hold together on
+    ``device``.
     """
 
     name: str
     pool: PoolSize
     ranks: RankGroup
+    device: torch.device

@@ -9,6 +9,10 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import ConfigError
 
+FRACTION = "kv_cache_free_gpu_memory_fraction"
+DEFAULT_FRACTION = 0.9  # of the free memory: the most that a pool takes on a GPU where no fraction is given
+TIMES_ON_GPU = 2  # what the engine's bounds can use at once, and as much again for blocks that are kept for reuse
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -60,9 +64,10 @@ def pool_size(
 ) -> PoolSize:
     """Compute the size of the pool for an engine's bounds.
 
-    On a GPU the smaller of ``max_tokens_in_paged_kv_cache`` and the given fraction of the free memory decides, and the
-    pool takes all of it: smaller K and V give more blocks, not less memory. On a CPU the default holds
-    ``max_batch_size`` requests of ``max_seq_len`` tokens.
+    The smallest of these bounds decides: ``max_tokens_in_paged_kv_cache`` if it is given; on a GPU the fraction of the
+    free memory, 0.9 where none is given; and where neither is given, ``max_batch_size`` requests of ``max_seq_len``
+    tokens, on a GPU twice that. A fraction that decides is taken whole: smaller K and V give more blocks, not less
+    memory.
 
     Args:
         build: The engine's bounds, resolved.
@@ -75,13 +80,17 @@ def pool_size(
         ConfigError: when not even one block fits.
     """
     size, bounds = build.tokens_per_block, []
-    if session.max_tokens_in_paged_kv_cache is not None:
-        bounds.append(Bound("max_tokens_in_paged_kv_cache", session.max_tokens_in_paged_kv_cache // size))
+    tokens, fraction = session.max_tokens_in_paged_kv_cache, session.kv_cache_free_gpu_memory_fraction
+    full_batch = build.max_batch_size * -(-build.seq_len // size)
+    if tokens is not None:
+        bounds.append(Bound("max_tokens_in_paged_kv_cache", tokens // size))
+    elif free_bytes is None:
+        bounds.append(Bound("max_batch_size x max_seq_len", full_batch))
+    elif fraction is None:
+        bounds.append(Bound(f"{TIMES_ON_GPU} x max_batch_size x max_seq_len", TIMES_ON_GPU * full_batch))
     if free_bytes is not None:
-        share = int(free_bytes * session.kv_cache_free_gpu_memory_fraction)
-        bounds.append(Bound("kv_cache_free_gpu_memory_fraction", share // block_bytes))
-    elif not bounds:
-        bounds.append(Bound("max_batch_size x max_seq_len", build.max_batch_size * -(-build.seq_len // size)))
+        share = int(free_bytes * (DEFAULT_FRACTION if fraction is None else fraction))
+        bounds.append(Bound(FRACTION, share // block_bytes))
     fewest = min(bound.blocks for bound in bounds)
     if fewest < 1:
         raise ConfigError(

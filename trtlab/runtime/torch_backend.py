@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from trtlab.card import size
 from trtlab.config.build import BuildConfig, compute_dtype
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import SessionConfig
+from trtlab.errors import EngineError
 from trtlab.model.rope import RotaryTable, rotary_table
 from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.cpu.weights import cpu_weights, has_loops
@@ -46,8 +49,34 @@ def torch_backend(
         ranks: The tensors of each rank, by name.
         device: Where all ranks run.
         session: Settings of the pool and the kernels; None for the defaults.
+
+    Raises:
+        ConfigError: when not even one block of the KV pool fits.
+        EngineError: when a GPU has too little memory; what was allocated is free again.
     """
-    session = session or SessionConfig()
+    try:
+        return _opened(config, build, mapping, ranks, device, session or SessionConfig())
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # their locals hold weights, and a notebook keeps a traceback
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        stored = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())
+        raise EngineError(
+            f"{device} has too little memory for this session",
+            got=f"{size(free)} free of {size(total)}",
+            expected=f"{size(stored)} for the weights, and more for the KV pool and a step",
+            remedy="close other sessions on this GPU, or bound the pool: max_tokens_in_paged_kv_cache=...",
+        ) from error
+
+
+def _opened(
+    config: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    ranks: Sequence[dict[str, Tensor]],
+    device: torch.device,
+    session: SessionConfig,
+) -> Backend:
     dtype = compute_dtype(build, device)
     load, make_rank = _for_device(device, dtype, session)
     weights = [load(config, mapping, rank, tensors) for rank, tensors in enumerate(ranks)]
@@ -57,7 +86,7 @@ def torch_backend(
     for own in weights:
         tables = RankTables(build.max_batch_size, build.seq_len, pool.tokens_per_block)
         group.append(make_rank(config, own, _cache(config, pool, own, dtype, device), tables, rotary))
-    return Backend("torch", pool, RankGroup(group, mapping))
+    return Backend("torch", pool, RankGroup(group, mapping), device)
 
 
 def _for_device(device: torch.device, dtype: torch.dtype, session: SessionConfig) -> tuple[LoadWeights, MakeRank]:

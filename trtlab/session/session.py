@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from trtlab.card import Shown
@@ -48,6 +49,11 @@ class Session(Shown):
     def backend(self) -> str:
         """The backend that runs the engine: ``tensorrt``, ``torch`` or ``interpreter``."""
         return self._loop.backend.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the steps run: the CPU, or one GPU."""
+        return self._loop.backend.device
 
     @property
     def running(self) -> int:

@@ -106,7 +106,7 @@ def slot_backend(
     """Open a backend with one Runner and its bindings per rank; ``build`` is resolved."""
     pool = _slot_pool(tables, build, session or SessionConfig())
     ranks = [PlanRank(runner, table, build) for runner, table in zip(runners, tables, strict=True)]
-    return Backend(name, pool, RankGroup(ranks, mapping))
+    return Backend(name, pool, RankGroup(ranks, mapping), runners[0].device)
 
 
 def _slot_pool(tables: Sequence[Bindings], build: BuildConfig, session: SessionConfig) -> PoolSize:
