@@ -8,10 +8,10 @@ from trtlab.card import Shown
 from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import ConfigError
+from trtlab.memory.estimate import pool_tokens
 
 FRACTION = "kv_cache_free_gpu_memory_fraction"
 DEFAULT_FRACTION = 0.9  # of the free memory: the most that a pool takes on a GPU where no fraction is given
-TIMES_ON_GPU = 2  # what the engine's bounds can use at once, and as much again for blocks that are kept for reuse
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def pool_size(
 
     The smallest of these bounds decides: ``max_tokens_in_paged_kv_cache`` if it is given; on a GPU the fraction of the
     free memory, 0.9 where none is given; and where neither is given, ``max_batch_size`` requests of ``max_seq_len``
-    tokens, on a GPU twice that. A fraction that decides is taken whole: smaller K and V give more blocks, not less
-    memory.
+    tokens, on a GPU twice that, so that as many blocks again are kept for reuse. A fraction that decides is taken
+    whole: smaller K and V give more blocks, not less memory.
 
     Args:
         build: The engine's bounds, resolved.
@@ -81,13 +81,12 @@ def pool_size(
     """
     size, bounds = build.tokens_per_block, []
     tokens, fraction = session.max_tokens_in_paged_kv_cache, session.kv_cache_free_gpu_memory_fraction
-    full_batch = build.max_batch_size * -(-build.seq_len // size)
     if tokens is not None:
         bounds.append(Bound("max_tokens_in_paged_kv_cache", tokens // size))
     elif free_bytes is None:
-        bounds.append(Bound("max_batch_size x max_seq_len", full_batch))
+        bounds.append(Bound("max_batch_size x max_seq_len", pool_tokens(build) // size))
     elif fraction is None:
-        bounds.append(Bound(f"{TIMES_ON_GPU} x max_batch_size x max_seq_len", TIMES_ON_GPU * full_batch))
+        bounds.append(Bound("2 x max_batch_size x max_seq_len", 2 * pool_tokens(build) // size))
     if free_bytes is not None:
         share = int(free_bytes * (DEFAULT_FRACTION if fraction is None else fraction))
         bounds.append(Bound(FRACTION, share // block_bytes))
