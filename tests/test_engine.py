@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtlab import BuildConfig, Checkpoint, ConfigError, Engine, EngineError, Mapping, SamplingParams, TrtlabError
+from trtlab.cli import main
 
 BOUNDS = {"max_seq_len": 48, "max_input_len": 32}
 PROMPT = [5, 17, 3, 0, 96]
@@ -61,7 +66,7 @@ def test_what_cannot_be_linked_is_copied(engine, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError("another file system")
 
-    monkeypatch.setattr("trtlab.engine.os.link", refused)
+    monkeypatch.setattr("trtlab.engine_weights.os.link", refused)
     engine.save(tmp_path / "engine")
     assert answer(Engine.load(tmp_path / "engine")) == answer(engine)
 
@@ -184,6 +189,132 @@ def test_other_weights_under_the_same_config_are_noticed(engine, random_model, t
     assert caught.value.remedy
 
 
+def alter(folder, name, row):
+    """Add one to the first number of a tensor's row, in the file, as a failing disk might."""
+    path = folder / "rank0.safetensors"
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8:start])[name]
+    row_bytes = entry["shape"][-1] * 4
+    content[start + entry["data_offsets"][0] + row * row_bytes] ^= 1
+    path.unlink()  # not in the checkpoint that it may be linked to
+    path.write_bytes(content)
+
+
+NAME = "transformer.layers.1.mlp.fc.weight"
+
+
+@pytest.mark.parametrize("weights", ["link", "copy"])
+def test_an_altered_row_anywhere_is_found_and_its_tensor_named(engine, tmp_path, weights):
+    rows = engine.ranks[0][NAME].shape[0]
+    for row in (0, 1, rows // 2 + 1, rows - 2, rows - 1):
+        engine.save(tmp_path / "engine", weights=weights)
+        Engine.load(tmp_path / "engine", verify=True).close()
+        alter(tmp_path / "engine", NAME, row)
+        with pytest.raises(EngineError, match="other weights") as caught:
+            Engine.load(tmp_path / "engine", verify=True)
+        sampled = row in (0, rows // 2, rows - 1)
+        assert sampled or f"rank0.safetensors holds other weights than were saved: {NAME};" in str(caught.value)
+        shutil.rmtree(tmp_path / "engine")
+
+
+def test_without_verify_three_rows_a_tensor_are_read(engine, tmp_path):
+    folder = engine.save(tmp_path / "engine", weights="copy")
+    alter(folder, NAME, 1)
+    Engine.load(folder).close()
+    alter(folder, NAME, 0)
+    with pytest.raises(EngineError, match="holds other weights than it was built from"):
+        Engine.load(folder)
+
+
+def test_a_second_save_keeps_the_digests_and_a_copy_is_held_against_them(engine, tmp_path):
+    folder = engine.save(tmp_path / "engine", weights="copy")
+    alter(folder, NAME, 1)
+    damaged = Engine.load(folder)
+    with pytest.raises(EngineError, match=f"other weights than were saved: {NAME}"):
+        damaged.save(tmp_path / "again", weights="copy")
+    assert not (tmp_path / "again").exists()
+    damaged.save(tmp_path / "linked")
+    with pytest.raises(EngineError, match=NAME):
+        Engine.load(tmp_path / "linked", verify=True)
+
+
+def test_a_folder_without_digests_cannot_be_verified(engine, tmp_path):
+    folder = engine.save(tmp_path / "engine")
+    rewrite(folder, "trtlab", digests=...)
+    with pytest.raises(EngineError, match=r"has no digests.*load it without verify=True, and save it again"):
+        Engine.load(folder, verify=True)
+    with Engine.load(folder) as loaded:
+        Engine.load(loaded.save(tmp_path / "again"), verify=True).close()
+
+
+def test_digests_are_those_of_the_bytes(engine, tmp_path):
+    engine.save(tmp_path / "engine")
+    for name, tensor in engine.ranks[0].items():
+        expected = hashlib.sha256(tensor.read().numpy().tobytes()).hexdigest()
+        assert engine.digests[0][name] == expected
+
+
+def test_a_pickle_holds_the_path_of_a_saved_engine(engine, checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match=r"not saved cannot be pickled; save\(\) it first"):
+        pickle.dumps(engine)
+    engine.save(tmp_path / "engine")
+    for held in (engine, Engine.load(tmp_path / "engine")):
+        content = pickle.dumps(held)
+        assert len(content) < 5000
+        monkeypatch.chdir("/")
+        assert answer(pickle.loads(content)) == answer(engine)
+    checkpoint.build(BuildConfig(max_seq_len=16), plan=False).save(tmp_path / "engine")
+    with pytest.raises(EngineError, match="holds another engine than the one that was pickled"):
+        pickle.loads(content)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        pickle.dumps(engine)
+
+
+def test_a_relative_path_survives_a_change_of_directory(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine.save("engine", weights="copy")
+    loaded = Engine.load("engine")
+    monkeypatch.chdir("/")
+    assert answer(loaded) == answer(engine)
+    assert loaded.folder == tmp_path / "engine"
+
+
+def test_a_folder_without_weights_and_plan_is_refused(engine, tmp_path):
+    folder = engine.save(tmp_path / "engine")
+    (folder / "rank0.safetensors").unlink()
+    with pytest.raises(EngineError, match="has no weights and no plan to run; copy"):
+        Engine.load(folder)
+
+
+COMMANDS = (
+    ({}, "--max_seq_len 128"),
+    ({"max_batch_size": 3, "max_input_len": 7}, "--max_batch_size 3 --max_input_len 7"),
+    ({"dtype": "bfloat16", "tokens_per_block": 16, "weight_streaming": True}, "--tokens_per_block 16"),
+    ({"compute_capabilities": ("8.9", "12.0"), "optimization_level": 2}, "--compute_capabilities 8.9 12.0"),
+)
+
+
+@pytest.mark.parametrize(("changes", "words"), COMMANDS)
+def test_the_command_of_an_engine_builds_it_again(checkpoint, tmp_path, changes, words, capsys):
+    built = checkpoint.build(BuildConfig(**changes), plan=False)
+    assert "--output_dir ENGINE_DIR" in built.command()
+    built.save(tmp_path / "an engine")
+    assert words in built.command()
+    (tmp_path / "an engine").rename(tmp_path / "first")
+    assert main(shlex.split(built.command())[1:]) == 0
+    again = Engine.load(tmp_path / "an engine")
+    assert (again.build_config, again.fingerprints) == (built.build_config, built.fingerprints)
+    assert built.command() in capsys.readouterr().out
+
+
+def test_a_command_shows_in_capitals_what_is_not_known(random_model):
+    built = Checkpoint.from_hugging_face(random_model()).build(BuildConfig(max_seq_len=16), plan=False)
+    expected = "trtlab build --checkpoint_dir CHECKPOINT_DIR --output_dir ENGINE_DIR --max_seq_len 16 --dtype float32"
+    assert built.command() == f"{expected} --no_plan"
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 300) | st.floats(allow_nan=True) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
@@ -195,7 +326,7 @@ compute_capabilities optimization_level notes""".split()
 @given(
     st.dictionaries(st.sampled_from(BUILD_KEYS) | st.text(max_size=3), values, max_size=3),
     st.dictionaries(st.sampled_from(["version", "trtlab", "pretrained_config", "build_config"]), values, max_size=1),
-    st.dictionaries(st.sampled_from(["source", "fingerprints", "plans"]), values, max_size=2),
+    st.dictionaries(st.sampled_from(["source", "fingerprints", "digests", "plans"]), values, max_size=2),
 )
 def test_no_config_json_raises_anything_but_a_trtlab_error(fuzzed, build, whole, ours):
     folder, good = fuzzed

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trtlab.bench import benchmark
+from trtlab.card import Shown, card, text
 from trtlab.checkpoint import Checkpoint
 from trtlab.config.base import Settings, default_of
 from trtlab.config.build import BuildConfig
@@ -20,8 +23,9 @@ from trtlab.engine import Engine
 from trtlab.errors import TrtlabError
 from trtlab.machine import machine
 from trtlab.parallel.shard import EmbeddingLayout
+from trtlab.validation import choices
 
-BUILD_FLAGS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens", "weight_streaming")
+BUILD_FLAGS = tuple(field.name for field in dataclasses.fields(BuildConfig) if field.name != "notes")
 MAPPING_FLAGS = ("tp_size", "pp_size")
 EMBEDDING_FLAGS = ("use_parallel_embedding", "embedding_sharding_dim", "use_embedding_sharing")
 BENCH_FLAGS = ("warm_up", "num_runs")
@@ -56,20 +60,27 @@ def _convert(options: argparse.Namespace) -> None:
         checkpoint = Checkpoint.from_meta_ckpt(options.meta_ckpt_dir, options.dtype)
     else:
         checkpoint = Checkpoint.from_hugging_face(options.model_dir, options.dtype)
-    checkpoint.save(
+    folder = checkpoint.save(
         options.output_dir,
         Mapping(tp_size=options.tp_size, pp_size=options.pp_size),
         **{name: getattr(options, name) for name in EMBEDDING_FLAGS},
     )
-    print(checkpoint)
+    _show(checkpoint, f"trtlab build --checkpoint_dir {shlex.quote(str(folder))} --output_dir ENGINE_DIR")
+
+
+def _show(item: Shown, following: str, command: str | None = None) -> None:
+    """Print the card of an object with the command that made it, and the next one in place of a call in Python."""
+    shown = card(item)
+    facts = (*shown.facts, ("command", command)) if command else shown.facts
+    print(text(dataclasses.replace(shown, facts=facts, next=following)))
 
 
 def _build(options: argparse.Namespace) -> None:
     checkpoint = Checkpoint.load(options.checkpoint_dir)
     bounds = BuildConfig(**{name: getattr(options, name) for name in BUILD_FLAGS})
-    engine = checkpoint.build(bounds, checkpoint.mapping)
-    engine.save(options.output_dir)
-    print(engine)
+    engine = checkpoint.build(bounds, checkpoint.mapping, plan=not options.no_plan)
+    folder = engine.save(options.output_dir)
+    _show(engine, f"trtlab run --engine_dir {shlex.quote(str(folder))} --input_text TEXT", engine.command())
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -135,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     build = command("build", _build, "a checkpoint to an engine")
     build.add_argument("--checkpoint_dir", required=True)
     build.add_argument("--output_dir", required=True)
+    build.add_argument("--no_plan", action="store_true", help="build no TensorRT plan: the engine runs in torch")
     _add_settings(build, BuildConfig, BUILD_FLAGS)
 
     run = command("run", _run, "generate text with an engine")
@@ -160,12 +172,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings], names: Sequence[str]) -> None:
     """A flag for each of these fields: its default, and the first sentence of its docstring as help."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind, include_extras=True)
     for name in names:
         words, default = first_sentence(kind, name).replace("%", "%%"), default_of(fields[name])
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=words)
+        elif isinstance(default, tuple):
+            parser.add_argument(f"--{name}", nargs="+", default=default, help=f"{words} (default: {default})")
         else:
-            parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default: {default})")
+            of_words = bool(choices(hints[name]))
+            parser.add_argument(
+                f"--{name}", type=str if of_words else int, default=default, help=f"{words} (default: {default})"
+            )
 
 
 if __name__ == "__main__":

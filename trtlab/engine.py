@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-from collections import abc
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -25,18 +24,19 @@ from trtlab.convert.kinds import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine_config import read_engine_file
+from trtlab.engine_weights import Digests, save_weights, verify_weights
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.memory.fits import require_room_to_build
 from trtlab.model.tensor_specs import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
-from trtlab.progress import progress
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.session.open import open_session
 from trtlab.session.session import Session
-from trtlab.storage.files import replacing, write_safetensors
+from trtlab.storage.files import replacing
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 from trtlab.storage.paths import PathLike, absolute_path
+from trtlab.tensorrt.build.plan_check import COPY_OR_BUILD
 from trtlab.tensorrt.build.plans import Plans
 from trtlab.tensorrt.compare import NetworkComparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit
@@ -44,51 +44,11 @@ from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.read.interpreter import LayerTable, Network
 from trtlab.validation import require
 from trtlab.version import VERSION
+from trtlab.weight_source import WeightSource
 
 logger = logging.getLogger("trtlab")
 
-
-class WeightSource(Protocol):
-    """A checkpoint, as far as an engine needs it to be built or compared."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
-        ...
-
-    @property
-    def tensors(self) -> abc.Mapping[str, LazyTensor]:
-        """The whole tensors by TensorRT-LLM's names."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """The origin of the weights, in words."""
-        ...
-
-    @property
-    def tokenizer_dir(self) -> Path | None:
-        """The folder of the tokenizer, if there is one."""
-        ...
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder that stores the tensors in TensorRT-LLM's format, if there is one."""
-        ...
-
-    @property
-    def mapping(self) -> Mapping:
-        """How ``folder`` splits the model over ranks."""
-        ...
-
-    @property
-    def layout(self) -> EmbeddingLayout:
-        """How ``folder`` splits the token table over ranks."""
-        ...
-
-    def require_whole(self, what: str) -> None:
-        """Raise CheckpointError when this holds a single rank of several; ``what`` completes "cannot be"."""
-        ...
+MODELS_OWN = ("max_seq_len", "dtype")  # bounds that a command names, as their defaults depend on the model
 
 
 @public
@@ -97,8 +57,10 @@ class Engine(Shown):
     """A model ready to run: config, bounds, the lazy weights of each rank, and the plans that TensorRT built.
 
     ``plans`` is None for an engine without TensorRT plans, which runs in torch. ``weight_files`` are the ranks' files
-    when a folder stores them in the same layout, so that ``save`` can link them. Use the engine as a context manager,
-    or call ``close()``; after that every use is an error.
+    when a folder stores them in the same layout, so that ``save`` can link them. ``folder`` is where the engine was
+    saved with all that it needs, and ``checkpoint_dir`` the checkpoint that it was built from, where they are known.
+    A pickle of an engine holds the path of its folder. Use the engine as a context manager, or call ``close()``; after
+    that every use is an error.
     """
 
     config: ModelConfig
@@ -111,6 +73,9 @@ class Engine(Shown):
     weight_files: Sequence[Path] = ()
     plans: Plans | None = None
     fingerprints: Sequence[str] = ()
+    digests: Sequence[Digests] = ()
+    folder: Path | None = None
+    checkpoint_dir: Path | None = None
     closed: bool = False
 
     def session(
@@ -190,31 +155,35 @@ class Engine(Shown):
         if weights == "none" and self.plans is None:
             raise EngineError("an engine without plan and weights cannot run", remedy='save it with weights="link"')
         folder = absolute_path(engine_dir, error=EngineError)
+        digests: Sequence[Digests] = ()
         with replacing(folder, ours=_is_ours, marker="build_config", error=EngineError) as scratch:
-            meta = json.dumps(_to_json(self), indent=2) + "\n"
-            (scratch / "config.json").write_text(meta, encoding="utf-8")
             if weights != "none":
-                self._save_weights(scratch, link=weights == "link")
+                link = weights == "link"
+                digests = save_weights(scratch, self.ranks, self.weight_files, self.digests, link=link)
+            meta = json.dumps(_to_json(self, digests), indent=2) + "\n"
+            (scratch / "config.json").write_text(meta, encoding="utf-8")
             if self.plans is not None:
                 self.plans.save(scratch)
             copy_tokenizer(self.tokenizer_dir, scratch)
+        if digests or not self.ranks:
+            self.folder, self.digests = folder, digests
         return folder
 
-    def _save_weights(self, folder: Path, *, link: bool) -> None:
-        total = sum(tensor.nbytes for tensors in self.ranks for tensor in tensors.values())
-        with progress("saving weights", total) as bar:
-            for rank, tensors in enumerate(self.ranks):
-                target = folder / rank_file(rank)
-                next(iter(tensors.values())).read()  # an error when the file has changed since it was opened
-                if not (link and self.weight_files and _linked(self.weight_files[rank], target)):
-                    write_safetensors(target, tensors, on_tensor=lambda t: bar.update(t.nbytes))
-
     @classmethod
-    def load(cls, engine_dir: PathLike, plan: bool = True) -> Engine:
-        """Open an engine folder; ``plan=False`` ignores its plans and runs the weights.
+    def load(cls, engine_dir: PathLike, plan: bool = True, verify: bool = False) -> Engine:
+        """Open an engine folder.
 
-        Raises EngineError or CheckpointError when the folder is damaged, holds other weights than it was built from,
-        or has plans of another TensorRT than the installed one.
+        Plans are read whole and compared with their digests. Of the weights, without ``verify``, three rows of each
+        tensor are: that finds other weights and a file that was cut short, not an altered row between them.
+
+        Args:
+            engine_dir: The folder.
+            plan: False ignores the plans and runs the weights.
+            verify: Whether to read all weights and compare each tensor with the digest that ``save`` recorded.
+
+        Raises:
+            TrtlabError: The folder is damaged, holds other weights than it was built from, or has plans of another
+                TensorRT than the installed one.
         """
         folder = open_folder(engine_dir, ENGINE, error=EngineError)
         stored = read_engine_file(folder, plans=plan)
@@ -223,19 +192,56 @@ class Engine(Shown):
         ranks = [open_safetensors(file) for file in files] if files[0].is_file() else []
         if ranks:
             check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
+        elif not stored.plans:
+            raise EngineError(f"{folder} has no weights and no plan to run", remedy=COPY_OR_BUILD)
         for rank, tensors in enumerate(ranks):
             check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
             check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
-        source = stored.provenance.source or f"engine {folder.name}"
-        prints = stored.provenance.fingerprints or ()
+        known = stored.provenance
+        prints, digests = known.fingerprints or (), known.digests or ()
         if ranks and prints and prints != tuple(map(fingerprint, ranks)):
-            raise EngineError(
-                f"{folder.name} holds other weights than it was built from", remedy="copy it again, or build again"
-            )
+            raise EngineError(f"{folder} holds other weights than it was built from", remedy=COPY_OR_BUILD)
+        if verify and ranks:
+            verify_weights(folder, ranks, digests)
         plans = Plans.load(folder, stored.plans) if stored.plans else None
-        tokenizer = find_tokenizer(folder)
-        files = files if ranks else []
-        return cls(config, stored.build_config, mapping, layout, ranks, source, tokenizer, files, plans, prints)
+        return cls(
+            config,
+            stored.build_config,
+            mapping,
+            layout,
+            ranks,
+            known.source or f"engine {folder.name}",
+            find_tokenizer(folder),
+            files if ranks else [],
+            plans,
+            prints,
+            digests if len(digests) == len(ranks) else (),
+            folder,
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
+        """A pickle holds the path of the folder, which is opened again."""
+        self.require_open()
+        if self.folder is None:
+            raise EngineError(
+                "an engine that is not saved cannot be pickled", remedy="save() it first: a pickle holds the folder"
+            )
+        return _reopen, (self.folder, self.plans is not None, self.build_config, tuple(self.fingerprints))
+
+    def command(self) -> str:
+        """The command line that builds this engine; capitals stand for folders that this engine does not know."""
+        bounds = self.build_config
+        usual = BuildConfig(max_seq_len=bounds.max_seq_len).resolve(self.config)
+        words = ["trtlab", "build", "--checkpoint_dir", str(self.checkpoint_dir or "CHECKPOINT_DIR")]
+        words += ["--output_dir", str(self.folder or "ENGINE_DIR")]
+        for field in dataclasses.fields(bounds):
+            value = getattr(bounds, field.name)
+            if field.name == "notes" or (value == getattr(usual, field.name) and field.name not in MODELS_OWN):
+                continue
+            words.append(f"--{field.name}")
+            if value is not True:
+                words += [str(item) for item in (value if isinstance(value, tuple) else (value,))]
+        return shlex.join(words + ["--no_plan"] * (self.plans is None))
 
     def close(self) -> None:
         """Release the weights and the plans; a second call does nothing."""
@@ -290,9 +296,11 @@ def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping,
     if plan:
         require_room_to_build(config, resolved, mapping, layout)
     plans = _build_plans(config, resolved, mapping, ranks) if plan else None
-    return Engine(
+    engine = Engine(
         config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_dir, files, plans, prints
     )
+    engine.checkpoint_dir = checkpoint.folder if checkpoint.mapping == mapping else None
+    return engine
 
 
 def _build_plans(
@@ -305,7 +313,16 @@ def _build_plans(
         return None
 
 
-def _to_json(engine: Engine) -> dict[str, Any]:
+def _reopen(folder: Path, plan: bool, bounds: BuildConfig, prints: tuple[str, ...]) -> Engine:
+    engine = Engine.load(folder, plan=plan)
+    if (engine.build_config, tuple(engine.fingerprints)) != (bounds, prints):
+        raise EngineError(
+            f"{folder} holds another engine than the one that was pickled", remedy="load it, and pickle it again"
+        )
+    return engine
+
+
+def _to_json(engine: Engine, digests: Sequence[Digests]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "pretrained_config": config_to_json(engine.config, engine.mapping, engine.layout, {}),
@@ -313,6 +330,7 @@ def _to_json(engine: Engine) -> dict[str, Any]:
         "trtlab": {
             "source": engine.source,
             "fingerprints": list(engine.fingerprints),
+            "digests": digests,
             "plans": engine.plans.to_json() if engine.plans else None,
         },
     }
@@ -321,12 +339,3 @@ def _to_json(engine: Engine) -> dict[str, Any]:
 def _is_ours(name: str) -> bool:
     known = name in TOKENIZER_FILES or name == "config.json"
     return known or (name.startswith("rank") and name.endswith((".safetensors", ".engine")))
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Make a hard link; False where another file system or a missing right forbids it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        return False
-    return True

@@ -22,7 +22,9 @@ class EngineProvenance(OpenObject):
 
     source: str | None = None
     fingerprints: Listed[str] | None = None
-    """One for each rank, in rank order."""
+    """Of three rows of each tensor, one for each rank."""
+    digests: Listed[dict[str, str]] | None = None
+    """Of each whole tensor by its name, one dict for each rank."""
 
 
 class _WithPlans(EngineProvenance):
