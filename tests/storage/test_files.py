@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -52,9 +53,98 @@ def test_an_old_folder_is_replaced_and_none_of_it_is_left(tmp_path, files_of):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_without_an_atomic_exchange_two_renames_do(tmp_path, files_of, monkeypatch):
-    monkeypatch.setattr("trtlab.storage.files.ctypes.CDLL", lambda *_, **__: object())
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """A system that cannot exchange two folders in one step."""
+    monkeypatch.setattr("trtlab.storage.files._exchange", lambda *_: False)
+
+
+def test_without_an_atomic_exchange_two_renames_do(tmp_path, files_of, no_exchange):
     test_an_old_folder_is_replaced_and_none_of_it_is_left(tmp_path, files_of)
+
+
+def test_without_an_atomic_exchange_a_link_is_replaced_too(tmp_path, no_exchange):
+    test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path)
+
+
+KILLED_AT_EACH_LINE = """
+import json, os, signal, sys
+from pathlib import Path
+from trtlab import CheckpointError
+from trtlab.storage import files
+place, can_exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
+if not can_exchange:
+    files._exchange = lambda *_: False
+def save(text):
+    with files.replacing(place / "x", ours=lambda _: True, marker="marker", error=CheckpointError) as scratch:
+        (scratch / "config.json").write_text(json.dumps({"marker": text}))
+        (scratch / "data").write_text(text)
+def save_until(line):
+    def count(frame, event, _):
+        nonlocal line
+        if frame.f_code.co_filename.startswith(os.path.dirname(files.__file__)):
+            line -= event == "line"
+            if line == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return count
+    sys.settrace(count)
+    save("new")
+    os._exit(0)
+seen, line = [], 0
+while not seen or seen[-1][0] != 0:
+    save("old")
+    assert os.listdir(place) == ["x"], os.listdir(place)
+    line += 1
+    child = os.fork()
+    if child == 0:
+        save_until(line)
+    status = os.waitpid(child, 0)[1]
+    hidden = not (place / "x").exists()
+    files.finish_replacement(place / "x", error=CheckpointError)
+    texts = {json.loads((place / "x" / "config.json").read_text())["marker"], (place / "x" / "data").read_text()}
+    seen.append((status, hidden, *texts))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_a_kill_at_any_line_leaves_the_old_folder_or_the_new_one_and_the_next_save_collects_the_rest(way, tmp_path):
+    process = in_another_process(KILLED_AT_EACH_LINE, tmp_path, way)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    seen = json.loads(output)
+    assert len(seen) > 40 and {status for status, *_ in seen[:-1]} == {signal.SIGKILL}
+    texts = [text for _, _, *texts in seen for text in texts]
+    assert len(texts) == len(seen), "a folder is never a mixture"
+    assert texts == sorted(texts, reverse=True) and {*texts} == {"old", "new"}
+    assert any(hidden for _, hidden, *_ in seen) == (way == "two renames")
+
+
+def test_a_folder_that_a_killed_process_hid_is_found_by_whoever_opens_it(saved, random_model, tmp_path, files_of):
+    saved.build(BuildConfig(), plan=False).save(tmp_path / "engine")
+    saved.save(tmp_path / "ckpt-2")
+    before = files_of(tmp_path)
+    for name, load in (("ckpt", Checkpoint.load), ("engine", Engine.load)):
+        (tmp_path / name).rename(tmp_path / f".{name}.partial-old")
+        load(tmp_path / name)
+        assert files_of(tmp_path) == before
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_old_folder(tmp_path, files_of, no_exchange, monkeypatch):
+    with replace(tmp_path / "x") as scratch:
+        fill(scratch, "old")
+    before, rename = files_of(tmp_path), Path.rename
+
+    def interrupted(self, target):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replace(tmp_path / "x") as scratch:
+        fill(scratch, "new")
+    assert files_of(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), CheckpointError("x")])
@@ -101,11 +191,77 @@ def test_a_folder_within_is_foreign(tmp_path):
         pass
 
 
-def test_a_file_in_the_way_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["x", "x/y"])
+def test_a_file_in_the_way_is_refused(name, tmp_path):
     (tmp_path / "x").write_text("precious")
-    with pytest.raises(CheckpointError, match="x"), replace(tmp_path / "x"):
+    with (
+        pytest.raises(CheckpointError, match=r"x is a file, not a folder|y cannot be written") as caught,
+        replace(tmp_path / name),
+    ):
         pass
-    assert (tmp_path / "x").read_text() == "precious"
+    assert caught.value.remedy and (tmp_path / "x").read_text() == "precious"
+
+
+def test_a_link_to_nothing_in_the_way_is_refused(tmp_path):
+    (tmp_path / "x").symlink_to("gone")
+    with (
+        pytest.raises(CheckpointError, match="x is a link to gone, which is missing; remove the link"),
+        replace(tmp_path / "x"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "half\ud800", "", "~no-such-user/x", "/"])
+def test_a_name_that_no_folder_can_have_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught, replace(name):
+        pass
+    assert caught.value.remedy and list(tmp_path.iterdir()) == []
+
+
+FORBIDDEN = """
+import os, sys
+from pathlib import Path
+from trtlab import CheckpointError
+from trtlab.storage.files import replacing
+if os.getuid() == 0:
+    os.setuid(65534)
+for name in sys.argv[2:]:
+    try:
+        with replacing(Path(sys.argv[1], name), ours=lambda _: True, marker="marker", error=CheckpointError) as scratch:
+            (scratch / "config.json").write_text('{"marker": 1}')
+    except CheckpointError as error:
+        print(name, error.what.replace(sys.argv[1], ""), error.remedy, sep="; ")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_of_another_user_is_refused_and_unchanged(files_of):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+        for name in ("closed", "readable", "sticky", "hidden"):
+            Path(place, name, "x").mkdir(parents=True)
+            fill(Path(place, name, "x"), "old")
+        Path(place, "hidden", "x").rename(Path(place, "hidden", ".x.partial-old"))
+        before = files_of(Path(place))
+        for name, mode in {".": 0o755, "closed/x": 0, "sticky": 0o1777, "readable": 0o555, "hidden": 0o555}.items():
+            Path(place, name).chmod(mode)
+        names = ["closed/x", "readable/x", "readable/new", "hidden/x", *["sticky/x"] * (os.getuid() == 0)]
+        process = in_another_process(FORBIDDEN, place, *names)
+        output, errors = process.communicate(timeout=60)
+        for name in ("closed/x", "readable", "hidden"):
+            Path(place, name).chmod(0o755)
+        assert files_of(Path(place)) == before, "and nothing is left beside"
+    lines = [
+        "closed/x; /closed/x cannot be written: Permission denied; choose a writable place",
+        "readable/x; /readable/x cannot be written: Permission denied; choose a writable place",
+        "readable/new; /readable/new cannot be written: Permission denied; choose a writable place",
+        "hidden/x; /hidden/x was being replaced when its process was killed; its content is in .x.partial-old beside "
+        f"it; rename {place}/hidden/.x.partial-old to x, as a user who may",
+        "sticky/x; /sticky/x could not be written: Operation not permitted; "
+        "nothing was changed; free some space or choose another place",
+    ]
+    assert output.splitlines() == lines[: len(names)], errors
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

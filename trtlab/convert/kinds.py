@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtlab.errors import CheckpointError, TrtlabError
+from trtlab.storage.files import finish_replacement
 from trtlab.storage.json_files import read_object
 from trtlab.storage.paths import PathLike, absolute_path, reading, require_folder
 
@@ -69,6 +70,7 @@ def open_folder(path: PathLike, wanted: FolderKind, *, error: type[TrtlabError] 
             call that opens it, or ``snapshot_download`` for the name of a model on Hugging Face's hub.
     """
     folder = absolute_path(path, error=error)
+    finish_replacement(folder, error=error)
     require_folder(folder, remedy=_instead_of(str(path), folder, wanted), error=error)
     with reading(folder, error=error):
         names = {entry.name for entry in folder.iterdir()}

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor
 from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.json_files import read_object
 from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor
-from trtlab.storage.scratch import scratch_folder
+from trtlab.storage.paths import absolute_path, shown
+from trtlab.storage.scratch import FolderLock, remove_folder, scratch_folder
 
 
 @contextlib.contextmanager
@@ -25,7 +25,9 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
     """A new folder to fill, which replaces ``folder`` in one step when the block ends without an error.
 
     After an exception (a full disk, an interrupt) or a kill the old folder is unchanged. A killed process leaves a
-    hidden folder that ends in ``.partial``; the next call for the same folder removes it.
+    hidden folder that ends in ``.partial``; the next call for the same folder removes it. Where the system cannot
+    exchange two folders, a kill between two renames leaves the old folder hidden: ``finish_replacement``, which whoever
+    opens or replaces the folder next calls, puts it back.
 
     Args:
         folder: The folder to write. An existing folder is replaced only when it is empty, or when ``ours`` accepts
@@ -34,19 +36,15 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
         marker: A key of config.json that identifies the kind of folder.
         error: The class of error to raise; nothing is written before it.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would replace what a link points to
-    obstacles = _obstacles(folder, ours, marker)
-    if obstacles:
-        raise error(
-            f"{folder} is not a folder that this call may replace",
-            got=f"it holds {', '.join(obstacles[:3])}",
-            remedy="choose a new folder",
-        )
+    folder = absolute_path(folder, error=error)
     try:
+        finish_replacement(folder, error=error)
+        _require_replaceable(folder, ours, marker, error)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch, lock = scratch_folder(folder.parent, f".{folder.name}-", ".partial")
-    except OSError as cause:
-        raise error(f"{folder} cannot be written: {cause.strerror}", remedy="choose a writable place") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in a name
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise error(f"{shown(folder)} cannot be written: {reason}", remedy="choose a writable place") from cause
     try:
         scratch.chmod(0o777 & ~_umask())
         yield scratch
@@ -57,18 +55,26 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
             remedy="nothing was changed; free some space or choose another place",
         ) from cause
     finally:
-        if scratch.is_symlink():  # the folder was a link: its target stays
-            scratch.unlink()
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_folder(scratch)
         lock.close()
 
 
-def _obstacles(folder: Path, ours: Callable[[str], bool], marker: str) -> list[str]:
-    """The names in a folder that forbid replacing it."""
+def _require_replaceable(folder: Path, ours: Callable[[str], bool], marker: str, error: type[TrtlabError]) -> None:
+    """Raise an error for a file, a broken link, and a folder with anything that is not ours."""
+    if not folder.exists():
+        if folder.is_symlink():
+            raise error(f"{folder} is a link to {folder.readlink()}, which is missing", remedy="remove the link")
+        return
     if not folder.is_dir():
-        return [f"a file of that name, {folder.name}"] if folder.exists() else []
+        raise error(f"{folder} is a file, not a folder", remedy="choose another name, or remove the file")
     names = sorted(entry.name for entry in folder.iterdir())
-    return [name for name in names if not ours(name)] or (names if names and not _has_key(folder, marker) else [])
+    obstacles = [name for name in names if not ours(name)] or ([] if _has_key(folder, marker) else names)
+    if obstacles:
+        raise error(
+            f"{folder} is not a folder that this call may replace",
+            got=f"it holds {', '.join(obstacles[:3])}",
+            remedy="choose a new folder",
+        )
 
 
 def _has_key(folder: Path, key: str) -> bool:
@@ -84,19 +90,61 @@ def _umask() -> int:
     return mask
 
 
+def finish_replacement(folder: Path, *, error: type[TrtlabError]) -> None:
+    """Put back the old folder that a process hid when it was killed between the two renames of ``replacing``.
+
+    Raises an error of the class ``error`` where this user may not.
+    """
+    hidden = _hidden(folder)
+    if not os.path.lexists(hidden):
+        return
+    with contextlib.closing(FolderLock(folder.parent, wait=True)):
+        try:
+            _settle(folder)
+        except OSError as cause:
+            raise error(
+                f"{folder} was being replaced when its process was killed; its content is in {hidden.name} beside it",
+                got=cause.strerror,
+                remedy=f"rename {hidden} to {folder.name}, as a user who may",
+            ) from cause
+
+
+def _hidden(folder: Path) -> Path:
+    """The place of the old folder between the two renames."""
+    return folder.parent / f".{folder.name}.partial-old"
+
+
+def _settle(folder: Path) -> None:
+    """Under the parent's lock: put the hidden old folder back where nothing has taken its place, else remove it."""
+    if os.path.lexists(folder):
+        remove_folder(_hidden(folder))
+    elif os.path.lexists(_hidden(folder)):
+        _hidden(folder).rename(folder)
+
+
 def _swap(scratch: Path, folder: Path) -> None:
-    """Replace ``folder`` by ``scratch``; the old content stays at ``scratch``."""
-    if not folder.exists():
+    """Replace ``folder`` by ``scratch``; the old content stays at ``scratch``, or is removed."""
+    if not os.path.lexists(folder):
         scratch.rename(folder)
-        return
-    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    at_cwd, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if exchange is not None and exchange(at_cwd, os.fsencode(scratch), at_cwd, os.fsencode(folder), flag) == 0:
-        return
-    aside = scratch.with_name(scratch.name + "-old")  # no exchange on this system: two renames
-    folder.rename(aside)
-    scratch.rename(folder)
-    shutil.rmtree(aside)
+    elif not _exchange(scratch, folder):
+        with contextlib.closing(FolderLock(folder.parent, wait=True)):
+            _settle(folder)
+            try:
+                folder.rename(_hidden(folder))
+                scratch.rename(folder)
+            finally:
+                _settle(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot."""
+    if os.name != "posix":
+        return False
+    library, paths, swap = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other)), 2  # RENAME_EXCHANGE, RENAME_SWAP
+    if hasattr(library, "renameat2"):  # Linux
+        here = -100  # AT_FDCWD
+        return bool(library.renameat2(here, paths[0], here, paths[1], swap) == 0)
+    return hasattr(library, "renamex_np") and bool(library.renamex_np(*paths, swap) == 0)  # macOS
 
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -41,10 +41,18 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = "") -> tuple[Path, F
     for leftover in parent.glob(f"{glob.escape(prefix)}*{glob.escape(suffix)}"):
         with contextlib.closing(FolderLock(leftover, wait=False)) as lock:
             if lock.acquired:
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove_folder(leftover)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         lock = FolderLock(folder, wait=True)
         if folder.is_dir():
             return folder, lock
         lock.close()  # another process took it for a leftover, before it was locked
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as this user may; of a link, the link and not what it points to."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
