@@ -23,6 +23,7 @@ from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.kinds import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
+from trtlab.engine_config import REMEDY as BUILD_AGAIN
 from trtlab.engine_config import read_engine_file
 from trtlab.engine_weights import Digests, save_weights, verify_weights
 from trtlab.errors import EngineError, MissingDependency
@@ -34,6 +35,7 @@ from trtlab.session.open import open_session
 from trtlab.session.session import Session
 from trtlab.storage.files import replacing
 from trtlab.storage.fingerprint import fingerprint
+from trtlab.storage.json_files import naming
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 from trtlab.storage.paths import PathLike, absolute_path
 from trtlab.tensorrt.build.plan_check import COPY_OR_BUILD
@@ -187,7 +189,8 @@ class Engine(Shown):
         """
         folder = open_folder(engine_dir, ENGINE, error=EngineError)
         stored = read_engine_file(folder, plans=plan)
-        config, mapping, layout = stored.pretrained_config.to_settings()
+        with naming(folder / "config.json", remedy=BUILD_AGAIN):
+            config, mapping, layout = stored.pretrained_config.to_settings()
         files = [folder / rank_file(rank) for rank in mapping.ranks]
         ranks = [open_safetensors(file) for file in files] if files[0].is_file() else []
         if ranks:

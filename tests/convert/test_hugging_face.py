@@ -249,7 +249,10 @@ CONFIGS = {
     "half a rope at the top": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     "linear without factor": (rope(rope_type="linear"), "factor"),
     "llama3 without its bounds": (rope(rope_type="llama3", factor=8.0), "low_freq_factor"),
-    "two ropes": ({**rope(rope_type="default"), "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both rope_p"),
+    "two ropes": (
+        {**rope(rope_type="default"), "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "contradict each other",
+    ),
     "no base": ({"rope_parameters": {"rope_theta": None}}, "rope_theta"),
     "an unknown activation": ({"hidden_act": "xielu"}, "xielu.*silu"),
     "no vocabulary": ({"vocab_size": None}, "vocab_size"),

@@ -45,6 +45,7 @@ def assert_logits_are_transformers(folder, hugging_face, open_session):
         ("LlamaForCausalLM", {"architectures": ...}),
         ("LlamaForCausalLM", {"architectures": []}),
         ("LlamaForCausalLM", {"architectures": ["LLaMAForCausalLM"]}),
+        ("LlamaForCausalLM", {"architectures": ["LlamaModel"]}),
         ("LlamaForCausalLM", {"architectures": ["LlamaForCausalLM"], "model_type": ...}),
         ("MistralForCausalLM", {"architectures": None}),
         ("Qwen2ForCausalLM", {"architectures": None}),
@@ -61,9 +62,12 @@ def test_the_class_is_found_by_its_name_in_any_spelling_or_by_model_type(archite
     [
         (
             {"model_type": "mistral"},
-            "architecture LlamaForCausalLM and model_type 'mistral'; expected model_type 'llama'",
+            "architecture LlamaForCausalLM and model_type 'mistral' contradict.*model_type 'llama'",
         ),
-        ({"architectures": ["LlamaModel"]}, "unknown architecture 'LlamaModel'"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "unknown architecture 'LlamaForSequenceClassification'",
+        ),
         ({"architectures": None, "model_type": "gpt2"}, "unknown model_type 'gpt2'"),
         ({"architectures": None, "model_type": ...}, "neither architectures nor model_type"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
@@ -216,7 +220,10 @@ REFUSED = {
     "layers that differ": ({"per_layer_config": {"0": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
     "a cap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "another program's quantization": ({"quantization": {"bits": 4}}, "quantization={'bits': 4}"),
-    "layer types of another number": ({**QWEN, "layer_types": ["full_attention"]}, "1 layer_types and num_hidden_l"),
+    "layer types of another number": (
+        {**QWEN, "layer_types": ["full_attention"]},
+        "1 layer_types do not fit num_hidden_layers 2",
+    ),
     "another attention": ({**QWEN, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     "layers with a window that is off": (
         {**QWEN, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from trtlab import Checkpoint, CheckpointError, Mapping, TrtlabError
+from trtlab import Checkpoint, CheckpointError, ConfigError, Mapping, TrtlabError
 from trtlab.convert.meta import to_half_split
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 99, "norm_eps": 1e-6}
@@ -133,15 +134,33 @@ def test_scaled_rope_is_the_llama3_scaling(random_model, tmp_path):
         ({"rope_theta": 500000.0}, 8192, None),
         ({"rope_theta": 500000.0, "use_scaled_rope": True}, 131072, 8.0),
         ({"rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 32}, 131072, 32.0),
+        ({"rope_theta": 1000000, "ffn_dim_multiplier": 1.0}, 16384, None),
         ({"max_seq_len": 77}, 77, None),
     ],
-    ids=["Llama 2", "Llama 3", "Llama 3.1", "Llama 4's spelling", "named"],
+    ids=["Llama 2", "Llama 3", "Llama 3.1", "Llama 4's spelling", "Code Llama", "named"],
 )
 def test_the_context_that_params_json_does_not_tell(params, context, factor, random_model, tmp_path):
     meta = write_meta(tmp_path / "meta", meta_tensors(random_model("LlamaForCausalLM")), **params)
     config = Checkpoint.from_meta_ckpt(meta).config
     assert config.max_position_embeddings == context
     assert (config.rotary_scaling.factor if config.rotary_scaling else None) == factor
+
+
+def test_the_caller_may_name_the_context(random_model, tmp_path):
+    meta = write_meta(tmp_path / "meta", meta_tensors(random_model("LlamaForCausalLM")), rope_theta=1000000)
+    assert Checkpoint.from_meta_ckpt(meta, max_position_embeddings=100).config.max_position_embeddings == 100
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        Checkpoint.from_meta_ckpt(meta, max_position_embeddings=0)
+
+
+def test_an_unknown_key_is_one_warning_that_names_it_or_an_error(random_model, tmp_path, caplog):
+    meta = write_meta(tmp_path / "meta", meta_tensors(random_model("LlamaForCausalLM")), _tool=1, shiny=2, unused=0)
+    with caplog.at_level(logging.WARNING, logger="trtlab"):
+        Checkpoint.from_meta_ckpt(meta)
+    (record,) = caplog.records
+    assert "params.json" in record.message and record.message.count("shiny=2") == 1 and "unused" not in record.message
+    with pytest.raises(CheckpointError, match=r"unknown keys: .*shiny=2"):
+        Checkpoint.from_meta_ckpt(meta, allow_unknown_config=False)
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4))
@@ -199,6 +218,10 @@ FAULTS = {
     "params cut short": (lambda m: (m / "params.json").write_text('{"dim": 6'), "not JSON"),
     "no dim": (lambda m: (m / "params.json").write_text('{"n_layers": 2, "n_heads": 4}'), "dim is missing"),
     "heads do not fit": (lambda m: set_param(m, n_heads=8), "does not fit"),
+    "heads do not divide": (lambda m: set_param(m, n_heads=7), "params.json: dim 64 is not a multiple of n_heads 7"),
+    "a base that is 0 in float32": (lambda m: set_param(m, rope_theta=1e-300), "rope_theta is 1e-300"),
+    "a base that makes angles infinite": (lambda m: set_param(m, rope_theta=1e-37), "params.json: the rotary angle"),
+    "adapters": (lambda m: set_param(m, lora_args={"rank": 16}), "lora_args={'rank': 16}"),
     "no heads": (lambda m: set_param(m, n_heads=0), "n_heads|num_attention_heads"),
     "words for numbers": (lambda m: set_param(m, dim="wide"), "dim"),
     "an experts model": (lambda m: set_param(m, moe={"experts": 8}), "moe"),

@@ -14,10 +14,10 @@ from pydantic import AfterValidator
 from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors, listed
 from trtlab.convert.families import FAMILIES
-from trtlab.convert.hugging_face_config import HuggingFaceConfig, read_config
+from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig, read_config
 from trtlab.errors import CheckpointError
 from trtlab.model.names import EMBEDDING, HEAD
-from trtlab.storage.json_files import OpenObject, read_model
+from trtlab.storage.json_files import OpenObject, naming, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle, open_safetensors
 from trtlab.storage.paths import has_file
 
@@ -46,7 +46,8 @@ def read_hugging_face(
 ) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a folder; CheckpointError when the folder is incomplete or not supported."""
     stored = read_config(model_dir, allow_unknown=allow_unknown)
-    config = stored.to_model_config("float32")  # refuses a config before the weights are opened
+    with naming(model_dir / "config.json", remedy=REMEDY):
+        config = stored.to_model_config("float32")  # refuses a config before the weights are opened
     tensors = {name: t for name, t in _open_weights(model_dir).items() if not BUFFERS.search(name)}
     config, tensors = _fit(model_dir.name, config, tensors)
     config = config.replace(dtype=_choose_dtype(stored, dtype, tensors))

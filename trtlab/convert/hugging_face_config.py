@@ -17,7 +17,7 @@ from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.storage.foreign_objects import ForeignObject, read_foreign
-from trtlab.storage.json_files import Count, Listed, parse_model
+from trtlab.storage.json_files import Count, Listed, naming, parse_model
 from trtlab.validation import shorten
 
 REMEDY = "copy the model's own config.json"
@@ -114,7 +114,9 @@ class HuggingFaceConfig(_Header):
     @classmethod
     def _add_family_defaults(cls, raw: dict[str, Any], info: ValidationInfo[str]) -> dict[str, Any]:
         refuse_other_kind(raw, HUGGING_FACE, info.context)
-        family = parse_model(raw, _Header, info.context, remedy=REMEDY).family()
+        header = parse_model(raw, _Header, info.context, remedy=REMEDY)
+        with naming(info.context, remedy=REMEDY):
+            family = header.family()
         return {**family.defaults, **raw}
 
     @property
@@ -183,7 +185,7 @@ class HuggingFaceConfig(_Header):
             )
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(
-                f"config.json has {len(self.layer_types)} layer_types and num_hidden_layers {self.num_hidden_layers}",
+                f"{len(self.layer_types)} layer_types do not fit num_hidden_layers {self.num_hidden_layers}",
                 remedy=REMEDY,
             )
         if SLIDING not in kinds:
@@ -206,7 +208,7 @@ class HuggingFaceConfig(_Header):
         new, old = ({} if rope is None else rope.stored_values() for rope in (self.rope_parameters, self.rope_scaling))
         if new and old and new != old:
             raise CheckpointError(
-                f"config.json has both rope_parameters {new} and rope_scaling {old}",
+                f"rope_parameters {new} and rope_scaling {old} contradict each other",
                 remedy="remove the wrong one",
             )
         rope = (self.rope_parameters if new else self.rope_scaling) or RopeParameters()
@@ -216,7 +218,7 @@ class HuggingFaceConfig(_Header):
             raise CheckpointError(f"partial_rotary_factor={partial} is not supported yet", expected=1.0)
         base = rope.rope_theta if "rope_theta" in present else self.rope_theta
         if base is None:
-            raise CheckpointError("rope_theta in config.json is null", expected="a number", remedy=REMEDY)
+            raise CheckpointError("rope_theta is null", expected="a number", remedy=REMEDY)
         name = "rope_type" if "rope_type" in present else "type"
         kind = getattr(rope, name)
         if kind is None and name in present:

@@ -14,7 +14,7 @@ from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.llama import META_NAMES
 from trtlab.errors import CheckpointError
 from trtlab.storage.foreign_objects import ForeignObject, read_foreign
-from trtlab.storage.json_files import Count
+from trtlab.storage.json_files import Count, naming
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle
 
 REMEDY = "copy Meta's own params.json"
@@ -64,7 +64,9 @@ def read_meta(
     names = dict.fromkeys(name for shard in shards for name in shard)
     tensors = {name: _merge(name, [shard.get(name) for shard in shards], params.dim) for name in names}
     check_floating(ckpt_dir.name, tensors.items())
-    config = _read_config(params, tensors, dtype)
+    config = _read_config(ckpt_dir / "params.json", params, tensors)
+    if dtype != "auto":
+        config = config.replace(dtype=dtype_name(dtype))
     if max_position_embeddings is not None:
         config = config.replace(max_position_embeddings=max_position_embeddings)
     return config, _rename(ckpt_dir.name, config, tensors)
@@ -75,7 +77,7 @@ def read_params(ckpt_dir: Path, *, allow_unknown: bool = True) -> Params:
     params = read_foreign(ckpt_dir / "params.json", Params, remedy=REMEDY, allow_unknown=allow_unknown)
     if params.dim % params.n_heads:
         raise CheckpointError(
-            f"params.json has dim {params.dim}, which is not a multiple of n_heads {params.n_heads}", remedy=REMEDY
+            f"{ckpt_dir / 'params.json'}: dim {params.dim} is not a multiple of n_heads {params.n_heads}", remedy=REMEDY
         )
     return params
 
@@ -99,29 +101,30 @@ def _merge(name: str, parts: Sequence[LazyTensor | None], hidden: int) -> LazyTe
     return cat(whole, dim=joined)
 
 
-def _read_config(params: Params, tensors: Mapping[str, LazyTensor], dtype: str) -> ModelConfig:
+def _read_config(file: Path, params: Params, tensors: Mapping[str, LazyTensor]) -> ModelConfig:
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if any(name not in tensors for name in needed):
         raise CheckpointError("the weights are not those of a LLaMA", expected=", ".join(needed))
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
     stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == tensors[needed[0]].dtype), "float32")
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        dtype=stored if dtype == "auto" else dtype_name(dtype),
-        vocab_size=tensors[needed[0]].shape[0],
-        hidden_size=params.dim,
-        num_hidden_layers=params.n_layers,
-        num_attention_heads=params.n_heads,
-        num_key_value_heads=params.n_kv_heads or params.n_heads,
-        head_size=params.dim // params.n_heads,
-        intermediate_size=tensors[needed[1]].shape[0],
-        max_position_embeddings=params.max_seq_len or _context(scaled, base),
-        norm_epsilon=params.norm_eps or 1e-5,
-        rotary_base=base,
-        rotary_scaling=_scaling(params) if scaled else None,
-        tie_word_embeddings="output.weight" not in tensors,
-    )
+    with naming(file, remedy=REMEDY):
+        return ModelConfig(
+            architecture="LlamaForCausalLM",
+            dtype=stored,
+            vocab_size=tensors[needed[0]].shape[0],
+            hidden_size=params.dim,
+            num_hidden_layers=params.n_layers,
+            num_attention_heads=params.n_heads,
+            num_key_value_heads=params.n_kv_heads or params.n_heads,
+            head_size=params.dim // params.n_heads,
+            intermediate_size=tensors[needed[1]].shape[0],
+            max_position_embeddings=params.max_seq_len or _context(scaled, base),
+            norm_epsilon=params.norm_eps or 1e-5,
+            rotary_base=base,
+            rotary_scaling=_scaling(params) if scaled else None,
+            tie_word_embeddings="output.weight" not in tensors,
+        )
 
 
 def _context(scaled: bool, base: float) -> int:

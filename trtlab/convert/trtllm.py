@@ -15,7 +15,7 @@ from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
 from trtlab.errors import CheckpointError
 from trtlab.model.names import layer_name
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
-from trtlab.storage.json_files import read_model
+from trtlab.storage.json_files import naming, read_model
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 
 
@@ -42,7 +42,8 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
     Raises CheckpointError for a missing folder, config or rank, and for tensors that do not fit the config.
     """
     stored = read_model(ckpt_dir / "config.json", TrtllmConfig, remedy=REMEDY)
-    config, mapping, layout = stored.to_settings()
+    with naming(ckpt_dir / "config.json", remedy=REMEDY):
+        config, mapping, layout = stored.to_settings()
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
     ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}

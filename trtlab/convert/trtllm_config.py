@@ -117,7 +117,7 @@ class _Mapping(OpenObject):
             raise CheckpointError(f"cp_size={self.cp_size} is not supported yet", expected=1)
         if self.tp_size * self.pp_size > MOST_RANKS:
             raise CheckpointError(
-                f"mapping in config.json has {self.tp_size * self.pp_size} ranks",
+                f"mapping has {self.tp_size * self.pp_size} ranks",
                 expected=f"at most {MOST_RANKS}",
                 remedy=REMEDY,
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -133,6 +134,17 @@ def parse_model(
         lines = _lines(refusal, kind)
         rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
         raise error(f"{where} cannot be read: {'; '.join(lines[:LISTED])}{rest}", remedy=remedy) from refusal
+
+
+@contextlib.contextmanager
+def naming(path: Path | str, *, remedy: str) -> Iterator[None]:
+    """Name a file in the errors that its values cause within the block; those without a remedy get this one."""
+    try:
+        yield
+    except TrtlabError as error:
+        raise type(error)(
+            f"{path}: {error.what}", got=error.got, expected=error.expected, remedy=error.remedy or remedy
+        ) from error
 
 
 def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:

@@ -21,29 +21,27 @@ FAMILIES: Mapping[str, Family] = {
 def find_architecture(architectures: Sequence[str] | None, model_type: str | None) -> str:
     """The architecture that a Hugging Face config names, by its class or else by ``model_type``.
 
-    The spelling of the first conversions, ``LLaMAForCausalLM``, is understood.
+    The spelling of the first conversions, ``LLaMAForCausalLM``, is understood, and a model that was saved without its
+    head, ``LlamaModel``: its tensors show whether it has one.
 
     Raises:
         CheckpointError: It is unknown, or the two keys name different families.
     """
-    of_type = {family.model_type: name for name, family in FAMILIES.items() if family.model_type is not None}
     if architectures:
-        named = next((name for name in FAMILIES if name.lower() == architectures[0].lower()), None)
+        what = f"unknown architecture {architectures[0]!r:.80}"
+        written = architectures[0].lower().replace("forcausallm", "model")
+        named = next((name for name in FAMILIES if name.lower().replace("forcausallm", "model") == written), None)
+    elif model_type:
+        what = f"unknown model_type {model_type!r:.80}"
+        named = next((name for name, family in FAMILIES.items() if family.model_type == model_type), None)
     else:
-        named = of_type.get(model_type) if model_type else None
+        what, named = "it names neither architectures nor model_type", None
     if named is None:
-        what = f"architecture {architectures[0]!r}" if architectures else f"model_type {model_type!r}"
-        raise CheckpointError(
-            f"unknown {what}"
-            if architectures or model_type
-            else "config.json names neither architectures nor model_type",
-            expected=" | ".join(FAMILIES),
-            remedy="convert one of these",
-        )
+        raise CheckpointError(what, expected=" | ".join(FAMILIES), remedy="convert one of these")
     expected = FAMILIES[named].model_type
     if model_type and expected is not None and model_type != expected:
         raise CheckpointError(
-            f"config.json has architecture {named} and model_type {model_type!r}",
+            f"architecture {named} and model_type {model_type!r} contradict each other",
             expected=f"model_type {expected!r}",
             remedy="correct the wrong one",
         )
