@@ -31,7 +31,9 @@ RANDOM_160M = {
 
 def race(title: str, folder: Path, runs: int, device: str, dtype: str, lengths: tuple[int, int]) -> None:
     """Print one comparison for batch 1 and one for batch 8."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).to(
+        device
+    )
     bounds = trtlab.BuildConfig(max_batch_size=8, max_input_len=512, max_seq_len=1024, dtype=dtype)
     engine = trtlab.Checkpoint.from_hugging_face(folder).build(bounds, plan=False)
     with engine, engine.session(device=device) as session:

@@ -102,7 +102,7 @@ def hugging_face() -> Callable[[Path], Any]:
     from transformers import AutoModelForCausalLM
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
     return load
 

@@ -50,7 +50,7 @@ def _compare_with_transformers(checkpoint: trtlab.Checkpoint, session: trtlab.Se
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     device, build = session.device, session.engine.build_config
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny.llama_dir(), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny.llama_dir(), dtype=torch.float32, trust_remote_code=False)
     model.to(device)
     ids, params = session.encode(QUESTION), trtlab.SamplingParams(max_new_tokens=32, ignore_eos=True)
     engine = checkpoint.build(dataclasses.replace(build, dtype="float32"), plan=False)

@@ -83,7 +83,8 @@ WRONG = {  # by the type that a field is declared with, as errors name it
     "an int": [True, np.True_, 1.5, 1.0, np.float32(2.0), "4", "x", [1], {}, math.nan, b"1", object()],
     "a number": [True, np.False_, "1.0", [0.5], {}, math.nan, math.inf, -math.inf, np.float32("nan"), HUGE, 1j],
     "a str": [1, True, 1.0, b"silu", ["silu"]],
-    "a list or tuple": [5, 1.5, {"a": 1}, {"a"}, [5], ("a", None), [["a"]]],
+    "a list or tuple of str": [5, 1.5, {"a": 1}, {"a"}, [5], ("a", None), [["a"]]],
+    "a list or tuple of int": [5, 1.5, {1: 1}, {1}, ["5"], (1, None), [[1]], [True], [1.0]],
 }
 
 

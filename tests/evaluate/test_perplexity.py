@@ -46,8 +46,8 @@ def measured(tiny, held_out):
 def test_perplexity_is_that_of_transformers(tiny, held_out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(llama_dir(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(llama_dir())
+    model = AutoModelForCausalLM.from_pretrained(llama_dir(), dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir(), trust_remote_code=False)
     total, tokens = 0.0, 0
     for text in held_out[:3]:
         ids = torch.tensor([tokenizer(text).input_ids])

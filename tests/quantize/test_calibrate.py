@@ -37,7 +37,7 @@ def hooked(folder, texts):
     """Every linear's inputs and outputs over all texts ``{name: [(x, y), ...]}``, and K and V as they are cached."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     passes_of, caches = {}, []
     for name, module in model.named_modules():
         if name.endswith("_proj"):

@@ -64,7 +64,7 @@ def request(**params) -> RequestState:
     return RequestState(1, (1, 2), SamplingParams(**params))
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 1}, {"temperature": 1e-40}])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 1}, {"temperature": 1.2e-38}])
 def test_the_best_token_is_taken(params):
     scores = torch.tensor([[0.0, 3.0, 2.9, -1.0]])
     assert sample(scores, [request(**params)]) == [(1, None)]

@@ -136,7 +136,7 @@ def test_a_single_stop_word_may_be_given_bare(talk):
 def test_the_end_token_ends_an_answer_and_is_no_part_of_it(talk):
     free = talk.generate("the", SamplingParams(max_new_tokens=12, ignore_eos=True))
     end = free.token_ids[4]
-    tokenizer = talk._tokenizer
+    tokenizer = talk._prompts.require_tokenizer()
     before = tokenizer.end_ids
     tokenizer.__dict__["end_ids"] = frozenset({end})
     try:
@@ -388,7 +388,7 @@ def test_after_close_every_use_is_an_error_and_a_second_close_is_none(talking_mo
 
 
 REFUSED = {
-    "empty list": ([], {}, "the prompt is empty"),
+    "empty list": ([], {}, "no prompt in an empty list.*expected a str, a list of token ids.*at least one of these"),
     "empty text": ("", {}, "the prompt is empty"),
     "an empty one among others": ([[1], []], {}, "the prompt is empty"),
     "id beyond the vocabulary": ([1, 320], {}, "320 is outside the vocabulary.*0 to 319"),
@@ -493,7 +493,7 @@ def test_end_ids_are_those_of_the_models_files_wherever_they_stand(tmp_path, whe
     engine.save(tmp_path / "engine")
     assert listed_end_ids(tmp_path / "engine") == [7], "an engine's folder keeps them"
     with Engine.load(tmp_path / "engine").session(backend="torch", device="cpu") as session:
-        assert 7 in session._tokenizer.end_ids
+        assert 7 in session._prompts.require_tokenizer().end_ids
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,10 @@ def test_numbers_that_a_failed_request_left_spoil_nobody(random_model, monkeypat
     [
         (lambda session: session.generate(None), "unknown kind of prompt; got None; expected a str"),
         (lambda session: session.generate(5), "unknown kind of prompt; got 5"),
-        (lambda session: session.generate({"role": "user", "content": "hi"}), "unknown kind of prompt; got {'role'"),
+        (
+            lambda session: session.generate({"role": "user", "content": "hi"}),
+            "a dict is no prompt; got {'content': 'hi', 'role'",
+        ),
         (
             lambda session: session.generate([3], 5),
             "got 5; expected a SamplingParams or None; use SamplingParams(max_new_tokens=5)",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from trtlab.config.base import (
     NotNegativeFloat,
@@ -18,12 +19,40 @@ from trtlab.config.base import (
     settings,
 )
 
+FLOAT32 = torch.finfo(torch.float32)  # the sampler's arithmetic
 Word = Annotated[str, Field(min_length=1)]
+TokenId = NotNegativeInt
+NO_END = -1
+NAMES_ELSEWHERE = {  # in TensorRT-LLM, its backend, vLLM, transformers
+    "max_new_tokens": ("max_tokens", "max_output_len", "max_length", "request_output_len", "output_len"),
+    "seed": ("random_seed", "manual_seed"),
+    "stop": ("stop_words", "stop_strings", "stop_words_list", "stop_sequences"),
+    "stop_token_ids": ("stop_ids", "eos_token_ids"),
+    "end_id": ("eos_token_id", "eos_id", "end_token_id"),
+    "top_k": ("runtime_top_k",),
+    "top_p": ("runtime_top_p",),
+    "temperature": ("temp", "do_sample"),
+    "logprobs": ("log_probs", "return_log_probs", "output_log_probs"),
+}
 
 
 def _as_words(stop: object) -> object:
     """A tuple of stop words from a single word or from None."""
     return () if stop is None else (stop,) if isinstance(stop, str) else stop
+
+
+def _none_as_empty(stop: object) -> object:
+    return () if stop is None else stop
+
+
+def _in_float32(value: float) -> float:
+    """The value if it is neither 0 nor infinite in float32, unless it is 0 itself."""
+    if 0 < value < FLOAT32.tiny or value > FLOAT32.max:
+        raise ValueError(f"a number from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}, which float32 holds")
+    return value
+
+
+Float32 = AfterValidator(_in_float32)
 
 
 @settings
@@ -32,28 +61,41 @@ class SamplingParams(Settings):
 
     max_new_tokens: PositiveInt = 32
     """Most tokens of an answer. TensorRT-LLM: ``max_output_len``, ``max_tokens``."""
-    temperature: NotNegativeFloat | None = None
+    temperature: Annotated[NotNegativeFloat, Float32] | None = None
     """Divisor of the logits; 0 takes the best token. Above 1 flattens the choice, below 1 sharpens it."""
     top_k: NotNegativeInt | None = None
     """How many of the best tokens stay to choose from; 0 keeps every token. It comes after the temperature."""
-    top_p: PositiveShare | None = None
+    top_p: Annotated[PositiveShare, Float32] | None = None
     """Probability that the smallest set of best tokens must reach; 1 keeps every token.
 
     It comes after ``top_k`` (Holtzman et al., arXiv:1904.09751).
     """
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: Annotated[PositiveFloat, Float32] = 1.0
     """Factor that makes tokens of the prompt and the answer less likely; 1 changes nothing.
 
     It divides their positive and multiplies their negative logits (Keskar et al., arXiv:1909.05858).
     """
     stop: Annotated[Sequence[Word] | Word | None, BeforeValidator(_as_words)] = ()
-    """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop_words``."""
+    """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop``, ``stop_words``.
+
+    A special token may be given by its text, ``"<|eot_id|>"``, although an answer's text has no special tokens.
+    """
     seed: Seed | None = None
     """Seed of the random draw; None gives another draw each time. TensorRT-LLM: ``random_seed``."""
     logprobs: bool = False
     """Whether the log-probability of each chosen token is kept, before temperature and filtering."""
     ignore_eos: bool = False
-    """Whether the answer continues after the model's end token, up to ``max_new_tokens``."""
+    """Whether the answer continues after the model's end token, up to ``max_new_tokens``; ``stop`` still ends it."""
+    stop_token_ids: Annotated[Sequence[TokenId] | None, BeforeValidator(_none_as_empty)] = ()
+    """Token ids that end the answer before them, besides the model's own. TensorRT-LLM: the same name."""
+    end_id: Annotated[int, Field(ge=NO_END, lt=2**63)] | None = None
+    """The end token, in place of the model's own ones; -1 for none. TensorRT-LLM: the same name."""
+
+    @classmethod
+    def remedy_for_unknown(cls, name: str) -> str | None:
+        """Other programs' names of the fields."""
+        field = next((field for field, names in NAMES_ELSEWHERE.items() if name in names), None)
+        return None if field is None else f"did you mean {field}?"
 
     @property
     def greedy(self) -> bool:

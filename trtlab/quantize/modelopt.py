@@ -87,7 +87,7 @@ def export_with_modelopt(
     route = ROUTES[str(quant.quant_algo)]
     settings = copy.deepcopy(getattr(mtq, route.name))
     route.adapt(settings, quant)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
     model.eval()
 
     def read(module: Any) -> None:

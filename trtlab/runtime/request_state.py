@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +35,10 @@ class RequestState:
     preemptions: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     error: Exception | None = None
     generator: torch.Generator | None = None
+    stops: Mapping[int, int | str] = field(default_factory=dict)  # further ids that end it, and the reason to give
     plain: bool = field(init=False)  # greedy, without penalty or logprobs: an argmax of the logits is enough
     token_ids: list[int] = field(init=False)
     chain: Chain = field(init=False)
@@ -78,7 +81,8 @@ class RequestState:
 
     def accept(self, token: int, logprob: float | None) -> None:
         """Append a token to the answer; the end token and the length bound finish the request."""
-        if token in self.end_ids and not self.params.ignore_eos:
+        if token in self.stops or (token in self.end_ids and not self.params.ignore_eos):
+            self.stop_reason = self.stops.get(token)
             self.finish_reason = "stop"
             return
         self.token_ids.append(token)

@@ -81,7 +81,10 @@ def penalize(row: Tensor, seen: list[int], penalty: float) -> Tensor:
         return row
     index = torch.tensor(sorted(set(seen)), device=row.device)
     values = row[index]
-    return row.scatter(0, index, torch.where(values > 0, values / penalty, values * penalty))
+    limit = torch.finfo(row.dtype).max
+    finite = values.isfinite()  # a strong penalty gives a large number, not infinity, which would have no probability
+    penalized = torch.where(values > 0, values / penalty, values * penalty)
+    return row.scatter(0, index, torch.where(finite, penalized.clamp(-limit, limit), penalized))
 
 
 def filtered_probabilities(scores: Tensor, params: SamplingParams) -> Tensor:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator
-
-from trtlab.errors import RequestError
+from trtlab.errors import RequestError, TrtlabError
+from trtlab.runtime.chat_template import ChatRenderer, Message
+from trtlab.runtime.text_bound import TextBound, text_bound
+from trtlab.runtime.tokenizer_loading import REPAIR, Loaded, load_tokenizer
 from trtlab.storage.json_files import Listed, OpenObject, read_model
 from trtlab.storage.paths import has_file
 
+LAYOUTS = (  # the files of which one group makes a tokenizer
+    ("tokenizer.json",),
+    ("tokenizer.model",),  # sentencepiece, or tiktoken's
+    ("vocab.json", "merges.txt"),
+    ("tekken.json",),
+    ("tiktoken.model",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+)
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *(name for layout in LAYOUTS for name in layout),
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
 )
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-
-Message = Mapping[str, str]
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
@@ -40,15 +46,11 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The folder itself if it holds a tokenizer, else None."""
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
-
-
-def _as_list(ids: object) -> object:
-    return ids if ids is None or isinstance(ids, list) else [ids]
+    return folder if any(all((folder / name).is_file() for name in layout) for layout in LAYOUTS) else None
 
 
 class _EndIds(OpenObject):
-    eos_token_id: Annotated[Listed[int] | None, BeforeValidator(_as_list)] = None
+    eos_token_id: int | Listed[int] | None = None
 
 
 def listed_end_ids(folder: Path) -> list[int]:
@@ -56,7 +58,8 @@ def listed_end_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         if has_file(folder / name):
             stored = read_model(folder / name, _EndIds, remedy="copy it again, or remove it")
-            return list(stored.eos_token_id or ())
+            ids = stored.eos_token_id
+            return [ids] if isinstance(ids, int) else list(ids or ())
     return []
 
 
@@ -70,11 +73,9 @@ def copy_tokenizer(source: Path | None, target: Path) -> None:
 
 
 @lru_cache(maxsize=4)
-def _loaded(folder: Path, stamps: tuple[object, ...]) -> Any:
+def _loaded(folder: Path, stamps: tuple[object, ...]) -> Loaded:
     """A folder's tokenizer; ``stamps`` (names, times, sizes of its files) make changed files a new cache entry."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 class Tokenizer:
@@ -82,33 +83,56 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._chat = ChatRenderer()
 
     @cached_property
-    def _inner(self) -> Any:
-        stamps = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in tokenizer_files(self.folder)]
-        try:
+    def _loaded(self) -> Loaded:
+        files = [*tokenizer_files(self.folder), *self.folder.glob("config.json")]
+        stamps = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        with _wrapped(f"the tokenizer in {self.folder.name} cannot be read", REPAIR):
             return _loaded(self.folder.resolve(), tuple(stamps))
-        except Exception as error:
-            raise RequestError(
-                f"the tokenizer in {self.folder.name} cannot be read: {error}",
-                remedy="give token ids, or copy the model's tokenizer files again",
-            ) from error
+
+    @property
+    def _inner(self) -> Any:
+        return self._loaded.inner
+
+    @cached_property
+    def problem(self) -> TrtlabError | None:
+        """Why the files cannot be read; None when they can."""
+        try:
+            self._loaded  # noqa: B018 - loads it
+        except TrtlabError as error:
+            return error
+        return None
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end an answer: the tokenizer's, and those that the model's files list."""
-        return frozenset({self._inner.eos_token_id, *listed_end_ids(self.folder)} - {None})
+        """The ids that end an answer: the tokenizer's, where it can be read, and those that the model's files list."""
+        own = frozenset() if self.problem else self._loaded.end_ids
+        return own | frozenset(listed_end_ids(self.folder))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids without text of their own: begin, end, padding, unknown."""
-        return frozenset(self._inner.all_special_ids)
+        """Ids without text of their own: begin, end, padding, unknown, the marks of a conversation."""
+        return frozenset(self.special_texts.values())
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer adds."""
-        return self._ids(text, special=True)
+    @cached_property
+    def special_texts(self) -> dict[str, int]:
+        """The special tokens' texts, which ``decode`` leaves out, with their ids."""
+        named = zip(self._inner.all_special_tokens, self._inner.all_special_ids, strict=True)
+        added = self._inner.added_tokens_decoder.items()
+        return dict(named) | {token.content: number for number, token in added if token.special}
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer adds.
+
+        Args:
+            text: Any text without lone surrogates.
+            most: More ids than this are of no use: a text that certainly has more is refused unread.
+        """
+        return self._ids(text, most, special=True)
+
+    def _ids(self, text: str, most: int | None, *, special: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -118,30 +142,38 @@ class Tokenizer:
                 expected="Unicode text without lone surrogates",
                 remedy='text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") joins or replaces them',
             ) from error
-        ids: list[int] = self._inner(text, add_special_tokens=special)["input_ids"]
+        if most is not None and len(text) > most and self._bound and self._bound.least_tokens(text) > most:
+            raise RequestError(
+                f"prompt of {len(text)} characters exceeds max_input_len {most}",
+                got=f"at least {self._bound.least_tokens(text)} tokens",
+                remedy="shorten the prompt, or build with a larger max_input_len",
+            )
+        with _wrapped("the tokenizer cannot encode this text", REPAIR):
+            ids: list[int] = self._inner(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation by the tokenizer's chat template, ready for the answer."""
-        if not self._inner.chat_template:
+    @cached_property
+    def _bound(self) -> TextBound | None:
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        return None if backend is None else text_bound(backend)
+
+    def encode_chat(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """The ids of a conversation by the tokenizer's chat template, ready for the answer; ``most``: as for encode."""
+        with _wrapped("this tokenizer has no chat template to use", "give the prompt as text"):
+            template = self._inner.get_chat_template() if self._inner.chat_template else None
+        if not isinstance(template, str):
             raise RequestError("this tokenizer has no chat template", remedy="give the prompt as text")
-        try:
-            text = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of the model's own and raises what it likes
-            raise RequestError(
-                f"the tokenizer's chat template refuses this conversation: {error}",
-                expected='[{"role": "user", "content": "..."}], roles in the order that the model knows',
-                remedy="change the conversation, or give the prompt as text",
-            ) from error
-        return self._ids(text, special=False)
+        text = self._chat.render(template, messages, self._inner.special_tokens_map)
+        return self._ids(text, most, special=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
-        text: str = self._inner.decode(
-            list(token_ids),
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,  # the text of one piece must not depend on the next
-        )
+        with _wrapped("the tokenizer cannot decode these tokens", REPAIR):
+            text: str = self._inner.decode(
+                list(token_ids),
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,  # the text of one piece must not depend on the next
+            )
         return text
 
     def ends_open(self, token_ids: Sequence[int]) -> bool:
@@ -154,3 +186,16 @@ class Tokenizer:
     @cached_property
     def _byte_ids(self) -> frozenset[int]:
         return frozenset(i for token, i in self._inner.get_vocab().items() if BYTE_TOKEN.fullmatch(token))
+
+
+@contextlib.contextmanager
+def _wrapped(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of another library into a RequestError; a panic of its Rust code is no ``Exception``."""
+    try:
+        yield
+    except TrtlabError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{what}: {error}", remedy=remedy) from error

@@ -23,16 +23,16 @@ T = TypeVar("T")
 class Completion(Shown):
     """One finished answer.
 
-    ``finish_reason`` is ``"stop"`` (end token, or the stop word ``stop_reason``), ``"length"``, ``"cancelled"`` or
-    ``"timed_out"``; after the last two the answer is what had been generated. ``logprobs`` are natural logarithms, one
-    per token; None if they were not requested. ``text`` is empty without a tokenizer.
+    ``finish_reason`` is ``"stop"`` (end token, or the stop word or stop token ``stop_reason``), ``"length"``,
+    ``"cancelled"`` or ``"timed_out"``; after the last two the answer is what had been generated. ``logprobs`` are
+    natural logarithms, one per token; None if they were not requested. ``text`` is empty without a tokenizer.
     """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
-    stop_reason: str | None = None
+    stop_reason: int | str | None = None
     logprobs: tuple[float, ...] | None = None
 
 
@@ -192,7 +192,7 @@ class Request(Shown):
             tuple(state.output_ids),
             self._text.text if self._text else "",
             state.finish_reason,
-            self._text.stopped_by if self._text else None,
+            state.stop_reason if self._text is None or self._text.stopped_by is None else self._text.stopped_by,
             tuple(state.logprobs) if state.params.logprobs else None,
         )
 

@@ -17,12 +17,13 @@ from trtlab.config.sampling import SamplingParams
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
 from trtlab.runtime.backend import Backend
+from trtlab.runtime.chat_template import Message
 from trtlab.runtime.events import EventLog, StepEvent
 from trtlab.runtime.kv_cache_view import KvCache
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.text_stream import TextStream
-from trtlab.runtime.tokenizer import Message, Tokenizer
+from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.session.prompts import Prompt, Prompts, checked_params, is_single
 from trtlab.session.request import Completion, Request
 from trtlab.session.runnable_engine import RunnableEngine
@@ -39,8 +40,7 @@ class Session(Shown):
         self.engine = engine
         self.config = config
         self.backend_reason = reason
-        self._tokenizer = Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None
-        self._prompts = Prompts(engine, config, self._tokenizer)
+        self._prompts = Prompts(engine, config, Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None)
         self._loop = Loop(backend, engine.build_config, config)
         self._numbers = itertools.count(1)
         self._thread: ThreadPoolExecutor | None = None
@@ -131,8 +131,7 @@ class Session(Shown):
         """
         params = checked_params(params)
         ids = self._checked(prompt, params)
-        if self._tokenizer is None:
-            raise RequestError("streaming text needs a tokenizer", remedy="use generate() for token ids")
+        self._prompts.require_tokenizer()
         return self._pieces(ids, params)
 
     def _pieces(self, ids: tuple[int, ...], params: SamplingParams) -> Iterator[str]:
@@ -225,15 +224,16 @@ class Session(Shown):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self._prompts.require_tokenizer().decode(token_ids)
+        return self._prompts.require_tokenizer().decode(self._prompts.known_ids(token_ids))
 
     def _state(self, ids: tuple[int, ...], params: SamplingParams) -> RequestState:
         return RequestState(
-            next(self._numbers), ids, params, self._tokenizer.end_ids if self._tokenizer else frozenset()
+            next(self._numbers), ids, params, self._prompts.end_ids(params), stops=self._prompts.stops(params)
         )
 
     def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
-        text = TextStream(self._tokenizer, state.params.stop or ()) if self._tokenizer else None
+        tokenizer = self._prompts.tokenizer
+        text = TextStream(tokenizer, state.params.stop or ()) if tokenizer else None
         request = Request(state, text, self._loop, self._worker)
         listener = request.look_for_stop if state.params.stop else None
         if parent is None:

@@ -51,8 +51,8 @@ def load(folder: Path | None = None, device: str = "cpu") -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(folder or llama_dir())
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(path))
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
 
 def perplexity(loaded: Loaded, split: Split = "held_out", count: int = 400, seed: int = 1) -> float:

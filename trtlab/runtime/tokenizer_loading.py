@@ -1,0 +1,146 @@
+"""Opens a folder's tokenizer, in each layout that transformers reads and in Meta's own. Runs no code of the folder."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtlab.errors import RequestError
+from trtlab.storage.json_files import read_object
+
+REPAIR = "give token ids, or copy the model's tokenizer files again"
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
+UNLIMITED = 1 << 62  # the engine's bounds hold, not the length that a tokenizer was trained with
+
+LLAMA3_RESERVED = 256
+LLAMA3_SPECIAL = (  # Meta's names of the first special ids of Llama 3; those behind them are reserved
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+)
+LLAMA3_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """transformers' tokenizer of a folder, and the ids by which it ends an answer."""
+
+    inner: Any
+    end_ids: frozenset[int]
+
+
+def load_tokenizer(folder: Path) -> Loaded:
+    """Open the tokenizer of a folder.
+
+    Raises:
+        RequestError: when the tokenizer is a program of the folder's own, or a library is missing that reads it.
+        Exception: of any class that transformers raises for files that it cannot read.
+    """
+    config = _json(folder / "tokenizer_config.json")
+    _refuse_own_code(folder, config)
+    model = folder / "tokenizer.model"
+    if not (folder / "tokenizer.json").is_file() and model.is_file():
+        if not config and is_tiktoken(model):
+            return _meta_llama3(model)
+        if not is_tiktoken(model):
+            _require("sentencepiece", model)
+            _require("google.protobuf", model)
+    return _by_transformers(folder, config)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a file is a list of base64 tokens with their ranks, as OpenAI's tiktoken and Meta's Llama 3 write it."""
+    with path.open("rb") as file:
+        return TIKTOKEN_LINE.fullmatch(file.readline(2000)) is not None
+
+
+def _by_transformers(folder: Path, config: dict[str, Any]) -> Loaded:
+    from transformers import AutoTokenizer
+
+    more = {} if config or not (folder / "tokenizer.model").is_file() else {"add_bos_token": True}  # as Meta's code
+    inner = AutoTokenizer.from_pretrained(
+        folder,
+        config=_model_config(folder),
+        trust_remote_code=False,
+        local_files_only=True,
+        model_max_length=UNLIMITED,
+        **more,
+    )
+    return Loaded(inner, frozenset({inner.eos_token_id} - {None}))
+
+
+def _model_config(folder: Path) -> Any:
+    """The model's config for transformers, which chooses a tokenizer's class by it: the kind of model, nothing else.
+
+    A folder that trtlab wrote has a config.json of its own, with the name of the architecture.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    stored = _json(folder / "config.json")
+    architecture = (stored.get("pretrained_config") or stored).get("architecture") or "LlamaForCausalLM"
+    kind = stored.get("model_type") or str(architecture).removesuffix("ForCausalLM").lower()
+    config = CONFIG_MAPPING[kind]() if isinstance(kind, str) and kind in CONFIG_MAPPING else PreTrainedConfig()
+    if isinstance(name := stored.get("tokenizer_class"), str):
+        config.tokenizer_class = name
+    return config
+
+
+def _meta_llama3(path: Path) -> Loaded:
+    """The tokenizer of Meta's Llama 3 folders: tiktoken's ranks, and special tokens that only Meta's program names."""
+    from tokenizers.processors import Sequence, TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        """transformers' converter without tiktoken, whose cache keeps a file's content by its path alone."""
+
+        @staticmethod
+        def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
+            lines = (line.split() for line in Path(path).read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+                raise ValueError(f"{path} does not list every byte, or its ranks have gaps")
+            return ranks
+
+    reserved = (f"<|reserved_special_token_{number}|>" for number in range(3, LLAMA3_RESERVED))
+    special = [*LLAMA3_SPECIAL, *reserved][:LLAMA3_RESERVED]
+    convert: Any = Converter
+    tokenizer = convert(vocab_file=str(path), extra_special_tokens=special).converted()
+    begin = LLAMA3_SPECIAL[0]
+    first = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+    tokenizer.post_processor = Sequence([tokenizer.post_processor, first])
+    make: Any = PreTrainedTokenizerFast
+    inner = make(tokenizer_object=tokenizer, bos_token=begin, eos_token=LLAMA3_ENDS[0])
+    return Loaded(inner, frozenset(inner.convert_tokens_to_ids(list(LLAMA3_ENDS))))
+
+
+def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
+    """A tokenizer that is a program in the folder is not run: its author's code would have this user's rights."""
+    entry = config.get("auto_map")
+    own = entry.get("AutoTokenizer") if isinstance(entry, dict) else entry
+    if own:
+        raise RequestError(
+            f"the tokenizer in {folder.name} is a program of the folder's own, which is never run",
+            got=f"auto_map {own!r} in tokenizer_config.json",
+            remedy="give token ids; or remove auto_map from tokenizer_config.json if tokenizer.json says the same",
+        )
+
+
+def _require(module: str, file: Path) -> None:
+    try:
+        present = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is missing
+        present = False
+    if not present:
+        raise RequestError(
+            f"{file.name} is a sentencepiece model, and reading one needs {module}",
+            remedy="pip install sentencepiece protobuf",
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_object(path, remedy=REPAIR, error=RequestError) if path.is_file() else {}
