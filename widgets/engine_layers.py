@@ -14,7 +14,7 @@ from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.read.interpreter import LayerTable
 
 from .layer_groups import GROUPINGS, MEASURES, groups, known
-from .live import Dashboard, LiveFigure, fitted, labelled, show_in
+from .live import Dashboard, LiveFigure, labelled
 
 LISTED = 10  # layers of a selection that are listed, at most
 # Okabe and Ito's palette, which colour-blind readers can distinguish; legend and table also name the precisions.
@@ -131,14 +131,15 @@ class EngineLayers(Dashboard):
         self.amount = IntSlider(1, 1, generation.batch.max, continuous_update=False)
         self._table = self._emission.table()
         self._selected = next(iter(groups(self._table)))
-        self.figure = LiveFigure(self._figure())
+        self.figure = self._figure()
+        self._live = LiveFigure(self.figure, self._click)
         self._details = HTML()
         lines = [
             labelled("bars show", self.measure),
             labelled("grouped by", self.by),
             labelled("for a step of", self.step, self.amount),
         ]
-        self.view = VBox([*lines, fitted(self.figure), self.figure, self._details])
+        self.view = VBox([*lines, self._live, self._details])
         self._details.add_class("jp-RenderedHTMLCommon")
         self._details.value = self._details_html()
         self._observe()
@@ -190,8 +191,6 @@ class EngineLayers(Dashboard):
         self.step.observe(self._resize, "value")
         self.amount.observe(self._recount, "value")
         self._resize()
-        for trace in self.figure.data:
-            trace.on_click(self._click)
 
     def _regroup(self, _: object = None) -> None:
         """Show other bars; the selected one stays selected if it still exists, else the first one is selected."""
@@ -213,13 +212,12 @@ class EngineLayers(Dashboard):
         self._table = self._emission.table(batch=number) if generation else self._emission.table(tokens=number)
         self._show()
 
-    def _click(self, _: object, points: Any, __: object) -> None:
-        if points.point_inds:
-            names = list(groups(self._table, self.measure.value, self.by.value))
-            self.select(names[points.point_inds[0]])
+    def _click(self, _: int, point: int) -> None:
+        self.select(list(groups(self._table, self.measure.value, self.by.value))[point])
 
     def _show(self) -> None:
-        show_in(self.figure, self._figure())
+        self.figure = self._figure()
+        self._live.draw(self.figure)
         self._details.value = self._details_html()
 
     def _figure(self) -> go.Figure:

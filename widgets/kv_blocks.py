@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from ipywidgets import HTML, HBox, IntSlider, Label, Play, ToggleButton, VBox, link
 
@@ -18,7 +17,7 @@ from trtlab.session.session import Session
 from .kv_figure import KvView, block_words, change, ids_text, kv_figure, label, moving, title
 from .kv_moment import DRAWN, History, cells, history, moment_after, moment_now
 from .kv_panels import BARS, TRACES
-from .live import Dashboard, LiveFigure, fitted
+from .live import Dashboard, LiveFigure
 
 REFRESH_S = 0.1  # between two pictures, at least
 REST = 9  # times the drawing time of a picture until the next one, so that drawing takes at most a tenth of the time
@@ -62,12 +61,12 @@ class KVBlocks(Dashboard):
         self._steps = history(())
         self._view = self._current_view()
         self._moving = moving(self._view)
-        self.figure = LiveFigure(kv_figure(self._view))
+        self.figure = kv_figure(self._view)
+        self._live = LiveFigure(self.figure, self._click)
         self._details = HTML()
         self._details.add_class("jp-RenderedHTMLCommon")
         controls = HBox([Label("step", layout={"width": "40px"}), self._play, self.step, self._when, self.live])
-        self._width = fitted(self.figure, self._lock)
-        self.view = VBox([controls, self._width, self.figure, self._details])
+        self.view = VBox([controls, self._live, self._details])
         self._observe()
         self.refresh()
 
@@ -138,21 +137,15 @@ class KVBlocks(Dashboard):
         link((self._play, "value"), (self.step, "value"))
         self.step.observe(self._show, "value")
         self.live.observe(self._follow, "value")
-        self.figure.data[0].on_click(self._click_block)
-        for name, trace in zip(TRACES, self.figure.data, strict=True):
-            if name in BARS:
-                trace.on_click(self._click_step)
         self._follow()
 
-    def _click_block(self, _: object, points: Any, __: object) -> None:
-        if points.point_inds:
-            with self._lock:
-                self._selected = self._view.cells[points.point_inds[0]][0]
+    def _click(self, trace: int, point: int) -> None:
+        with self._lock:
+            if TRACES[trace] == "map":
+                self._selected = self._view.cells[point][0]
                 self._show()
-
-    def _click_step(self, _: object, points: Any, __: object) -> None:
-        if points.point_inds:
-            self.step.value = min(self._view.history.last(points.point_inds[0]), self.step.max - 1)
+            elif TRACES[trace] in BARS:
+                self.step.value = min(self._view.history.last(point), self.step.max - 1)
 
     def _follow(self, _: object = None) -> None:
         self._watcher = threading.Thread(target=self._watch, name="trtlab-kv-blocks", daemon=True)
@@ -184,6 +177,7 @@ class KVBlocks(Dashboard):
             self._view = self._current_view()
             now = moving(self._view)
             change(self.figure, now, self._moving)
+            self._live.draw(self.figure)
             self._moving = now
             step = self._view.moment.step
             self._when.value = f"after step {step:,}" if step is not None else "now"

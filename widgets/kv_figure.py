@@ -87,12 +87,9 @@ def moving(view: KvView) -> Moving:
 def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
     """Set a figure's properties to ``new``; those that are equal in ``old`` are not touched."""
     befores: Sequence[Props] = old.traces if old else [{}] * len(new.traces)
-    with figure.batch_update():
-        for trace, now, before in zip(figure.data, new.traces, befores, strict=True):
-            if changes := _differing(now, before):
-                trace.update(changes)
-        if changes := _differing(new.layout, old.layout if old else {}):
-            figure.update_layout(changes)
+    for trace, now, before in zip(figure.data, new.traces, befores, strict=True):
+        trace.update(_differing(now, before))
+    figure.update_layout(_differing(new.layout, old.layout if old else {}))
 
 
 def _differing(now: Props, before: Props) -> Props:

@@ -1,19 +1,18 @@
-"""Parts that all widgets share: a live figure that survives a page reload, and a view for pages without a kernel."""
+"""Parts that all widgets share: a figure in a page, and a view for pages without a kernel."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import anywidget
 import plotly.graph_objects as go
-from ipywidgets import HBox, Label, VBox
+from ipywidgets import HBox, Label, VBox, Widget, widget_serialization
+from plotly.offline import get_plotlyjs
+from traitlets import Dict, Instance, Unicode
 
 from trtlab.card import Card, html
-
-from .width import Width
 
 
 class Dashboard:
@@ -33,58 +32,37 @@ class Dashboard:
         return {**live, "text/plain": repr(self), "text/html": html(self.card())}
 
 
-class LiveFigure(go.FigureWidget):  # type: ignore[misc]  # plotly has no types
-    """A FigureWidget that keeps its state over a page reload, and can move marks without a redraw."""
+class FigureState(Widget):  # type: ignore[misc]  # ipywidgets has no types
+    """The figure that a page shows, whole, and plotly's JavaScript.
 
-    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        """The present state of the figure; FigureWidget would send the state at its creation."""
-        state: dict[str, Any] = super().get_state(key, drop_defaults)
-        if "_layout_obj" in vars(self):  # __init__ has finished
-            for name, now in (("_widget_data", self._data), ("_widget_layout", self._layout_obj._props)):
-                if name in state:
-                    state[name] = self.trait_metadata(name, "to_json")(deepcopy(now), self)
-        return state
+    It is a plain widget beside LiveFigure. A page that needs more than two seconds to load an anywidget drops all
+    messages to it from then on, without a word: a figure that came in messages stayed empty, one that had been drawn
+    did not change again. A plain widget takes every message, however late its view is.
+    """
 
-    def move(self, numbers: Sequence[Mapping[str, Any]]) -> None:
-        """Set numbers of the traces without a check; the browser moves the marks and redraws nothing else.
+    figure = Dict().tag(sync=True)
+    plotly = Unicode().tag(sync=True)
 
-        It is twice as fast as ``batch_update``, which checks every number in Python and redraws all panels and texts.
+
+class LiveFigure(anywidget.AnyWidget):
+    """Shows a plotly figure in a page, as wide as its place, and reports clicks."""
+
+    _esm = Path(__file__).parent / "figure.js"
+    state = Instance(FigureState).tag(sync=True, **widget_serialization)
+
+    def __init__(self, figure: go.Figure, clicked: Callable[[int, int], None]) -> None:
+        """Show a figure.
 
         Args:
-            numbers: For each trace its new values by property name; a dot leads to an inner property.
+            figure: The first picture.
+            clicked: Called after a click with the index of the trace and that of the point in it.
         """
-        changes = {place: dict(new) for place, new in enumerate(numbers) if new}
-        for place, new in changes.items():
-            for name, value in new.items():
-                *outer, last = name.split(".")
-                functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, self._data[place])[last] = value
-        frame = {"duration": 0, "redraw": False}
-        options = {"transition": {"duration": 0}, "frame": frame, "mode": "immediate"}
-        self._send_animate_msg(list(changes.values()), {}, list(changes), options)
+        super().__init__(state=FigureState(figure=figure.to_plotly_json(), plotly=get_plotlyjs()))
+        self.on_msg(lambda _, place, __: clicked(*place))
 
-
-def show_in(live: LiveFigure, figure: go.Figure) -> None:
-    """Copy data and layout of ``figure`` into a live figure with the same number of traces, which keep callbacks."""
-    assert len(live.data) == len(figure.data), (len(live.data), len(figure.data))
-    with live.batch_update():
-        for trace, new in zip(live.data, figure.data, strict=True):
-            trace.update(new.to_plotly_json(), overwrite=True)
-        live.layout.update(figure.layout.to_plotly_json(), overwrite=True)
-
-
-def fitted(live: LiveFigure, lock: AbstractContextManager[Any] | None = None) -> Width:
-    """An invisible widget that keeps a figure as wide as the page; show it next to the figure.
-
-    It holds ``lock`` while it sets the width.
-    """
-    width = Width()
-
-    def fit(_: object) -> None:
-        with lock or nullcontext():
-            live.layout.width = width.width
-
-    width.observe(fit, "width")
-    return width
+    def draw(self, figure: go.Figure) -> None:
+        """Show this figure from now on."""
+        self.state.figure = figure.to_plotly_json()
 
 
 def labelled(label: str, *controls: Any) -> HBox:

@@ -20,7 +20,7 @@ from trtlab.evaluate.quantization import recipe_title
 from trtlab.quantize.report import LinearReport
 from trtlab.quantize.study import Study, study
 
-from .live import Dashboard, LiveFigure, fitted, labelled
+from .live import Dashboard, LiveFigure, labelled
 from .scale_figure import LINEARS, Moving, change, figure, moving, short
 
 SEARCHED = "searched"
@@ -72,11 +72,12 @@ class ScaleExplorer(Dashboard):
             self.shown.value = self._rows()[0].name
         self._back = Button(description="as quantized", tooltip="all controls and exclusions back to the start")
         self._moving = self._now()
-        self.figure = LiveFigure(figure(*self._settings()))
+        self.figure = figure(*self._settings())
+        self._live = LiveFigure(self.figure, self._click)
         self._words, self._details = HTML(), HTML()
         self._details.add_class("jp-RenderedHTMLCommon")
         self._show_text()
-        self.view = VBox([*self._lines(), self._words, fitted(self.figure), self.figure, self._details])
+        self.view = VBox([*self._lines(), self._words, self._live, self._details])
         self._observe()
 
     @property
@@ -154,19 +155,16 @@ class ScaleExplorer(Dashboard):
         for control in (self.alpha, self.scales, self.shown):
             control.observe(self._show, "value")
         self._back.on_click(self._reset)
-        if self.study.linears:
-            for trace in self.figure.data[: len(LINEARS)]:
-                trace.on_click(self._click)
 
-    def _click(self, trace: Any, points: Any, _: object) -> None:
-        if points.point_inds:
-            layer = points.point_inds[0]
-            name = next(s.name for s in self.study.linears if (s.layer, s.linear) == (layer, trace.name))
-            self._excluded = self._excluded ^ {name}
-            if self.shown.value == name:
-                self._show()
-            else:
-                self.shown.value = name
+    def _click(self, trace: int, point: int) -> None:
+        if not self.study.linears or trace >= len(LINEARS):
+            return
+        name = next(s.name for s in self.study.linears if (s.layer, s.linear) == (point, LINEARS[trace]))
+        self._excluded = self._excluded ^ {name}
+        if self.shown.value == name:
+            self._show()
+        else:
+            self.shown.value = name
 
     def _reset(self, _: object = None) -> None:
         self._excluded = self._initial
@@ -177,7 +175,8 @@ class ScaleExplorer(Dashboard):
 
     def _show(self, _: object = None) -> None:
         now = self._now()
-        change(self.figure, now, self._moving)  # the picture first, because the text takes time too
+        change(self.figure, now, self._moving)
+        self._live.draw(self.figure)  # the picture first, because the text takes time too
         self._moving = now
         self._show_text()
 

@@ -6,7 +6,6 @@ the constant ones.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from trtlab.card import size
 from trtlab.model.blocks import SITES
 from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
-from .live import LiveFigure
-
 LINEARS = tuple(SITES)  # in execution order
 # Okabe and Ito's palette, which colour-blind readers can distinguish; the hover text also names the linears.
 PALETTE = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
@@ -31,12 +28,6 @@ SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
 PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
 MARGINS = 124  # above and below all panels, in pixels
 GAP = 66  # between rows of panels, in pixels
-NUMBERS = {
-    "y",
-    "error_y.array",
-    "error_y.arrayminus",
-    "hovertext",
-}  # properties that move marks without changing colours or texts
 UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools whose buttons would cover the heading
 TITLES = {
     "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
@@ -97,16 +88,11 @@ def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
         {name: value for name, value in now.items() if name not in before or before[name] != value}
         for now, before in zip(new.traces, befores, strict=True)
     ]
-    new_heading = bool(new.heading) and (old is None or old.heading != new.heading)
-    if isinstance(figure, LiveFigure) and not new_heading and NUMBERS.issuperset(itertools.chain(*changes)):
-        figure.move(changes)
-        return
-    with figure.batch_update():
-        for trace, values in zip(figure.data, changes, strict=True):
-            for name, value in values.items():
-                trace[name] = value
-        if new_heading:
-            figure.layout.annotations[2].text = new.heading  # 0 and 1 are the headings of errors and scales
+    for trace, values in zip(figure.data, changes, strict=True):
+        for name, value in values.items():
+            trace[name] = value
+    if new.heading:
+        figure.layout.annotations[2].text = new.heading  # 0 and 1 are the headings of errors and scales
 
 
 def short(name: str) -> str:

@@ -23,19 +23,40 @@ CHROMIUM_OPTIONS = """--no-sandbox --disable-gpu --disable-quic --no-first-run -
     --disable-component-update --disable-sync""".split()
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 PATIENCE_S = 90  # for a server or a page, on a busy machine
-# Right after loading, "run all" may find no cells yet and return at once.
-RUN_ALL = """async () => {
-    const panel = jupyterapp.shell.currentWidget;
+RUN_S = 300  # for a notebook
+# Runs all cells anew, one by one or at once, and returns what went wrong. The command "run all" ends before the cells
+# do: at a cell that raises, although the kernel goes on if its tag allows that, and at once while the page has no cell.
+RUN = """async oneByOne => {
+    const panel = jupyterapp.shell.currentWidget, notebook = panel.content;
+    const run = command => jupyterapp.commands.execute(`notebook:${command}`);
+    const pause = () => new Promise(resolve => setTimeout(resolve, 200));
+    const cells = () => notebook.widgets.filter(cell => cell.model.type === 'code');
+    const isRunning = cell => cell.model.executionState === 'running';
+    const isDone = cell => cell.model.executionCount !== null && !isRunning(cell);
+    const wrong = cell => {
+        const raises = (cell.model.getMetadata('tags') ?? []).includes('raises-exception');
+        const errors = cell.model.outputs.toJSON().filter(output => output.output_type === 'error');
+        if (errors.length && !raises) return `${errors[0].ename}: ${errors[0].evalue}`;
+        return isDone(cell) && raises && !errors.length ? 'the cell raises nothing' : null;
+    };
     await panel.context.ready;
     await panel.sessionContext.ready;
-    for (let attempt = 0; attempt < 5; attempt++) {
-        await jupyterapp.commands.execute('notebook:run-all-cells');
-        const cells = panel.content.widgets.filter(cell => cell.model.type === 'code');
-        if (cells.length && cells.every(cell => cell.model.executionCount !== null)) return true;
-        await new Promise(resolve => setTimeout(resolve, 500));
+    while (!cells().length) await pause();
+    await run('clear-all-cell-outputs');
+    const deadline = performance.now() + 1000 * RUN_S;
+    while (!cells().every(isDone)) {
+        const next = cells().find(cell => !isDone(cell)), idle = !cells().some(isRunning);
+        if (idle && oneByOne) {
+            notebook.activeCellIndex = notebook.widgets.indexOf(next);
+            await run('run-cell');
+        } else if (idle) run('run-all-cells');
+        await pause();
+        const problem = cells().map(wrong).find(problem => problem);
+        if (problem) return problem;
+        if (performance.now() > deadline) return `not done in time: ${next.model.sharedModel.source}`;
     }
-    return false;
-}"""
+    return cells().map(wrong).find(problem => problem) ?? null;
+}""".replace("RUN_S", str(RUN_S))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -120,10 +141,16 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def open_notebook(lab: Lab, chromium: Any) -> Iterator[Callable[..., Any]]:
-    """``open_notebook(path, run=True)`` copies a notebook into JupyterLab, opens it and returns the page."""
+    """``open_notebook(path, run=True)`` copies a notebook into JupyterLab, opens it and returns the page.
+
+    ``one_by_one`` runs the cells as a reader does, each after the one before has ended; ``slower`` divides the speed
+    of the page's processor.
+    """
     pages = []
 
-    def open_copy(path: Path, *, run: bool, width: int = 1280, height: int = 900) -> Any:
+    def open_copy(
+        path: Path, *, run: bool, one_by_one: bool = False, slower: float = 1, width: int = 1280, height: int = 900
+    ) -> Any:
         shutil.copy(path, lab.folder / path.name)
         page = chromium.new_page(viewport={"width": width, "height": height})
         pages.append(page)
@@ -133,8 +160,10 @@ def open_notebook(lab: Lab, chromium: Any) -> Iterator[Callable[..., Any]]:
         page.evaluate("jupyterapp.restored")
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
         page.evaluate("jupyterapp.shell.currentWidget.revealed")  # waits for the cells on a slow machine
+        page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": slower})
         if run:
-            assert page.evaluate(RUN_ALL), f"{path.name} did not run to its end"
+            problem = page.evaluate(RUN, one_by_one)
+            assert problem is None, f"{path.name}: {problem}"
         return page
 
     yield open_copy

@@ -9,7 +9,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGINE = """\
 from trtlab import BuildConfig, Checkpoint
 from trtlab.tiny import llama_dir
@@ -219,23 +218,26 @@ def test_a_reloaded_page_keeps_the_picture(open_notebook, tmp_path):
     assert title(page) == "8.04 MiB of weights by kind"
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
-def test_a_shipped_notebook_shows_its_saved_outputs(open_notebook, path, tmp_path):
-    page = open_notebook(path, run=False)
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    last = max(i for i, cell in enumerate(cells) if cell.outputs)
-    for number in range(last + 1):  # JupyterLab draws a cell when it becomes visible
-        page.evaluate(
-            """number => {
-                const cells = jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code');
-                cells[number].node.scrollIntoView();
-            }""",
-            number,
-        )
-        if cells[number].outputs:
-            shown = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-OutputArea-output"))
-            shown.first.wait_for()
-        page.screenshot(path=tmp_path / f"{path.stem}-{number:02}.png")
-    text = page.inner_text(".jp-Notebook")
-    assert "Error displaying widget" not in text
-    assert "Loading widget" not in text
+def test_a_figure_whose_library_comes_late_is_drawn_and_follows(open_notebook, tmp_path):
+    late = """\
+import trtlab.widgets.live as live
+seconds_later = "await new Promise(resolve => setTimeout(resolve, 3000));"
+library = live.get_plotlyjs()
+live.get_plotlyjs = lambda: seconds_later + library
+"""
+    page = open_notebook(write(tmp_path / "late.ipynb", late + ENGINE, READ), run=True)
+    page.wait_for_selector(".js-plotly-plot .barlayer .point")
+    page.click("button:has-text('kind')")
+    page.wait_for_function("document.querySelector('.gtitle').textContent.includes('by kind')")
+
+
+def test_a_figure_is_as_wide_as_its_place_in_the_page(open_notebook, tmp_path):
+    page = open_notebook(write(tmp_path / "wide.ipynb", ENGINE, READ), run=True)
+    for width in (1280, 900, 1500):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function("""() => {
+            const plot = document.querySelector('.js-plotly-plot');
+            const place = plot?.closest('.jp-OutputArea-output').getBoundingClientRect();
+            const picture = plot?.querySelector('.main-svg')?.getBoundingClientRect();
+            return picture && Math.abs(place.width - picture.width) < 30 && picture.right <= place.right;
+        }""")

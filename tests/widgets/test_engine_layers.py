@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from trtlab.widgets import EngineLayers
 from trtlab.widgets.engine_layers import figure
@@ -43,10 +41,9 @@ def layers(engine):
     return EngineLayers(engine)
 
 
-def click(layers, place, trace=-1):
-    """Do what plotly does when a reader clicks on a bar."""
-    clicked = layers.figure.data[trace]
-    clicked._dispatch_on_click(SimpleNamespace(point_inds=[place]), None)
+def click(layers, place, trace=0):
+    """Do what the page does when a reader clicks on a bar."""
+    layers._live._handle_custom_msg([trace, place], [])
 
 
 @pytest.mark.parametrize(
@@ -156,12 +153,11 @@ def test_steps_stay_within_the_plan_s_profiles(layers):
 
 
 @pytest.mark.tensorrt
-def test_the_live_figure_keeps_what_a_reloaded_page_will_ask_for(layers):
+def test_the_page_is_sent_the_whole_figure_after_each_change(layers):
     layers.by.value = "kind"
-    live = layers.figure
-    reloaded = live.get_state()
-    assert reloaded["_widget_layout"]["title"]["text"] == "8.04 MiB of weights by kind"
-    assert len(reloaded["_widget_data"]) == len(live.data)
+    sent = layers._live.state.get_state()["figure"]
+    assert sent["layout"]["title"]["text"] == "8.04 MiB of weights by kind"
+    assert sent == layers.figure.to_plotly_json()
 
 
 @pytest.mark.tensorrt

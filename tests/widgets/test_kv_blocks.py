@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -50,8 +49,8 @@ def trace(blocks, name):
 
 
 def click(blocks, name, place):
-    """Do what plotly does when a reader clicks."""
-    trace(blocks, name)._dispatch_on_click(SimpleNamespace(point_inds=[place]), None)
+    """Do what the page does when a reader clicks."""
+    blocks._live._handle_custom_msg([TRACES.index(name), place], [])
 
 
 def event(step, *blocks, work=(), admitted=(), preempted=(), counts=(0, 0, 0)):
@@ -236,13 +235,8 @@ def test_moving_gives_the_picture_that_is_drawn_anew(session, blocks):
     for step, block in ((3, 0), (12, 2), (-1, 5), (0, 39)):
         blocks.show(step=step, block=block)
         anew = kv_figure(blocks._view)
-        for live, new in zip(blocks.figure.data, anew.data, strict=True):
-            shown, expected = live.to_plotly_json(), new.to_plotly_json()
-            shown.pop("uid")
-            assert shown == expected
-        assert blocks.figure.layout.to_plotly_json() == anew.layout.to_plotly_json()
-    reloaded = blocks.figure.get_state()
-    assert list(reloaded["_widget_data"][0]["y"]) == list(anew.data[0].y)
+        assert blocks.figure == anew
+        assert blocks._live.state.get_state()["figure"] == anew.to_plotly_json()
 
 
 def test_the_picture_says_everything_in_words():
@@ -334,12 +328,6 @@ def test_repr_and_still_view_are_short_and_deterministic(session, blocks):
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert len(bundle["text/html"]) < 8000
     assert "0x" not in bundle["text/html"]
-
-
-def test_the_picture_is_as_wide_as_its_place_in_the_page(blocks):
-    blocks._width.width = 640  # what the page sends
-    assert blocks.figure.layout.width == 640
-    assert blocks.figure.get_state()["_widget_layout"]["width"] == 640
 
 
 def test_an_empty_session_has_a_picture(session, blocks):
