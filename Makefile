@@ -5,7 +5,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # a file, or a noteboo
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TRANSFORMERS_VERBOSITY ?= error
 
-.PHONY: demo test lab check venv bench clean
+.PHONY: demo test notebooks lab check venv bench clean
 
 demo: venv
 	$(BIN)/trtlab demo --output_dir build/demo_engine
@@ -13,6 +13,10 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
+
+# Each notebook in a browser: all cells at once and one by one, on a quick and a slow page; screenshots in build/notebooks.
+notebooks: venv
+	TRTLAB_REQUIRE_BROWSER=1 TRTLAB_NOTEBOOKS=build/notebooks $(BIN)/python -m pytest tests/widgets/test_notebooks.py
 
 lab: venv
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_llama.ipynb

@@ -23,40 +23,42 @@ CHROMIUM_OPTIONS = """--no-sandbox --disable-gpu --disable-quic --no-first-run -
     --disable-component-update --disable-sync""".split()
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 PATIENCE_S = 90  # for a server or a page, on a busy machine
-RUN_S = 300  # for a notebook
+RUN_S = 300  # for all cells of a notebook
 # Runs all cells anew, one by one or at once, and returns what went wrong. The command "run all" ends before the cells
-# do: at a cell that raises, although the kernel goes on if its tag allows that, and at once while the page has no cell.
+# do: at once while the page has no cell yet, and at a cell that raises, although by its tag the kernel goes on.
 RUN = """async oneByOne => {
     const panel = jupyterapp.shell.currentWidget, notebook = panel.content;
     const run = command => jupyterapp.commands.execute(`notebook:${command}`);
     const pause = () => new Promise(resolve => setTimeout(resolve, 200));
     const cells = () => notebook.widgets.filter(cell => cell.model.type === 'code');
-    const isRunning = cell => cell.model.executionState === 'running';
-    const isDone = cell => cell.model.executionCount !== null && !isRunning(cell);
+    const isDone = cell => cell.model.executionCount !== null;
     const wrong = cell => {
         const raises = (cell.model.getMetadata('tags') ?? []).includes('raises-exception');
-        const errors = cell.model.outputs.toJSON().filter(output => output.output_type === 'error');
-        if (errors.length && !raises) return `${errors[0].ename}: ${errors[0].evalue}`;
-        return isDone(cell) && raises && !errors.length ? 'the cell raises nothing' : null;
+        const error = cell.model.outputs.toJSON().find(output => output.output_type === 'error');
+        if (error && !raises) return `${error.ename}: ${error.evalue}`;
+        return raises && !error ? 'a cell with the tag raises-exception raised nothing' : null;
     };
+    const problem = () => cells().filter(isDone).map(wrong).find(words => words) ?? null;
     await panel.context.ready;
     await panel.sessionContext.ready;
     while (!cells().length) await pause();
     await run('clear-all-cell-outputs');
-    const deadline = performance.now() + 1000 * RUN_S;
-    while (!cells().every(isDone)) {
-        const next = cells().find(cell => !isDone(cell)), idle = !cells().some(isRunning);
-        if (idle && oneByOne) {
-            notebook.activeCellIndex = notebook.widgets.indexOf(next);
-            await run('run-cell');
-        } else if (idle) run('run-all-cells');
+    const kernel = panel.sessionContext.session.kernel, deadline = performance.now() + RUN_MS;
+    let idle = 10; // looks at an idle kernel in a row
+    while (!cells().every(isDone) || kernel.status !== 'idle') {
+        if (performance.now() > deadline) return 'not done in time';
+        if (kernel.status !== 'idle') idle = 0;
+        else if (oneByOne || ++idle > 10) {
+            if (problem()) return problem();
+            notebook.activeCellIndex = notebook.widgets.indexOf(cells().find(cell => !isDone(cell)));
+            const ran = run(oneByOne ? 'run-cell' : 'run-all-below');
+            if (oneByOne) await ran;
+            idle = 0;
+        }
         await pause();
-        const problem = cells().map(wrong).find(problem => problem);
-        if (problem) return problem;
-        if (performance.now() > deadline) return `not done in time: ${next.model.sharedModel.source}`;
     }
-    return cells().map(wrong).find(problem => problem) ?? null;
-}""".replace("RUN_S", str(RUN_S))
+    return problem();
+}""".replace("RUN_MS", str(1000 * RUN_S))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
