@@ -103,7 +103,7 @@ class Loop:
         self.exclusive.require_own_process()
         with hold_interrupts():
             with self._inbox.lock:
-                self._require_open()
+                self.require_open()
                 parent = message.parent
                 if parent is not None and parent not in self._listeners:
                     raise RequestError(
@@ -152,7 +152,7 @@ class Loop:
     def step(self) -> StepEvent | None:
         """Run one step; None when there is nothing to do. An error of one request ends that request alone."""
         with self.exclusive:
-            self._require_open()
+            self.require_open()
             return self._step()
 
     def advance(self, request: RequestState) -> None:
@@ -277,7 +277,7 @@ class Loop:
             RequestError: when no slot is free, or too few blocks.
         """
         with self.exclusive:
-            self._require_open()
+            self.require_open()
             with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
                 return self.backend.ranks.run_prompt(slot, blocks, token_ids, self._max_num_tokens)
 
@@ -337,7 +337,8 @@ class Loop:
             request.error, request.finish_reason = self._broken, request.finish_reason or "error"
         self.backend.ranks.close()
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise RequestError when the session is closed, and say why when an exception closed it."""
         if self._broken is not None:
             raise self._broken
         if self.closed:

@@ -216,7 +216,7 @@ class Session(Shown):
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits after each token of a prompt: [tokens, vocab], float32, on the CPU."""
-        self._require_open()
+        self._loop.require_open()
         return self._loop.logits(self._prompts.checked_ids(token_ids))
 
     def encode(self, text: str) -> list[int]:
@@ -248,12 +248,8 @@ class Session(Shown):
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         """The prompt's token ids; RequestError when this session cannot serve it."""
-        self._require_open()
+        self._loop.require_open()
         return self._prompts.checked(prompt, params)
-
-    def _require_open(self) -> None:
-        if self.closed:
-            raise RequestError("this session is closed", remedy="open another with engine.session()")
 
     def close(self) -> None:
         """Cancel all requests under way, and free the weights and the cache; a second call does nothing.
@@ -265,7 +261,7 @@ class Session(Shown):
             self._thread.close()
 
     def __enter__(self) -> Session:
-        self._require_open()
+        self._loop.require_open()
         return self
 
     def __exit__(self, *_: object) -> None:
