@@ -10,6 +10,7 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -175,7 +176,6 @@ def test_a_stream_that_was_interrupted_goes_on_where_it_was_read(session, expect
 
 def test_an_interrupt_ends_a_long_forward_pass_between_two_layers(session, monkeypatch):
     """Not at its end only: a prompt of a large model takes minutes."""
-    from trtlab.runtime import torch_backend  # noqa: F401 - the module that the session came from
     from trtlab.ops.cpu.ops import CpuOps
 
     reached = []
@@ -304,8 +304,6 @@ def test_interrupts_at_random_times_of_a_script(tmp_path, talking_model):
             """
         )
     )
-    import subprocess
-
     command = [sys.executable, str(script), str(talking_model), str(2 * PLACES)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "TRTLAB_BACKEND": "torch"}

@@ -162,11 +162,15 @@ class Request(Shown):
 
     def _next_piece(self) -> str | None:
         """The text that can be read now, after as many steps as it takes; None at the end."""
-        last = False
-        while not last:
-            last = self._wait_for_text()
-            if piece := self._take():
-                return piece
+        given, last = self._given, False
+        try:
+            while not last:
+                last = self._wait_for_text()
+                if piece := self._take():
+                    return piece
+        except BaseException:  # an interrupt: the next call gives the same text
+            self._given = given
+            raise
         self._raise_error()
         return None
 
@@ -191,15 +195,9 @@ class Request(Shown):
 
     def _take(self) -> str:
         """The text that became final since the last call; all of the rest once the request is done."""
-        given = self._given
-        try:
-            with hold_interrupts():
-                text = self._settle()
-                self._given = len(text)
-            return text[given:]
-        except BaseException:  # an interrupt: the next call gives the same text
-            self._given = given
-            raise
+        text, given = self._settle(), self._given
+        self._given = len(text)
+        return text[given:]
 
     def _settle(self) -> str:
         """Feed new tokens to the text and return all of it that no later token can change."""
