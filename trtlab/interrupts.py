@@ -19,7 +19,7 @@ class hold_interrupts:
     KeyboardInterrupt, or that of an event loop or a kernel. Python interrupts its main thread only, so the block does
     nothing in other threads, nor inside another such block. In a callback of native code an interrupt would be lost.
 
-    Entering gives the outermost block, whose ``pending`` tells whether an interrupt has arrived that was not delivered yet.
+    Entering gives the outermost block; its ``pending`` tells whether an interrupt has arrived and not been delivered.
 
     Example:
         >>> with hold_interrupts():
