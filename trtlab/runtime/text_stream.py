@@ -77,11 +77,6 @@ class TextStream:
         """How many tokens were fed so far."""
         return self._state.fed
 
-    @property
-    def fed(self) -> int:
-        """The number of tokens that were taken."""
-        return len(self._ids)
-
     def feed(self, tokens: Sequence[int]) -> str:
         """Add tokens and return the text that is final now; empty if there is none."""
         state, run = self._state, []
