@@ -46,7 +46,7 @@ from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.read.interpreter import LayerTable, Network
 from trtlab.validation import require
 from trtlab.version import VERSION
-from trtlab.weight_source import WeightSource
+from trtlab.weight_source import WeightSource, require_same_model
 
 logger = logging.getLogger("trtlab")
 
@@ -117,17 +117,25 @@ class Engine(Shown):
         """Compare this engine's network with torch in float32 on the checkpoint, layer by layer.
 
         Args:
-            checkpoint: The same model, quantized or not.
+            checkpoint: The same model, quantized in any way or not. When it is quantized in another way than the
+                engine, the comparison shows what that costs in each layer.
             prompt: Text or token ids.
             steps: Number of tokens to decode after the prompt.
             op_set: A subclass may emit an op in another way, to plant an error and see it found.
+
+        Raises:
+            EngineError: The checkpoint is of another model, with the settings that differ; or the engine has several
+                ranks, no weights or, for a text, no tokenizer.
         """
+        checkpoint.require_whole("compared")
+        recipes = require_same_model(self.config, checkpoint.config)
         if isinstance(prompt, str):
             if self.tokenizer_dir is None:
                 raise EngineError("this engine has no tokenizer", remedy="give token ids")
             prompt = Tokenizer(self.tokenizer_dir).encode(prompt)
         weights = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
-        return compare(self.emission(0, op_set), self.config, weights, [int(token) for token in prompt], steps=steps)
+        ids = [int(token) for token in prompt]
+        return compare(self.emission(0, op_set), checkpoint.config, weights, ids, steps=steps, recipes=recipes)
 
     def emission(self, rank: int = 0, op_set: type[TensorRTOps] = TensorRTOps) -> Emission:
         """One rank's network in TensorRT, with its bindings and its weights."""

@@ -1,13 +1,16 @@
-"""The interface that an engine needs of a checkpoint; ``trtlab.checkpoint``, two floors above, implements it."""
+"""What an engine needs of a checkpoint, which ``trtlab.checkpoint`` implements, and whether it is the same model."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import abc
 from pathlib import Path
 from typing import Protocol
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import QuantConfig
+from trtlab.errors import EngineError
 from trtlab.parallel.shard import EmbeddingLayout
 from trtlab.storage.lazy import LazyTensor
 
@@ -53,3 +56,31 @@ class WeightSource(Protocol):
     def require_whole(self, what: str) -> None:
         """Raise CheckpointError when this holds a single rank of several; ``what`` completes "cannot be"."""
         ...
+
+
+MAY_DIFFER = ("architecture", "dtype", "quantization")  # between checkpoints of one model
+
+
+def require_same_model(engine: ModelConfig, checkpoint: ModelConfig) -> tuple[str, str] | None:
+    """Raise EngineError, with the settings that differ, when a checkpoint is of another model than an engine.
+
+    Returns:
+        How each of them is quantized, None where both are in the same way.
+    """
+    names = [field.name for field in dataclasses.fields(engine) if field.name not in MAY_DIFFER]
+    differ = [name for name in names if getattr(engine, name) != getattr(checkpoint, name)]
+    if differ:
+        raise EngineError(
+            "the checkpoint is of another model than the engine",
+            got=", ".join(f"{name}={getattr(checkpoint, name)}" for name in differ),
+            expected=", ".join(f"{name}={getattr(engine, name)}" for name in differ),
+            remedy="give the checkpoint that the engine was built from, or another one of the same model",
+        )
+    if engine.quantization == checkpoint.quantization:
+        return None
+    return _recipe(engine.quantization), _recipe(checkpoint.quantization)
+
+
+def _recipe(quant: QuantConfig) -> str:
+    cache = f"{quant.kv_cache_quant_algo} KV cache" if quant.kv_cache_quant_algo else None
+    return " with ".join(name for name in (quant.quant_algo, cache) if name) or "plain weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +43,16 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class NetworkComparison(Shown):
-    """All differences in the order of computation; ``same_token`` tells for each step whether top-1 agrees."""
+    """All differences in the order of computation; ``same_token`` tells for each step whether top-1 agrees.
+
+    ``recipes`` names how the network's weights and torch's are quantized where that differs. Then a difference is what
+    quantization costs and no fault: the tolerance is infinite, and ``reading`` says how far apart the layers are.
+    """
 
     differences: tuple[Difference, ...]
     same_token: tuple[bool, ...]
     tolerance: float
+    recipes: tuple[str, str] | None = None
 
     @property
     def start(self) -> Difference | None:
@@ -73,9 +79,20 @@ class NetworkComparison(Shown):
         return tuple(d for d in self.differences if d.step == number)
 
     @property
+    def layers(self) -> tuple[Difference, ...]:
+        """The difference at the end of each layer, over the prompt."""
+        return tuple(d for d in self.step(0) if d.name.endswith(".mlp.proj"))
+
+    @property
     def reading(self) -> str:
         """The likely cause of the differences, in one sentence."""
         start = self.start
+        if self.recipes is not None:
+            distances = [layer.relative for layer in self.layers]
+            return (
+                f"{self.recipes[0]} against {self.recipes[1]}: the layers differ by {_percent(min(distances))} to "
+                f"{_percent(max(distances))}, and {sum(self.same_token)} of {len(self.same_token)} next tokens agree"
+            )
         if start is None:
             agree = "and every next token agrees" if all(self.same_token) else "yet a near tie picks another token"
             return f"torch and the network agree within {self.tolerance:g}, {agree}"
@@ -86,6 +103,10 @@ class NetworkComparison(Shown):
             return f"the difference grows and passes {self.tolerance:g} at {where}: precision"
         factor = float(f"{self.factor:.1g}")
         return f"the difference jumps by a factor of {factor:,.0f} at {where}: {suspect(start.name)}"
+
+
+def _percent(share: float) -> str:
+    return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def suspect(name: str) -> str:
@@ -114,6 +135,7 @@ def compare(
     *,
     steps: int = 4,
     tolerance: float | None = None,
+    recipes: tuple[str, str] | None = None,
 ) -> NetworkComparison:
     """Run a prompt and ``steps`` more tokens through torch in float32 and through an emitted network.
 
@@ -121,12 +143,13 @@ def compare(
 
     Args:
         emission: The emitted network, with its own weights in its own dtype.
-        config: The model.
+        config: The model as the checkpoint has it, which may be quantized in another way than the network.
         weights: The whole model's tensors by name, as in the checkpoint.
         token_ids: The prompt.
         steps: New tokens after the prompt.
         tolerance: Largest relative difference that counts as agreement; None for what rounding in the network's dtype
             explains.
+        recipes: How the network's weights and those of the checkpoint are quantized, where that differs.
 
     Raises:
         EngineError: for a network of one rank of several.
@@ -155,8 +178,10 @@ def compare(
         logits, ours = list(expected.values())[-1][-1], got[result][0, -1]
         same_token.append(bool(logits.argmax() == ours.argmax()))
         past, ids = past + len(ids), [int(logits.argmax())]
+    if recipes is not None:
+        tolerance = math.inf
     used = TOLERANCES[emission.build.dtype or "float32"] if tolerance is None else tolerance
-    return NetworkComparison(tuple(differences), tuple(same_token), used)
+    return NetworkComparison(tuple(differences), tuple(same_token), used, recipes)
 
 
 class Reference:

@@ -214,6 +214,36 @@ def test_a_comparison_finds_no_difference(quantized, algorithm, cache):
     assert relative[len(relative) // 4] <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "changes", [("W8A16", None), ("FP8", "FP8"), ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "INT8")]
+)
+def test_any_checkpoint_of_the_model_can_be_compared(quantized, changes):
+    """The distance of the logits is that of two sessions in torch, which share no code with the network."""
+    checkpoint, prompt = quantized(*changes), [3, 14, 15, 92, 65, 35]
+    source = loud_checkpoint(CONFIG, channels=(3,), times=8)
+    engine, plain = checkpoint.build(BUILD, plan=False), source.build(BUILD, plan=False)
+    logits = []
+    for each in (engine, plain):
+        with each.session(backend="torch", device="cpu") as session:
+            logits.append(session.logits(prompt))
+    expected = float((logits[0] - logits[1]).norm() / logits[1].norm())
+    comparison = engine.compare(source, prompt, steps=1)
+    # A rounded activation may fall to the other integer in the network, which changes the distance by a few parts.
+    assert comparison.step(0)[-1].relative == pytest.approx(expected, rel=0.1)
+    assert [layer.name for layer in comparison.layers] == [f"transformer.layers.{n}.mlp.proj" for n in (0, 1)]
+    assert all(layer.relative > 0 for layer in comparison.layers)
+    assert comparison.start is None and " against plain weights: the layers differ by " in comparison.reading
+    back = plain.compare(checkpoint, prompt, steps=1)
+    assert back.reading.startswith("plain weights against ")
+    assert plain.compare(source, prompt, steps=1).recipes is None
+
+
+def test_a_comparison_with_another_model_names_what_differs(quantized):
+    other = loud_checkpoint(CONFIG.replace(num_hidden_layers=1, rotary_base=500.0))
+    with pytest.raises(EngineError, match=r"another model.*got num_hidden_layers=1, rotary_base=500\.0; expected num_"):
+        quantized("W8A16", None).build(BUILD, plan=False).compare(other, [3, 4])
+
+
 class KeyScaleForValues(TensorRTOps):
     """Stores and reads the values by the scale of the keys."""
 
