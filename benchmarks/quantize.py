@@ -126,7 +126,7 @@ def compare_peaks(folder: Path, rows: list[list[int]]) -> None:
     print(
         f"LLaMA-2-70B to FP8 on 512 texts of 512 tokens: {large.total / 1e9:.0f} GB predicted, of which hidden states"
     )
-    print(f"{large.hidden / 1e9:.0f} GB; the whole model in both forms, as usual, takes {large.usual / 1e9:.0f} GB")
+    print(f"{large.hidden / 1e9:.0f} GB; with the whole model in both forms it takes {large.at_once / 1e9:.0f} GB")
 
 
 def race_decoding(checkpoint: trtlab.Checkpoint, rows: list[list[int]], runs: int, new_tokens: int) -> None:

@@ -43,11 +43,13 @@ class Shown:
         return html(card(self))
 
 
+LINE, HALF_LINE = "━", "╸"
+
+
 def bar(share: float, width: int = 16) -> str:
-    """A bar for a share between 0 and 1, ``width`` characters long at 1, in steps of an eighth of a character."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    full, rest = divmod(eighths, 8)
-    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+    """A line for a share between 0 and 1, ``width`` characters long at 1, in halves of a character; any share shows."""
+    halves = round(max(0.0, min(1.0, share)) * width * 2) or int(share > 0)
+    return LINE * (halves // 2) + HALF_LINE * (halves % 2)
 
 
 def size(nbytes: float) -> str:
@@ -79,6 +81,7 @@ def share_bars(parts: Sequence[tuple[str, float]]) -> Table:
 
 # GitHub keeps only the align attribute and centres heads; JupyterLab aligns every cell right unless a style is set.
 SIDES = {
+    ("td", "bar"): 'style="text-align:left;color:#88aacc;letter-spacing:-0.1em"',
     ("td", "left"): 'style="text-align:left"',
     ("th", "left"): 'align="left" style="text-align:left"',
     ("td", "right"): 'align="right"',
@@ -132,5 +135,9 @@ def _html_table(table: Table) -> str:
 
 
 def _html_row(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
-    pairs = zip(cells, sides, strict=True)
-    return "<tr>" + "".join(f"<{tag} {SIDES[tag, side]}>{escape(cell)}</{tag}>" for cell, side in pairs) + "</tr>"
+    pairs = [(cell, "bar" if _is_bar(cell) else side) for cell, side in zip(cells, sides, strict=True)]
+    return "<tr>" + "".join(f"<{tag} {SIDES[tag, kind]}>{escape(cell)}</{tag}>" for cell, kind in pairs) + "</tr>"
+
+
+def _is_bar(cell: str) -> bool:
+    return bool(cell) and not cell.strip(LINE + HALF_LINE)

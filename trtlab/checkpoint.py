@@ -172,7 +172,7 @@ class Checkpoint(Shown):
     def quantize(
         self, quant_config: QuantConfig, calibration: Texts | None = None, output_dir: PathLike | None = None
     ) -> QuantizedCheckpoint:
-        """A quantized checkpoint; this checkpoint does not change. The predicted peak of memory is printed first.
+        """A quantized checkpoint; this checkpoint does not change.
 
         Args:
             quant_config: The algorithms.
@@ -182,8 +182,8 @@ class Checkpoint(Shown):
                 and open it.
 
         Raises:
-            QuantizeError: The texts are missing, not needed or useless, or the model is quantized already. Nothing is
-                written then.
+            QuantizeError: The texts are missing, not needed or useless, the model is quantized already, or this machine
+                has too little memory free. Nothing is written then.
         """
         self.require_whole("quantized")
         require(QuantConfig, quant_config, 'QuantConfig(quant_algo="W8A16")')
@@ -205,7 +205,7 @@ class Checkpoint(Shown):
     def _prepare(self, quant_config: QuantConfig, calibration: Texts | None, *, in_memory: bool) -> Quantization:
         tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
         quantization = prepare(self.config, self.tensors, tokenizer, quant_config, calibration)
-        print(quantization.peak(in_memory=in_memory))
+        quantization.peak(in_memory=in_memory).require_room()
         return quantization
 
     def _quantize_to(self, folder: Path, quantization: Quantization) -> QuantizedCheckpoint:

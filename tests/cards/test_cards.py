@@ -10,6 +10,8 @@ from trtlab import tiny
 from trtlab.card import Card, Shown, Table, bar, count, html, size, text
 from trtlab.published import SHAPES, V100
 
+from ..models import normal_weights, random_texts, small_config
+
 
 @pytest.fixture(scope="module")
 def objects():
@@ -90,6 +92,74 @@ def test_counts_are_decimal(number, shown):
     assert count(number) == shown
 
 
-@pytest.mark.parametrize(("share", "shown"), [(0, ""), (1, "████"), (0.5, "██"), (2, "████"), (-1, ""), (1 / 32, "▏")])
-def test_bars_have_eighths_and_stay_in_range(share, shown):
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0, ""), (1, "━━━━"), (0.5, "━━"), (2, "━━━━"), (-1, ""), (3 / 8, "━╸"), (1e-9, "╸")]
+)
+def test_bars_have_halves_and_stay_in_range(share, shown):
     assert bar(share, 4) == shown
+
+
+def test_a_bar_is_no_black_block_in_html():
+    shown = html(Card("t", tables=(Table(("name", ""), (("a", bar(0.3)), ("b", ""))),)))
+    assert re.search(r'<td style="[^"]*color:#\w+[^"]*">━', shown)
+    assert "█" not in shown
+
+
+def checkpoint_of(**changes):
+    config = small_config(**changes)
+    return trtlab.Checkpoint.from_weights(config, normal_weights(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": 64},
+        {"max_position_embeddings": 4096},
+        {"max_position_embeddings": 4096, "sliding_window": 48},
+    ],
+)
+def test_the_next_line_of_a_checkpoint_works(changes):
+    checkpoint = checkpoint_of(**changes)
+    call = trtlab.card(checkpoint).next
+    length = min(2048, *changes.values())
+    assert call == f"engine = checkpoint.build(BuildConfig(max_batch_size=8, max_seq_len={length}))"
+    call = call.removeprefix("engine = ").replace("))", "), plan=False)")
+    eval(call, {"checkpoint": checkpoint, "BuildConfig": trtlab.BuildConfig}).close()
+
+
+def test_the_next_line_of_what_becomes_no_plan_builds_without_one():
+    config = small_config(hidden_size=64, head_size=16, intermediate_size=64)
+    plain = trtlab.Checkpoint.from_weights(config, normal_weights(config))
+    quant = trtlab.QuantConfig("W4A8_AWQ", group_size=64)
+    quantized = plain.quantize(quant, calibration=random_texts((9,)))
+    calls = trtlab.card(quantized).next
+    call = calls[calls.index("checkpoint.build(") :]
+    assert call == "checkpoint.build(BuildConfig(max_batch_size=8, max_seq_len=64), plan=False)"
+    eval(call, {"checkpoint": quantized, "BuildConfig": trtlab.BuildConfig}).close()
+
+
+def test_what_was_opened_shows_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    checkpoint = checkpoint_of()
+    assert "folder" not in dict(trtlab.card(checkpoint).facts)
+    for place, shown in (("here", "here"), (tmp_path.parent / "home" / "it", "~/it"), (tmp_path.parent / "x", "")):
+        monkeypatch.setenv("HOME", str(tmp_path.parent / "home"))
+        saved = trtlab.Checkpoint.load(checkpoint.save(place))
+        opened = trtlab.Engine.load(saved.build(plan=False).save(f"{place}_engine"))
+        assert dict(trtlab.card(saved).facts)["folder"] == (shown or str(place))
+        assert dict(trtlab.card(opened).facts)["folder"] == f"{shown or place}_engine"
+
+
+def test_both_sizes_of_the_cache_are_said():
+    """An engine in bfloat16 stores half of what a session on a CPU, which computes in float32, allocates."""
+    checkpoint = checkpoint_of(dtype="bfloat16", num_key_value_heads=4)
+    with checkpoint.build(trtlab.BuildConfig(max_seq_len=33), plan=False) as engine:
+        rows = {row[0]: row[1] for row in trtlab.card(engine).tables[0].rows}
+        with engine.session(backend="torch", device="cpu") as session:
+            pool = dict(trtlab.card(session).facts)["KV pool"]
+            assert size(session.kv_cache.pool.nbytes) == rows["KV cache on a CPU, in float32"] == "256.00 KiB"
+    assert rows["KV cache of 512 tokens in bfloat16, each rank"] == "128.00 KiB"
+    assert "256.00 KiB in float32, where the engine has bfloat16" in pool
+    with checkpoint_of().build(plan=False) as engine, engine.session(backend="torch", device="cpu") as session:
+        assert "float32" not in dict(trtlab.card(session).facts)["KV pool"]

@@ -1,11 +1,13 @@
 """The tensors of a quantized checkpoint, the same after saving, splitting over ranks and both ways of writing."""
 
+import ast
 import json
 
 import pytest
 import torch
 
 from trtlab import Checkpoint, ConfigError, Mapping, QuantConfig, QuantizedCheckpoint, TrtlabError
+from trtlab.card import card, size
 from trtlab.storage.files import TensorFile
 
 from .conftest import CONFIG, EVERY_CONFIG, random_checkpoint
@@ -56,9 +58,13 @@ def test_writing_layer_by_layer_gives_the_same_bytes(checkpoint, texts, tmp_path
     on_disk = quantize(checkpoint, texts, quant, output_dir=tmp_path / "ckpt")
     assert_same(in_memory, on_disk)
     assert on_disk.report == in_memory.report
-    shown = capsys.readouterr().out
-    assert shown.count("peak about") == 2
-    assert "whole model in both forms" in shown
+    assert capsys.readouterr() == ("", ""), "quantize is quiet: its card shows the memory that it took"
+    for quantized in (in_memory, on_disk):
+        peak = quantized.made_by.peak(in_memory=quantized is in_memory)
+        shown = f"{size(peak.total)} while it was quantized; with the whole model in both forms {size(peak.at_once)}"
+        assert dict(card(quantized).facts)["memory"] == shown
+        assert peak.total < peak.at_once
+    assert "memory" not in dict(card(Checkpoint.load(tmp_path / "ckpt")).facts)
 
 
 def test_a_tied_model_is_written_with_one_table(texts, tmp_path):
@@ -129,7 +135,9 @@ def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
 
 def test_groups_that_do_not_divide_over_ranks_name_what_would(checkpoint, texts, tmp_path):
     quantized = quantize(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
-    with pytest.raises(ConfigError, match="64 inputs, which groups of 128 do not divide; use group_size=64"):
+    with pytest.raises(
+        ConfigError, match="64 inputs on each of 4 ranks, which groups of 128 do not divide; use group_size=64"
+    ):
         quantized.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
 
 
@@ -137,6 +145,26 @@ def test_groups_that_do_not_divide_are_refused_before_anything_runs(texts):
     odd = random_checkpoint(CONFIG.replace(intermediate_size=172))
     with pytest.raises(ConfigError, match=r"mlp\.proj has 172 inputs, which groups of 64 do not divide"):
         odd.quantize(recipe("W4A16_AWQ", None), calibration=texts)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*.0.mlp.fc",)])
+def test_the_pattern_that_is_proposed_for_a_width_without_groups_works(texts, exclude):
+    odd = random_checkpoint(CONFIG.replace(intermediate_size=172))
+    with pytest.raises(ConfigError) as caught:
+        odd.quantize(recipe("W4A16_AWQ", None, exclude_modules=exclude), calibration=texts)
+    proposed = caught.value.remedy.partition("exclude_modules=")[2].partition(", or W8A16")[0]
+    assert ast.literal_eval(proposed) == (*exclude, "*.mlp.proj")
+    quant = recipe("W4A16_AWQ", None, exclude_modules=ast.literal_eval(proposed))
+    rows = odd.quantize(quant, calibration=texts).report.linears
+    assert rows and not [row.name for row in rows if row.name.endswith("mlp.proj")]
+
+
+def test_where_groups_divide_no_width_another_algorithm_is_proposed(texts):
+    odd = random_checkpoint(CONFIG.replace(hidden_size=40, head_size=10, intermediate_size=172))
+    words = r"attention\.qkv has 40 inputs.*do not divide; use W8A16, which has no groups$"
+    with pytest.raises(ConfigError, match=words):
+        odd.quantize(recipe("W4A16_AWQ", None), calibration=texts)
+    assert odd.quantize(recipe("W8A16", None)).report.linears
 
 
 def test_an_interrupted_quantization_leaves_the_old_folder(checkpoint, texts, tmp_path, monkeypatch):

@@ -3,9 +3,10 @@
 import gc
 import weakref
 
+import pytest
 import torch
 
-from trtlab import QuantConfig
+from trtlab import QuantConfig, QuantizeError
 from trtlab.model.tensor_specs import tensor_specs
 from trtlab.published import SHAPES
 from trtlab.quantize.peak import predict
@@ -19,8 +20,20 @@ def test_70_billion_parameters_need_a_fraction_of_the_usual_210_gigabytes():
     tensors = {n: LazyTensor(s.shape, torch.float16, lambda: torch.empty(0)) for n, s in tensor_specs(config).items()}
     fp8 = config.replace(quantization=QuantConfig("FP8"))
     peak = predict(fp8, tensors, batches([[0] * 512] * 512), in_memory=False)
-    assert 200e9 < peak.usual < 212e9
+    assert 200e9 < peak.whole_model < 212e9 < peak.at_once
     assert peak.total < 25e9
+
+
+def test_a_quantization_that_does_not_fit_is_refused_before_a_weight_is_read(checkpoint, monkeypatch, tmp_path):
+    def refuse():
+        raise AssertionError("a weight was read")
+
+    unread = {name: LazyTensor(t.shape, t.dtype, refuse) for name, t in checkpoint.tensors.items()}
+    monkeypatch.setattr("trtlab.quantize.peak.free_bytes", lambda: 10_000)
+    for where, words in (({}, "give output_dir, fewer texts"), ({"output_dir": tmp_path / "x"}, "give fewer texts")):
+        with pytest.raises(QuantizeError, match=rf"quantizing takes about .*this machine has free; {words}"):
+            type(checkpoint)(checkpoint.config, unread, "unread").quantize(QuantConfig("W8A16"), **where)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_layer_is_freed_before_the_next_is_read(checkpoint, texts, monkeypatch):

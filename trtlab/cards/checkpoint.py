@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from trtlab.card import Card, Table, bar, card, count, size
-from trtlab.cards.phrases import attention_phrase, position_phrase
+from trtlab.cards.phrases import attention_phrase, build_call, folder_facts, position_phrase
 from trtlab.checkpoint import Checkpoint
 from trtlab.storage.lazy import LazyTensor
 
@@ -16,18 +16,20 @@ from trtlab.storage.lazy import LazyTensor
 def checkpoint_card(checkpoint: Checkpoint) -> Card:
     """A checkpoint: its model, its bytes by kind of tensor, its attention and its positions."""
     config = checkpoint.config
+    whole = checkpoint.rank is None or len(checkpoint.mapping.ranks) == 1
     part = "" if checkpoint.rank is None else f" · rank {checkpoint.rank} of {checkpoint.mapping.world_size}"
     return Card(
         f"Checkpoint · {config.architecture} · {config.dtype}{part}",
         (
             ("from", checkpoint.source),
+            *folder_facts(checkpoint.folder),
             ("weights", _weights(checkpoint.tensors.values())),
             ("attention", attention_phrase(config)),
             ("positions", position_phrase(config)),
             ("KV cache", f"{size(config.kv_bytes_per_token)} a token"),
         ),
         (_tensor_table(checkpoint.tensors),),
-        next="engine = checkpoint.build(BuildConfig(max_batch_size=8, max_seq_len=2048))",
+        next=f"engine = {build_call(config)}" if whole else "Checkpoint.load(folder), without rank=, to build it",
     )
 
 

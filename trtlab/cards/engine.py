@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from trtlab.card import Card, Table, bar, card, size
-from trtlab.cards.phrases import bounds_phrase
+from trtlab.cards.phrases import bounds_phrase, folder_facts
 from trtlab.engine import Engine
+from trtlab.memory.estimate import pool_tokens
 from trtlab.tensorrt.build.plan import PlanRecord
 
 
@@ -15,6 +18,7 @@ def engine_card(engine: Engine) -> Card:
     split = f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size}" if len(mapping.ranks) > 1 else "one rank"
     facts = (
         ("from", engine.source),
+        *folder_facts(engine.folder),
         ("bounds", bounds_phrase(build)),
         ("ranks", split),
         *(_plan_facts(engine.plans.records) if engine.plans else (("plan", "none: this engine runs in torch"),)),
@@ -25,7 +29,7 @@ def engine_card(engine: Engine) -> Card:
         f"Engine · {config.architecture} · {config.dtype}{closed}",
         facts,
         (_memory_table(engine),) if engine.ranks else (),
-        next="session = engine.session()",
+        next="" if engine.closed else "session = engine.session()",
     )
 
 
@@ -44,11 +48,14 @@ def _plan_facts(records: tuple[PlanRecord, ...]) -> tuple[tuple[str, str], ...]:
 
 def _memory_table(engine: Engine) -> Table:
     """Weights and KV cache of each rank, for the bounds of the build."""
-    build = engine.build_config
-    tokens = build.max_batch_size * build.seq_len
-    kv = engine.config.kv_bytes_per_token * tokens / len(engine.mapping.ranks)
+    tokens, config = pool_tokens(engine.build_config), engine.config
+    kv = config.kv_bytes_per_token * tokens / len(engine.mapping.ranks)
     weights = [sum(t.nbytes for t in tensors.values()) for tensors in engine.ranks]
     largest = max([*weights, kv])
     rows = [(f"weights, rank {rank}", size(nbytes), bar(nbytes / largest)) for rank, nbytes in enumerate(weights)]
-    rows.append((f"KV cache of {tokens:,} tokens, each rank", size(kv), bar(kv / largest)))
+    stored = config.quantization.kv_cache_quant_algo or config.dtype
+    rows.append((f"KV cache of {tokens:,} tokens in {stored}, each rank", size(kv), bar(kv / largest)))
+    wide = torch.float32.itemsize / config.torch_dtype.itemsize
+    if wide != 1 and stored == config.dtype:
+        rows.append(("KV cache on a CPU, in float32", size(kv * wide), bar(kv * wide / largest)))
     return Table(("memory", " bytes", ""), tuple(rows))

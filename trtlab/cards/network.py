@@ -66,7 +66,7 @@ def _tensor(tensor: NetworkTensor) -> tuple[str, str, str]:
 
 @card.register
 def network_comparison_card(comparison: NetworkComparison) -> Card:
-    """The diagnosis, and the differences over the prompt, layer by layer, as logarithmic bars."""
+    """The diagnosis, and the differences over the prompt, layer by layer, as logarithmic lines."""
     rows = tuple(_difference(d, comparison.tolerance) for d in _shown(comparison))
     agree = sum(comparison.same_token)
     return Card(
@@ -74,7 +74,7 @@ def network_comparison_card(comparison: NetworkComparison) -> Card:
         (
             ("reading", comparison.reading),
             ("next tokens", f"{agree} of {len(comparison.same_token)} agree"),
-            ("tolerance", f"{comparison.tolerance:g}, relative"),
+            *((("tolerance", f"{comparison.tolerance:g}, relative"),) if comparison.recipes is None else ()),
         ),
         (Table(("prompt: result", " relative", "1e-8 to 1", ""), rows),),
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from math import prod
 
-from trtlab.card import Card, Table, bar, card, size
+from trtlab.card import Card, Table, bar, card, share_bars, size
+from trtlab.cards.phrases import build_call, folder_facts
 from trtlab.checkpoint import QuantizedCheckpoint
 from trtlab.config.quant import QuantConfig
 from trtlab.model.quantized_specs import TensorSpec
 from trtlab.model.scales import INT8
 from trtlab.model.tensor_specs import tensor_specs
 from trtlab.quantize.kv_cache import effective_bits
-from trtlab.quantize.report import QuantizationReport
+from trtlab.quantize.peak import Peak
+from trtlab.quantize.report import LinearReport, QuantizationReport
 
 MOST_NOISE = 5  # linears with the lowest signal-to-noise ratio
 
@@ -27,11 +30,13 @@ def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
     part = "" if checkpoint.rank is None else f" · rank {checkpoint.rank} of {checkpoint.mapping.world_size}"
     facts = [
         ("from", checkpoint.source),
+        *folder_facts(checkpoint.folder),
         ("linears", _linears(quant)),
         ("KV cache", _cache(quant)),
         ("excluded", ", ".join(quant.exclude_modules)),
         ("weights", f"{size(before)} before, {size(after)} now ({after / before:.0%})"),
         ("KV a token", f"{size(plain.kv_bytes_per_token)} before, {size(config.kv_bytes_per_token)} now"),
+        ("memory", _peak(checkpoint)),
         ("report", "" if report else "none: quantize() makes it"),
     ]
     return Card(
@@ -42,7 +47,7 @@ def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
             [
                 *(["checkpoint.report"] if report else []),
                 *(["trtlab.widgets.ScaleExplorer(checkpoint)"] if checkpoint.made_by else []),
-                "checkpoint.build()",
+                build_call(config),
             ]
         ),
     )
@@ -50,6 +55,13 @@ def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
 
 def _nbytes(specs: Iterable[TensorSpec], itemsize: int) -> int:
     return sum(prod(spec.shape) * (spec.dtype.itemsize if spec.dtype else itemsize) for spec in specs)
+
+
+def _peak(checkpoint: QuantizedCheckpoint) -> str:
+    if checkpoint.made_by is None:
+        return ""
+    peak = checkpoint.made_by.peak(in_memory=checkpoint.folder is None)
+    return f"{size(peak.total)} while it was quantized; with the whole model in both forms {size(peak.at_once)}"
 
 
 def _linears(quant: QuantConfig) -> str:
@@ -72,10 +84,29 @@ def _cache(quant: QuantConfig) -> str:
 
 def _worst(report: QuantizationReport) -> Table:
     rows = tuple(
-        (row.name.removeprefix("transformer."), f"{row.snr_db:.1f}", bar(row.snr_db / 60), size(row.bytes_saved))
-        for row in report.worst(MOST_NOISE)
+        (row.name.removeprefix("transformer."), f"{row.snr_db:.1f}", bar(noise), size(row.bytes_saved))
+        for row, noise in _noise(report, MOST_NOISE)
     )
-    return Table(("most noise", " SNR dB", "", " saved"), rows)
+    return Table(("most noise", " SNR dB", "noise", " saved"), rows)
+
+
+def _noise(report: QuantizationReport, count: int) -> list[tuple[LinearReport, float]]:
+    """The linears with the most noise, and the amplitude of each one's noise relative to the largest."""
+    rows = report.worst(count)
+    return [(row, 10 ** ((rows[0].snr_db - row.snr_db) / 20) if math.isfinite(row.snr_db) else 0.0) for row in rows]
+
+
+@card.register
+def peak_card(peak: Peak) -> Card:
+    """The predicted memory of a quantization by its parts, and what it would be with the whole model in memory."""
+    parts = (
+        ("one layer in both forms", peak.layer),
+        ("hidden states of the texts", peak.hidden),
+        ("statistics of one layer", peak.statistics),
+        ("the result", peak.kept),
+    )
+    facts = (("together", size(peak.total)), ("with the whole model in both forms", size(peak.at_once)))
+    return Card("Predicted memory of a quantization", facts, (share_bars([(name, float(n)) for name, n in parts]),))
 
 
 @card.register
@@ -98,16 +129,16 @@ def _worst_table(report: QuantizationReport) -> Table:
         (
             row.name.removeprefix("transformer."),
             f"{row.snr_db:.1f}",
-            bar(row.snr_db / 60),
+            bar(noise),
             f"{row.cosine:.5f}",
             f"{row.saturation:.2%}",
             _ratio(row.outliers_before),
             _ratio(row.outliers_after),
             "" if row.alpha is None else f"{row.alpha:.2f}",
         )
-        for row in report.worst(8)
+        for row, noise in _noise(report, 8)
     )
-    heads = ("linear", " SNR dB", "", " cosine", " at range end", " outliers", " after smoothing", " alpha")
+    heads = ("linear", " SNR dB", "noise", " cosine", " at range end", " outliers", " after smoothing", " alpha")
     return Table(heads, rows, "the linears with the lowest signal-to-noise ratio")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trtlab.card import Card, card, size
 from trtlab.cards.phrases import bounds_phrase
+from trtlab.config.model import ModelConfig
 from trtlab.runtime.pool_size import PoolSize
 from trtlab.session.request import Completion, Request
 from trtlab.session.session import Session
@@ -18,7 +19,7 @@ def session_card(session: Session) -> Card:
         (
             ("backend", session.backend_reason),
             ("bounds", bounds_phrase(build)),
-            ("KV pool", _pool(session.kv_cache.pool)),
+            ("KV pool", _pool(session.kv_cache.pool, session.engine.config)),
             ("requests", f"{session.running} running, {session.waiting} waiting"),
             ("tokenizer", "in the engine's folder" if session.engine.tokenizer_dir else "none: give token ids"),
         ),
@@ -26,8 +27,11 @@ def session_card(session: Session) -> Card:
     )
 
 
-def _pool(pool: PoolSize) -> str:
-    return f"{pool.num_blocks:,} blocks of {pool.tokens_per_block} tokens, {size(pool.nbytes)}, by {pool.winner}"
+def _pool(pool: PoolSize, config: ModelConfig) -> str:
+    """The pool's size; and why it is larger than the engine's card says, where a CPU stores the cache in float32."""
+    wide = pool.block_bytes > pool.tokens_per_block * config.kv_bytes_per_token
+    note = f" in float32, where the engine has {config.dtype}" if wide and config.dtype != "float32" else ""
+    return f"{pool.num_blocks:,} blocks of {pool.tokens_per_block} tokens, {size(pool.nbytes)}{note}, by {pool.winner}"
 
 
 @card.register

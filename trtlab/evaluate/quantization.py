@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,8 +67,7 @@ def compare_recipes(
         expected = [original.logits(row) for row in ids]
         rows = [_measure("as it was", None, checkpoint, original, ids, expected, questions)]
     for quant in recipes:
-        with contextlib.redirect_stdout(io.StringIO()):  # the predicted peak, a line for each recipe
-            quantized = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
+        quantized = checkpoint.quantize(quant, calibration=calibration if quant.reads_texts else None)
         with open_model(quantized) as session:
             rows.append(_measure(recipe_title(quant), quant, quantized, session, ids, expected, questions))
     return RecipeComparison(tuple(rows))

@@ -9,10 +9,7 @@ import torch
 
 from trtlab.config.algorithms import Algorithm
 from trtlab.config.model import ModelConfig
-from trtlab.config.quant import GROUP_SIZES
-from trtlab.errors import ConfigError
 from trtlab.model.blocks import LinearSite
-from trtlab.model.names import layer_name
 from trtlab.model.scales import FLOAT8
 
 
@@ -82,13 +79,8 @@ ONE = TensorSpec((1,), dtype=torch.float32)
 def quantized_specs(
     config: ModelConfig, layer: int, site: LinearSite, plain: TensorSpec, algorithm: Algorithm
 ) -> Specs:
-    """The tensors that replace one linear's ``plain`` weight, by their names within the layer.
-
-    Raises ConfigError when quantization groups do not divide the linear's inputs.
-    """
+    """The tensors that replace one linear's ``plain`` weight, by their names within the layer."""
     out, width = plain.shape
-    if algorithm.grouped:
-        check_groups(layer_name(layer, site.part), width, config.quantization.group_size)
     return _SPECS[algorithm.family](_Linear(site, layer, out, width, config, algorithm), plain)
 
 
@@ -186,14 +178,3 @@ def kv_scale_specs(config: ModelConfig) -> Specs:
     per_head = len(algorithm.tensors) == 2 and config.quantization.kv_cache_scales == "per_head"
     shape, split = ((config.num_key_value_heads,), "kv_heads") if per_head else ((1,), None)
     return {name: TensorSpec(shape, split, dtype=torch.float32) for name in algorithm.tensors}
-
-
-def check_groups(what: str, width: int, group_size: int) -> None:
-    """Raise ConfigError when ``group_size`` does not divide the inputs of a linear; it names the sizes that do."""
-    if width % group_size == 0:
-        return
-    sizes = [str(size) for size in GROUP_SIZES if width % size == 0]
-    raise ConfigError(
-        f"{what} has {width} inputs, which groups of {group_size} do not divide",
-        remedy=f"use group_size={' or '.join(sizes)}" if sizes else "exclude it with exclude_modules, or use W8A16",
-    )

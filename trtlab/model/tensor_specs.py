@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import GROUP_SIZES
 from trtlab.errors import ConfigError
 from trtlab.model.blocks import LinearSite, layer_plan
 from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name
-from trtlab.model.quantized_specs import TensorSpec, check_groups, kv_scale_specs, quantized_specs
+from trtlab.model.quantized_specs import TensorSpec, kv_scale_specs, quantized_specs
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a whole model by name, embedding first, head last; a tied model has no separate head."""
+    """Every tensor of a whole model by name, embedding first, head last; a tied model has no separate head.
+
+    Raises ConfigError when quantization groups do not divide the inputs of a linear.
+    """
+    _check_groups(config)
     table_shape = (config.vocab_size, config.hidden_size)
     specs = {EMBEDDING: TensorSpec(table_shape, "embedding")}
     if not config.uses_rotary:
@@ -87,10 +92,33 @@ def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
             "INT4 packs two rows in a byte",
             remedy="use a smaller tp_size",
         )
-    if not algorithm.grouped:
+    _check_groups(config, tp)
+
+
+def _check_groups(config: ModelConfig, tp_size: int = 1) -> None:
+    """Raise ConfigError when groups do not divide the inputs of a linear, with a size or a pattern that works."""
+    quant = config.quantization
+    if quant.algorithm is None or not quant.algorithm.grouped:
         return
-    for site in layer_plan(config).linears:
-        layers = range(config.num_hidden_layers)
-        if site.cuts_input and any(config.quantization.algorithm_of(layer_name(n, site.part)) for n in layers):
-            width = linear_shape(config, site)[1] // tp
-            check_groups(f"{site.part} on each of {tp} ranks", width, config.quantization.group_size)
+    layers = range(config.num_hidden_layers)
+    widths = {
+        site.part: linear_shape(config, site)[1] // (tp_size if site.cuts_input else 1)
+        for site in layer_plan(config).linears
+        if any(quant.algorithm_of(layer_name(layer, site.part)) for layer in layers)
+    }
+    undivided = [part for part, width in widths.items() if width % quant.group_size]
+    if not undivided:
+        return
+    sizes = [str(size) for size in GROUP_SIZES if not any(width % size for width in widths.values())]
+    patterns = (*quant.exclude_modules, *(f"*.{part}" for part in undivided))
+    if sizes:
+        remedy = f"use group_size={' or '.join(sizes)}"
+    elif len(undivided) < len(widths):
+        remedy = f"use exclude_modules={patterns!r}, or W8A16, which has no groups"
+    else:
+        remedy = "use W8A16, which has no groups"
+    part = undivided[0]
+    where = f" on each of {tp_size} ranks" if tp_size > 1 else ""
+    raise ConfigError(
+        f"{part} has {widths[part]} inputs{where}, which groups of {quant.group_size} do not divide", remedy=remedy
+    )

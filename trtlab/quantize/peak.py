@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trtlab.card import size
+from trtlab.card import Shown, size
 from trtlab.config.model import ModelConfig
+from trtlab.errors import QuantizeError
+from trtlab.hardware import free_bytes
 from trtlab.model.blocks import layer_plan
 from trtlab.model.names import EMBEDDING, layer_name
 from trtlab.model.tensor_specs import tensor_specs
@@ -19,35 +21,41 @@ FLOAT = 4  # bytes: layers are computed in float32
 WORKING_COPIES = 4  # of the largest linear, while its scales are searched
 
 
-@dataclass(frozen=True)
-class Peak:
+@dataclass(frozen=True, repr=False)
+class Peak(Shown):
     """Predicted bytes in addition to what the process already holds.
 
     ``layer`` is one layer in both forms, ``hidden`` the hidden states of all texts, ``statistics`` those of one layer,
-    ``kept`` the result if it stays in memory. ``usual`` is for comparison: the whole model in its own dtype and its
-    quantized copy at once.
+    ``kept`` the result if it stays in memory. ``whole_model`` is for comparison: all weights in their own dtype and
+    their quantized copy.
     """
 
     layer: int
     hidden: int
     statistics: int
     kept: int
-    usual: int
+    whole_model: int
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
         return self.layer + self.hidden + self.statistics + self.kept
 
-    def __str__(self) -> str:
-        parts = [
-            f"one layer in both forms {size(self.layer)}",
-            f"hidden states {size(self.hidden)}",
-            f"statistics {size(self.statistics)}",
-        ]
-        if self.kept:
-            parts.append(f"the result {size(self.kept)}")
-        return f"peak about {size(self.total)} ({', '.join(parts)}); whole model in both forms: {size(self.usual)}"
+    @property
+    def at_once(self) -> int:
+        """The same work with the whole model in memory in both forms."""
+        return self.layer + self.hidden + self.statistics + self.whole_model
+
+    def require_room(self) -> None:
+        """Raise QuantizeError when this machine has less memory free."""
+        free = free_bytes()
+        if free and self.total > free:
+            raise QuantizeError(
+                f"quantizing takes about {size(self.total)}: {size(self.layer)} for one layer in both forms, "
+                f"{size(self.hidden + self.statistics)} for calibration, {size(self.kept)} for the result",
+                expected=f"at most {size(free)}, which this machine has free",
+                remedy=f"give {'output_dir, ' if self.kept else ''}fewer texts or shorter ones",
+            )
 
 
 def predict(
@@ -74,7 +82,7 @@ def predict(
         hidden=tokens * config.hidden_size * FLOAT + _activations(config, texts),
         statistics=_statistics(config, linears, texts),
         kept=sum(results.values()) if in_memory else 0,
-        usual=sum(tensor.nbytes for tensor in tensors.values()) + sum(results.values()),
+        whole_model=sum(tensor.nbytes for tensor in tensors.values()) + sum(results.values()),
     )
 
 
