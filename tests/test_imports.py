@@ -26,7 +26,7 @@ FLOORS = """
     memory
     convert runtime
     quantize tensorrt
-    machine session engine_config engine_weights weight_source
+    machine session engine_config engine_command engine_weights weight_source
     engine
     checkpoint
     published

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.kinds import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
+from trtlab.engine_command import build_command
 from trtlab.engine_config import REMEDY as BUILD_AGAIN
 from trtlab.engine_config import read_engine_file
 from trtlab.engine_weights import Digests, save_weights, verify_weights
@@ -49,8 +49,6 @@ from trtlab.version import VERSION
 from trtlab.weight_source import WeightSource, require_same_model
 
 logger = logging.getLogger("trtlab")
-
-MODELS_OWN = ("max_seq_len", "dtype")  # bounds that a command names, as their defaults depend on the model
 
 
 @public
@@ -241,18 +239,9 @@ class Engine(Shown):
 
     def command(self) -> str:
         """The command line that builds this engine; capitals stand for folders that this engine does not know."""
-        bounds = self.build_config
-        usual = BuildConfig(max_seq_len=bounds.max_seq_len).resolve(self.config)
-        words = ["trtlab", "build", "--checkpoint_dir", str(self.checkpoint_dir or "CHECKPOINT_DIR")]
-        words += ["--output_dir", str(self.folder or "ENGINE_DIR")]
-        for field in dataclasses.fields(bounds):
-            value = getattr(bounds, field.name)
-            if field.name == "notes" or (value == getattr(usual, field.name) and field.name not in MODELS_OWN):
-                continue
-            words.append(f"--{field.name}")
-            if value is not True:
-                words += [str(item) for item in (value if isinstance(value, tuple) else (value,))]
-        return shlex.join(words + ["--no_plan"] * (self.plans is None))
+        return build_command(
+            self.config, self.build_config, self.checkpoint_dir, self.folder, plan=self.plans is not None
+        )
 
     def close(self) -> None:
         """Release the weights and the plans; a second call does nothing."""
