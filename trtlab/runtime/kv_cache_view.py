@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from trtlab.card import Shown
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import Block
@@ -14,13 +12,10 @@ from trtlab.runtime.scheduler import Scheduler
 class KvCache(Shown):
     """A live view of the pool: every property gives the present state."""
 
-    def __init__(
-        self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler, exclusive: AbstractContextManager[None]
-    ) -> None:
+    def __init__(self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler) -> None:
         self.pool = pool
         self._blocks = blocks
         self._scheduler = scheduler
-        self._exclusive = exclusive
 
     @property
     def reuse_enabled(self) -> bool:
@@ -104,7 +99,6 @@ class KvCache(Shown):
 
     def clear(self) -> int:
         """Drop the cached blocks that no request uses; returns their number."""
-        with self._exclusive:
-            dropped = self._blocks.cached
-            self._blocks.forget()
-            return dropped
+        dropped = self._blocks.cached
+        self._blocks.forget()
+        return dropped
