@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +24,14 @@ from trtlab import (
     ConfigError,
     Mapping,
     ModelConfig,
+    QuantConfig,
+    QuantizedCheckpoint,
     RotaryScaling,
     TrtlabError,
 )
+from trtlab.tiny.meta import write_meta_ckpt
 
-from .models import normal_weights, small_config
+from .models import normal_checkpoint, normal_weights, small_config
 
 
 def model_config(**changes) -> ModelConfig:
@@ -390,3 +397,78 @@ def write_shards(folder: Path) -> tuple[int, int, int]:
     (folder / "config.json").write_text(json.dumps(config))
     sizes = [(folder / file).stat().st_size for file in files]
     return len(files), max(sizes), sum(sizes)
+
+
+# --- pickles
+
+
+OTHER_PROCESS = """
+import hashlib, os, pickle, sys
+import torch
+os.chdir("/")
+checkpoint = pickle.load(sys.stdin.buffer)
+print(type(checkpoint).__name__, checkpoint.config.dtype, checkpoint.config.max_position_embeddings, checkpoint.rank)
+digest = hashlib.sha256()
+for name in sorted(checkpoint.tensors):
+    digest.update(checkpoint.tensors[name].read().contiguous().view(torch.uint8).numpy().data)
+print(digest.hexdigest())
+"""
+
+
+def opened_in_each_way(random_model, tmp_path):
+    """Checkpoints from every kind of folder, each with arguments of its own."""
+    whole = Checkpoint.from_hugging_face(random_model())
+    yield Checkpoint.from_hugging_face(random_model(), dtype="bfloat16")
+    yield Checkpoint.load(whole.save(tmp_path / "one"))
+    yield Checkpoint.load(whole.save(tmp_path / "two", Mapping(tp_size=2)), rank=1)
+    yield whole.quantize(QuantConfig(quant_algo="W8A16"), output_dir=tmp_path / "quantized")
+    yield QuantizedCheckpoint.load(tmp_path / "quantized")
+
+
+def test_a_pickle_holds_the_path_and_opens_the_same_checkpoint_in_another_process(random_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for checkpoint in opened_in_each_way(random_model, Path()):
+        content = pickle.dumps(checkpoint)
+        assert len(content) < 3000
+        process = subprocess.run([sys.executable, "-c", OTHER_PROCESS], input=content, capture_output=True, check=True)
+        words, digest = process.stdout.decode().splitlines()
+        config = checkpoint.config
+        assert words == f"{type(checkpoint).__name__} {config.dtype} {config.max_position_embeddings} {checkpoint.rank}"
+        expected = hashlib.sha256()
+        for name in sorted(checkpoint.tensors):
+            expected.update(checkpoint.tensors[name].read().contiguous().view(torch.uint8).numpy().data)
+        assert digest == expected.hexdigest()
+
+
+def test_a_pickle_of_a_quantized_checkpoint_keeps_its_report(random_model, tmp_path):
+    *_, quantized, _ = opened_in_each_way(random_model, tmp_path)
+    again = pickle.loads(pickle.dumps(quantized))
+    assert again.report == quantized.report and again.made_by is None
+
+
+def test_a_pickle_of_a_meta_folder_keeps_its_arguments(random_model, tmp_path):
+    write_meta_ckpt(random_model(), tmp_path / "meta")
+    checkpoint = Checkpoint.from_meta_ckpt(tmp_path / "meta", dtype="float16", max_position_embeddings=77)
+    assert pickle.loads(pickle.dumps(checkpoint)).config == checkpoint.config
+
+
+def test_a_checkpoint_in_memory_cannot_be_pickled_and_is_its_own_copy(random_model):
+    checkpoint = normal_checkpoint(model_config())
+    stored = Checkpoint.from_hugging_face(random_model())
+    quantized = checkpoint.quantize(QuantConfig(quant_algo="W8A16"))
+    for held in (checkpoint, quantized, dataclasses.replace(stored, tensors={})):
+        with pytest.raises(CheckpointError, match=rf"a {type(held).__name__} in memory.*; save\(\) it, and pickle"):
+            pickle.dumps(held)
+        assert copy.copy(held) is held and copy.deepcopy(held) is held
+
+
+def test_a_pickle_of_a_folder_that_has_changed_or_gone_is_refused(tmp_path):
+    folder = normal_checkpoint(model_config()).save(tmp_path / "ckpt")
+    content = pickle.dumps(Checkpoint.load(folder))
+    assert pickle.loads(content).config == model_config()
+    Checkpoint.from_weights(model_config(), normal_weights(model_config(), seed=1)).save(folder)
+    with pytest.raises(CheckpointError, match=r"ckpt has changed since.*; open it, and pickle it again"):
+        pickle.loads(content)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="ckpt is not a folder: there is nothing of that name"):
+        pickle.loads(content)

@@ -41,17 +41,19 @@ from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.storage.files import TensorFile, replacing, write_safetensors
 from trtlab.storage.lazy import LazyTensor, in_memory
+from trtlab.storage.opening import Opening, Reopenable
 from trtlab.storage.paths import PathLike, absolute_path
 from trtlab.validation import require
 
 
 @public
 @dataclass(frozen=True, eq=False, repr=False)
-class Checkpoint(Shown):
+class Checkpoint(Shown, Reopenable):
     """A model that can be saved, quantized or built; its weights stay on disk until they are needed.
 
     ``tensors`` maps TensorRT-LLM's names to whole tensors, or to one rank's own when ``rank`` is given. Open one with
-    ``from_hugging_face``, ``from_meta_ckpt``, ``from_weights`` or ``load``.
+    ``from_hugging_face``, ``from_meta_ckpt``, ``from_weights`` or ``load``. A pickle of one holds the path of its
+    folder, which is opened again.
     """
 
     config: ModelConfig
@@ -62,6 +64,7 @@ class Checkpoint(Shown):
     layout: EmbeddingLayout = field(default_factory=EmbeddingLayout)
     rank: int | None = None
     folder: Path | None = None  # where the tensors are stored in TensorRT-LLM's format, if they are
+    opened: Opening | None = field(default=None, init=False)
 
     @classmethod
     def from_hugging_face(
@@ -80,7 +83,8 @@ class Checkpoint(Shown):
         """
         folder = open_folder(model_dir, HUGGING_FACE)
         config, tensors = read_hugging_face(folder, dtype, allow_unknown=allow_unknown_config)
-        return cls(config, tensors, f"Hugging Face folder {folder.name}", find_tokenizer(folder))
+        checkpoint = cls(config, tensors, f"Hugging Face folder {folder.name}", find_tokenizer(folder))
+        return checkpoint.opened_by(cls.from_hugging_face, folder, dtype=dtype)
 
     @classmethod
     def from_meta_ckpt(
@@ -108,7 +112,9 @@ class Checkpoint(Shown):
         config, tensors = read_meta(
             folder, dtype, max_position_embeddings=max_position_embeddings, allow_unknown=allow_unknown_config
         )
-        return cls(config, tensors, f"Meta folder {folder.name}", find_tokenizer(folder))
+        checkpoint = cls(config, tensors, f"Meta folder {folder.name}", find_tokenizer(folder))
+        context = config.max_position_embeddings
+        return checkpoint.opened_by(cls.from_meta_ckpt, folder, dtype=dtype, max_position_embeddings=context)
 
     @classmethod
     def from_weights(cls, config: ModelConfig, weights: abc.Mapping[str, Tensor]) -> Checkpoint:
@@ -129,9 +135,12 @@ class Checkpoint(Shown):
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
         parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
         quant = stored.config.quantization
-        if not quant.active:
-            return Checkpoint(*parts, rank, folder)
-        return QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, quant))
+        checkpoint = (
+            QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, quant))
+            if quant.active
+            else Checkpoint(*parts, rank, folder)
+        )
+        return checkpoint.opened_by(Checkpoint.load, folder, rank=rank)
 
     def save(
         self,
@@ -216,7 +225,8 @@ class Checkpoint(Shown):
             with TensorFile(scratch / rank_file(0), shapes) as file:
                 report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
             write_report(scratch, report)
-        return dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
+        quantized = dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
+        return quantized.opened_by(Checkpoint.load, folder, rank=None)
 
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True

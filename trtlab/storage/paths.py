@@ -89,6 +89,18 @@ def require_file(file: Path, *, remedy: str = COPY_AGAIN, error: type[TrtlabErro
         file.open("rb").close()  # the only sure test of a permission
 
 
+def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and modification time of each file of settings or weights in a model's folder, by name."""
+    with reading(folder):
+        files = sorted(path for path in folder.iterdir() if path.suffix in STATE_SUFFIXES or path.name in STATE_NAMES)
+        states = [(file.name, file.stat()) for file in files if file.exists()]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+STATE_NAMES = ("config.json", "params.json")
+STATE_SUFFIXES = (".safetensors", ".bin", ".pth")
+
+
 @contextlib.contextmanager
 def reading(file: Path, *, remedy: str = COPY_AGAIN, error: type[TrtlabError] = CheckpointError) -> Iterator[None]:
     """Turn the system's refusal to open or read a path within the block into an error that names it."""
