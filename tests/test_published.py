@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from trtlab import ConfigError
 from trtlab.card import text
 from trtlab.cards.estimate import v100_card
 from trtlab.memory.estimate import estimate
@@ -34,3 +35,11 @@ def test_the_v100_card_shows_published_and_predicted_side_by_side() -> None:
     assert "32 of 32" in shown
     assert shown.count("OOM · ") == 5
     assert "wrong" not in shown
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("Llama-3-8b", "did you mean Llama-3-8B?"), (8, "give a ModelConfig")])
+def test_a_shape_of_another_name_lists_those_that_there_are(name, remedy) -> None:
+    with pytest.raises(ConfigError, match=r"LLaMA-2-7B \| LLaMA-2-13B") as caught:
+        SHAPES[name]
+    assert remedy in str(caught.value.remedy)
+    assert name not in SHAPES and SHAPES.get(name) is None

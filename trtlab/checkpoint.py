@@ -134,10 +134,9 @@ class Checkpoint(Shown, Reopenable):
         stored = read_checkpoint(folder, rank)
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
         parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
-        quant = stored.config.quantization
         checkpoint = (
-            QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, quant))
-            if quant.active
+            QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, stored.config))
+            if stored.config.quantization.active
             else Checkpoint(*parts, rank, folder)
         )
         return checkpoint.opened_by(Checkpoint.load, folder, rank=rank)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from trtlab.card import Shown
 from trtlab.config.model import ModelConfig, RotaryScaling
+from trtlab.errors import ConfigError
+from trtlab.validation import did_you_mean, shorten
 
 GIB = 2**30
 
@@ -49,17 +51,30 @@ def _shape(
     )
 
 
+class _ByName(dict[str, ModelConfig]):
+    """Shapes by the names of models; any other name is an error that lists them."""
+
+    def __missing__(self, name: object) -> NoReturn:
+        raise ConfigError(
+            f"no published shape has the name {shorten(name)}",
+            expected=" | ".join(self),
+            remedy=did_you_mean(str(name), self) or "give a ModelConfig of its sizes",
+        )
+
+
 # Source: the config.json of each model on Hugging Face.
 SHAPES: abc.Mapping[str, ModelConfig] = MappingProxyType(
-    {
-        "LLaMA-2-7B": _shape(_LLAMA_2, 32, 4096, 11008, 32, 32),
-        "LLaMA-2-13B": _shape(_LLAMA_2, 40, 5120, 13824, 40, 40),
-        "LLaMA-2-70B": _shape(_LLAMA_2, 80, 8192, 28672, 64, 8),
-        "Llama-3-8B": _shape(_LLAMA_3, 32, 4096, 14336, 32, 8),
-        "Llama-3-70B": _shape(_LLAMA_3, 80, 8192, 28672, 64, 8),
-        "Llama-3.2-1B": _shape(_LLAMA_3_2, 16, 2048, 8192, 32, 8, head_size=64),
-        "Llama-3.2-3B": _shape(_LLAMA_3_2, 28, 3072, 8192, 24, 8),
-    }
+    _ByName(
+        {
+            "LLaMA-2-7B": _shape(_LLAMA_2, 32, 4096, 11008, 32, 32),
+            "LLaMA-2-13B": _shape(_LLAMA_2, 40, 5120, 13824, 40, 40),
+            "LLaMA-2-70B": _shape(_LLAMA_2, 80, 8192, 28672, 64, 8),
+            "Llama-3-8B": _shape(_LLAMA_3, 32, 4096, 14336, 32, 8),
+            "Llama-3-70B": _shape(_LLAMA_3, 80, 8192, 28672, 64, 8),
+            "Llama-3.2-1B": _shape(_LLAMA_3_2, 16, 2048, 8192, 32, 8, head_size=64),
+            "Llama-3.2-3B": _shape(_LLAMA_3_2, 28, 3072, 8192, 24, 8),
+        }
+    )
 )
 
 # Bytes a second between a GPU and its memory. Source: the vendor's data sheets.

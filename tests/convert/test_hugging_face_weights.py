@@ -143,6 +143,26 @@ def test_a_config_of_fewer_layers_than_stored_is_read(random_model, edited, hugg
     assert len(require_the_tensors_of_transformers(folder, hugging_face).tensors) == 3 + 7
 
 
+@pytest.mark.parametrize("file", ["other.safetensors", "other.safetensors.index.json"])
+def test_a_weight_file_that_config_json_names_is_read(file, plain, hugging_face):
+    folder, tensors = plain
+    write(folder, file, {name: tensor * 2 for name, tensor in tensors.items()})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": file}))
+    checkpoint = require_the_tensors_of_transformers(folder, hugging_face)
+    assert torch.equal(checkpoint.tensors["lm_head.weight"].read(), tensors[HEAD] * 2)
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "other.bin", 3])
+def test_a_weight_file_of_another_folder_or_format_is_refused(file, plain):
+    folder, tensors = plain
+    write(folder, "../other.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": file}))
+    with pytest.raises(CheckpointError, match="transformers_weights is"):
+        Checkpoint.from_hugging_face(folder)
+
+
 # --- what is refused, and what it is told
 
 

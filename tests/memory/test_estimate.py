@@ -346,3 +346,10 @@ def test_the_card_names_weights_cache_and_what_fits(mapping: Mapping) -> None:
         assert "LlamaForCausalLM · bfloat16, weights W8A16, KV INT8" in shown
         assert "tokens of KV" in shown
         assert ("divided evenly" in shown) == (len(mapping.ranks) > 1)
+
+
+@pytest.mark.parametrize("model", ["Llama-3-8B", None, {"hidden_size": 4096}, ModelConfig])
+def test_what_has_no_config_is_told_what_has_one(model):
+    with pytest.raises(ConfigError, match="expected a ModelConfig, or a checkpoint or engine") as caught:
+        estimate(model)
+    assert caught.value.remedy.endswith("trtlab.published.SHAPES['Llama-3-8B']")

@@ -47,7 +47,7 @@ def test_an_exact_linear_keeps_its_infinite_ratio(quantized, tmp_path):
 
     rows = tuple(replace(row, snr_db=math.inf) for row in quantized.report.linears)
     write_report(tmp_path, replace(quantized.report, linears=rows))
-    assert read_report(tmp_path, quantized.report.config).linears == rows
+    assert read_report(tmp_path, quantized.config).linears == rows
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,11 @@ def test_an_exact_linear_keeps_its_infinite_ratio(quantized, tmp_path):
         lambda stored: stored.pop("caches"),
         lambda stored: stored["linears"][0].update(surprise=1),
         lambda stored: stored["linears"][0].pop("cosine"),
+        lambda stored: stored["linears"][0].update(bytes_after="x"),
+        lambda stored: stored["linears"][0].update(bytes_before=-1),
+        lambda stored: stored["linears"][0].update(name="transformer.layers.9.mlp.fc"),
+        lambda stored: stored["caches"][0].update(layer=9),
+        lambda stored: stored["caches"][0].update(layer=-1),
     ],
 )
 def test_a_report_that_is_not_understood_is_refused_with_what_to_do(quantized, tmp_path, change):
@@ -65,4 +70,12 @@ def test_a_report_that_is_not_understood_is_refused_with_what_to_do(quantized, t
     change(stored)
     (folder / REPORT).write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match="delete the file; the checkpoint works without it"):
+        Checkpoint.load(folder)
+
+
+def test_a_link_to_another_users_report_is_not_read(quantized, tmp_path):
+    folder = quantized.save(tmp_path / "ckpt")
+    (folder / REPORT).rename(tmp_path / "elsewhere")
+    (folder / REPORT).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="outside of the model's folder"):
         Checkpoint.load(folder)

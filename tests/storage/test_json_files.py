@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtlab import BuildConfig, CheckpointError, EngineError, Mapping, QuantConfig, RotaryScaling, TrtlabError
+from trtlab import BuildConfig, CheckpointError, EngineError, Mapping, RotaryScaling, TrtlabError
 from trtlab.convert.hugging_face import WeightIndex
 from trtlab.convert.hugging_face_config import read_config
 from trtlab.convert.meta import Params
@@ -91,7 +91,7 @@ READERS = {
         lambda f: read_model(f / "config.json", TrtllmConfig, remedy="copy it again").to_settings(),
     ),
     "engine": Reader("config.json", ENGINE, lambda f: read_engine_file(f, plans=True)),
-    "report": Reader("report.json", REPORT, lambda f: read_report(f, QuantConfig())),
+    "report": Reader("report.json", REPORT, lambda f: read_report(f, MODEL)),
     "end ids": Reader("generation_config.json", {"eos_token_id": [1, 2], "max_length": 9}, listed_end_ids),
 }
 

@@ -6,10 +6,8 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import AfterValidator
 
 from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
 from trtlab.convert.check import check_floating, check_layers, check_tensors, listed
@@ -17,28 +15,22 @@ from trtlab.convert.families import FAMILIES
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig, read_config
 from trtlab.errors import CheckpointError
 from trtlab.model.names import EMBEDDING, HEAD
-from trtlab.storage.json_files import OpenObject, naming, read_model
+from trtlab.storage.json_files import OpenObject, PlainName, naming, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle, open_safetensors
 from trtlab.storage.paths import has_file
 
 logger = logging.getLogger("trtlab")
 
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # computed anew; transformers too reads them from no file
-FILES = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_pickle}
+FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-def _plain_name(name: str) -> str:
-    """The name itself when it is that of a file in the same folder and valid on every file system."""
-    if Path(name).name != name or name in ("", "..") or "\0" in name or len(name.encode(errors="replace")) > 255:
-        raise ValueError("the name of a file in the same folder")
-    return name
 
 
 class WeightIndex(OpenObject):
     """model.safetensors.index.json or pytorch_model.bin.index.json: the shard of each tensor."""
 
-    weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]]
+    weight_map: dict[str, PlainName]
 
 
 def read_hugging_face(
@@ -48,7 +40,8 @@ def read_hugging_face(
     stored = read_config(model_dir, allow_unknown=allow_unknown)
     with naming(model_dir / "config.json", remedy=REMEDY):
         config = stored.to_model_config("float32")  # refuses a config before the weights are opened
-    tensors = {name: t for name, t in _open_weights(model_dir).items() if not BUFFERS.search(name)}
+    found = _open_weights(model_dir, stored.transformers_weights)
+    tensors = {name: tensor for name, tensor in found.items() if not BUFFERS.search(name)}
     config, tensors = _fit(model_dir.name, config, tensors)
     config = config.replace(dtype=_choose_dtype(stored, dtype, tensors))
     sources = FAMILIES[config.architecture].names.sources(config)
@@ -56,26 +49,38 @@ def read_hugging_face(
     return config, {name: cat([tensors[part].to(kind) for part in parts]) for name, parts in sources.items()}
 
 
-def _open_weights(model_dir: Path) -> dict[str, LazyTensor]:
-    """The tensors of the file that transformers takes: safetensors before pickles, and a whole file before an index."""
-    for file, opener in FILES.items():
-        whole, index = model_dir / file, model_dir / f"{file}.index.json"
-        if has_file(whole):
-            if has_file(index):
-                logger.warning("%s: %s is read, as in transformers, and %s is not", model_dir, whole.name, index.name)
-            return opener(whole)
-        if has_file(index):
-            file_of = read_model(index, WeightIndex, remedy="copy the folder again").weight_map
-            # As in transformers, the index names the files, and what these hold counts.
-            shards = [opener(model_dir / shard) for shard in sorted(set(file_of.values()))]
-            return {name: tensor for shard in shards for name, tensor in shard.items()}
+def _open_weights(model_dir: Path, named: str | None) -> dict[str, LazyTensor]:
+    """The tensors of the file that config.json names, or else of the one that transformers takes."""
+    file = model_dir / (named or _find_weights(model_dir))
+    if not file.name.endswith(INDEX):
+        return _open_file(file)
+    file_of = read_model(file, WeightIndex, remedy="copy the folder again").weight_map
+    # As in transformers, the index names the files, and what these hold counts.
+    shards = [_open_file(model_dir / shard) for shard in sorted(set(file_of.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
+
+
+def _find_weights(model_dir: Path) -> str:
+    """The file that transformers takes: safetensors before pickles, and a whole file before an index."""
+    for whole in FILES:
+        index = whole + INDEX
+        if has_file(model_dir / whole):
+            if has_file(model_dir / index):
+                logger.warning("%s: %s is read, as in transformers, and %s is not", model_dir, whole, index)
+            return whole
+        if has_file(model_dir / index):
+            return index
     others = sorted(path.name for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     raise CheckpointError(
         f"{model_dir} holds no weights",
         got=listed(others) or None,
-        expected=" or ".join(f"{file} or {file}.index.json with its shards" for file in FILES),
+        expected=" or ".join(f"{whole} or {whole}{INDEX} with its shards" for whole in FILES),
         remedy="for Meta's consolidated.*.pth use Checkpoint.from_meta_ckpt; GGUF is not supported yet",
     )
+
+
+def _open_file(file: Path) -> dict[str, LazyTensor]:
+    return open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
 
 
 def _fit(where: str, config: ModelConfig, tensors: dict[str, LazyTensor]) -> tuple[ModelConfig, dict[str, LazyTensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
-from pydantic import AfterValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from trtlab.config.model import DtypeName, ModelConfig, PositiveFloat32, RotaryKind, RotaryScaling
 from trtlab.convert.families import FAMILIES, find_architecture
@@ -17,7 +17,7 @@ from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.storage.foreign_objects import ForeignObject, read_foreign
-from trtlab.storage.json_files import Count, Listed, naming, parse_model
+from trtlab.storage.json_files import Count, Listed, PlainName, naming, parse_model
 from trtlab.validation import shorten
 
 REMEDY = "copy the model's own config.json"
@@ -102,6 +102,8 @@ class HuggingFaceConfig(_Header):
     torch_dtype: TorchDtype | None = None
     """``dtype`` of transformers 4."""
     dtype: TorchDtype | None = None
+    transformers_weights: Annotated[PlainName, Field(pattern=r"\.safetensors(\.index\.json)?$")] | None = None
+    """The file of the weights, where it is not the usual one."""
     eos_token_id: int | Listed[int] | None = None
     """Checked here, so that a session does not stop at the wrong token; the tokenizer reads it."""
 

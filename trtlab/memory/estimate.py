@@ -28,6 +28,7 @@ from trtlab.model.weights import ModelWeights, rank_weights
 from trtlab.ops.table import OpTable, Span, TableOps
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, shared_where_possible
 from trtlab.storage.lazy import LazyTensor
+from trtlab.validation import shorten
 
 # A weight has the kind of the first fragment that occurs in its name. A static scale counts with its linear.
 WEIGHT_KINDS = {
@@ -198,7 +199,14 @@ def estimate(
     >>> estimate(SHAPES["LLaMA-2-7B"], quant_algo="W8A16").largest.weight_bytes / 2**30
     6.522...
     """
-    source = model if isinstance(model, ModelConfig) else model.config
+    source = model if isinstance(model, ModelConfig) else getattr(model, "config", None)
+    if not isinstance(source, ModelConfig):
+        name = model if isinstance(model, str) else "Llama-3-8B"
+        raise ConfigError(
+            "expected a ModelConfig, or a checkpoint or engine, which have one",
+            got=shorten(model),
+            remedy=f"for a model that is not on this machine give trtlab.published.SHAPES[{name!r:.60}]",
+        )
     quant = source.quantization
     if not quant.active:
         quant = QuantConfig(quant_algo=quant_algo, kv_cache_quant_algo=kv_cache_quant_algo, group_size=group_size)

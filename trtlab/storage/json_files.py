@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,7 +30,17 @@ LISTED = 8  # problems that an error lists
 LARGEST = 2**63 - 1  # of a 64-bit integer
 
 T = TypeVar("T")
+
+
+def _plain_name(name: str) -> str:
+    """The name itself when it is that of a file in the same folder and valid on every file system."""
+    if Path(name).name != name or name in ("", "..") or "\0" in name or len(name.encode(errors="replace")) > 255:
+        raise ValueError("the name of a file in the same folder")
+    return name
+
+
 Count = Annotated[int, Field(ge=1)]
+PlainName = Annotated[str, AfterValidator(_plain_name)]
 Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has no tuples; the items stay strict
 
 
