@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import linecache
+import os
+import sysconfig
+import textwrap
+import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from traceback import FrameSummary
+
+MOST_LINES = 5  # of one statement in a notebook's traceback
 
 
 class TrtlabError(Exception):
@@ -34,6 +43,16 @@ class TrtlabError(Exception):
             parts.append(self.remedy)
         return "; ".join(parts)
 
+    def _render_traceback_(self) -> list[str]:
+        """The lines that IPython and Jupyter print: the caller's own statements, and the message.
+
+        ``TRTLAB_TRACEBACK=full`` in the environment gives every frame, as Python prints them.
+        """
+        if os.environ.get("TRTLAB_TRACEBACK") == "full":
+            return "".join(traceback.format_exception(self)).splitlines()
+        lines = [line for frame in callers_frames(self) for line in _described(frame)]
+        return lines + f"{type(self).__name__}: {self}".splitlines()
+
 
 class ConfigError(TrtlabError):
     """A configuration value, or two that contradict each other."""
@@ -57,3 +76,29 @@ class RequestError(TrtlabError):
 
 class MissingDependency(TrtlabError):
     """An optional package that a feature needs; the remedy is the install line."""
+
+
+def callers_frames(error: BaseException) -> list[FrameSummary]:
+    """The frames of an error that are neither trtlab's nor of the standard library or an installed package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    summaries = traceback.extract_tb(error.__traceback__)
+    return [
+        summary
+        for frame, summary in zip(frames, summaries, strict=True)
+        if frame.f_globals.get("__name__", "").partition(".")[0] != "trtlab" and not _is_library(summary.filename)
+    ]
+
+
+def _is_library(file: str) -> bool:
+    inside = bool({"site-packages", "dist-packages"} & set(Path(file).parts))
+    return inside or file.startswith((sysconfig.get_path("stdlib"), "<frozen"))
+
+
+def _described(frame: FrameSummary) -> list[str]:
+    """Where a frame was, and the lines of its statement."""
+    place = f'File "{frame.filename}"' if Path(frame.filename).is_file() else "Cell"
+    function = "" if frame.name.startswith("<") else f", in {frame.name}"
+    first, last = frame.lineno or 1, frame.end_lineno or frame.lineno or 1
+    lines = [linecache.getline(frame.filename, number) for number in range(first, last + 1)]
+    shown = textwrap.dedent("".join(lines[:MOST_LINES])).splitlines() + ["..."] * (len(lines) > MOST_LINES)
+    return [f"{place}, line {first}{function}", *(f"    {line}" for line in shown), ""]

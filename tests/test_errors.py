@@ -1,0 +1,131 @@
+"""What a notebook shows of a user's error: the user's lines and the message, through a real kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from trtlab import ConfigError
+
+IMPORT = "from trtlab import BuildConfig, Checkpoint, ConfigError"
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[object]:
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        assert errors_of(client, IMPORT) == []
+        yield client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def errors_of(client, code):
+    """The lines of the traceback that a cell shows, empty without an error."""
+    lines = []
+
+    def collect(message):
+        if message["msg_type"] == "error":
+            lines.extend("\n".join(message["content"]["traceback"]).splitlines())
+
+    client.execute_interactive(code, timeout=120, output_hook=collect)
+    return lines
+
+
+def test_a_cell_s_error_is_the_statement_and_the_message(kernel):
+    lines = errors_of(kernel, "x = 1\nBuildConfig(\n    max_batch_size=4,\n    max_bach_size=0,\n)\n")
+    assert lines == [
+        "Cell, line 2",
+        "    BuildConfig(",
+        "        max_batch_size=4,",
+        "        max_bach_size=0,",
+        "    )",
+        "",
+        "ConfigError: BuildConfig.max_bach_size is unknown; did you mean max_batch_size?",
+    ]
+
+
+def test_functions_of_the_user_are_shown_and_those_of_libraries_are_not(kernel):
+    errors_of(kernel, "import functools\n\ndef helper(size):\n    return BuildConfig(max_batch_size=size)")
+    lines = errors_of(kernel, "functools.reduce(lambda _, size: helper(size), [1, 0])")
+    assert lines[:2] == ["Cell, line 1", "    functools.reduce(lambda _, size: helper(size), [1, 0])"]
+    assert "Cell, line 4, in helper" in lines and "    return BuildConfig(max_batch_size=size)" in lines
+    assert lines[-1].startswith("ConfigError: BuildConfig.max_batch_size is not valid; got 0")
+    assert not [line for line in lines if "pydantic" in line or "trtlab/" in line or "IPython" in line]
+
+
+def test_an_awaited_call_is_shown_as_any_other(kernel):
+    errors_of(kernel, "import asyncio\nasync def wait():\n    await asyncio.sleep(0)\n    BuildConfig(4, zebra=1)")
+    lines = errors_of(kernel, "await asyncio.wait_for(wait(), 5)")
+    assert lines[:5] == [
+        "Cell, line 1",
+        "    await asyncio.wait_for(wait(), 5)",
+        "",
+        "Cell, line 4, in wait",
+        "    BuildConfig(4, zebra=1)",
+    ]
+    assert len(lines) == 7
+
+
+def test_a_module_of_the_user_is_shown_with_its_file(kernel, tmp_path):
+    file = tmp_path / "recipes.py"
+    file.write_text("from trtlab import Mapping\n\ndef split():\n    return Mapping(tp_size=0)\n", encoding="utf-8")
+    errors_of(kernel, f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport recipes")
+    lines = errors_of(kernel, "recipes.split()")
+    assert f'File "{file}", line 4, in split' in lines and "    return Mapping(tp_size=0)" in lines
+
+
+def test_several_problems_are_a_line_each(kernel):
+    lines = errors_of(kernel, "BuildConfig(max_batch_size=0, max_num_tokens=0)")
+    assert lines[-2].startswith("ConfigError: BuildConfig.max_batch_size is 0")
+    assert lines[-1].startswith("BuildConfig.max_num_tokens is 0")
+
+
+def test_full_tracebacks_are_there_on_request(kernel):
+    errors_of(kernel, "%env TRTLAB_TRACEBACK=full")
+    lines = errors_of(kernel, "BuildConfig(max_batch_size=0)")
+    errors_of(kernel, "%env TRTLAB_TRACEBACK=")
+    assert lines[0].startswith("pydantic_core") or any("ValidationError" in line for line in lines)
+    assert any("trtlab/config/base.py" in line for line in lines) and lines[-1].startswith(
+        "trtlab.errors.ConfigError: "
+    )
+    assert len(errors_of(kernel, "BuildConfig(max_batch_size=0)")) == 4
+
+
+def test_other_errors_look_as_ever(kernel):
+    lines = errors_of(kernel, "1 / 0")
+    assert any("Traceback (most recent call last)" in line for line in lines)
+
+
+def test_a_terminal_s_ipython_shows_the_same():
+    code = f"{IMPORT}\nBuildConfig(max_bach_size=0)\nexit\n"
+    process = subprocess.run(
+        [sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor", "--no-confirm-exit"],
+        input=code,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    shown = process.stdout[process.stdout.index("Cell, line 1") :]
+    assert shown.splitlines()[:4] == [
+        "Cell, line 1",
+        "    BuildConfig(max_bach_size=0)",
+        "",
+        "ConfigError: BuildConfig.max_bach_size is unknown; did you mean max_batch_size?",
+    ]
+
+
+def test_an_error_that_was_never_raised_is_its_message():
+    assert ConfigError("size", remedy="give one")._render_traceback_() == ["ConfigError: size; give one"]
+
+
+def test_a_long_statement_is_cut(kernel):
+    lines = errors_of(kernel, "BuildConfig(\n" + "    # sizes\n" * 20 + "    max_bach_size=0)")
+    assert lines[:6] == ["Cell, line 1", "    BuildConfig(", *["        # sizes"] * 4] and lines[6] == "    ..."
+    assert len(lines) == 9
