@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import re
 import shlex
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from trtlab.bench import benchmark
 from trtlab.card import Shown, card, text
@@ -19,40 +23,87 @@ from trtlab.config.build import BuildConfig
 from trtlab.config.docs import first_sentence
 from trtlab.config.mapping import Mapping
 from trtlab.config.sampling import SamplingParams
+from trtlab.config.session import BACKENDS, SessionConfig
 from trtlab.engine import Engine
 from trtlab.errors import TrtlabError
 from trtlab.machine import machine
 from trtlab.parallel.shard import EmbeddingLayout
-from trtlab.validation import choices
+from trtlab.session.session import Session
+from trtlab.validation import choices, did_you_mean
+from trtlab.validation import options as types_of
 
 BUILD_FLAGS = tuple(field.name for field in dataclasses.fields(BuildConfig) if field.name != "notes")
 MAPPING_FLAGS = ("tp_size", "pp_size")
-EMBEDDING_FLAGS = ("use_parallel_embedding", "embedding_sharding_dim", "use_embedding_sharing")
-BENCH_FLAGS = ("warm_up", "num_runs")
-FLAG_OF_ARGUMENT = {name: name for name in (*BUILD_FLAGS, *MAPPING_FLAGS, *EMBEDDING_FLAGS, *BENCH_FLAGS)}
-FLAG_OF_ARGUMENT["max_new_tokens"] = "max_output_len"
+EMBEDDING_FLAGS = tuple(field.name for field in dataclasses.fields(EmbeddingLayout))
+SESSION_FLAGS = ("max_tokens_in_paged_kv_cache", "kv_cache_free_gpu_memory_fraction")
+SAME_NAME = (*BUILD_FLAGS, *MAPPING_FLAGS, *EMBEDDING_FLAGS, *SESSION_FLAGS, "backend", "device", "warm_up", "num_runs")
+FLAG_OF_ARGUMENT = {**{name: name for name in SAME_NAME}, "max_new_tokens": "max_output_len"}
+FLAG_OF_CALL = {  # what an error tells a Python user to call
+    "plan=False": "--no_plan",
+    "plan=True": "without --no_plan",
+    "Checkpoint.from_hugging_face": "trtlab convert --model_dir",
+    "Checkpoint.from_meta_ckpt": "trtlab convert --meta_ckpt_dir",
+    "checkpoint.save": "trtlab convert",
+    "Checkpoint.load": "trtlab build --checkpoint_dir",
+    "checkpoint.build": "trtlab build",
+    "engine.save": "trtlab build",
+    "Engine.load": "trtlab run --engine_dir",
+    "engine.session": "trtlab run",
+}
+
+QUOTES = "\"'"
+NAMES = "|".join(name for name in FLAG_OF_ARGUMENT if "_" in name)
+WORDS = "|".join(name for name in FLAG_OF_ARGUMENT if "_" not in name)  # English words too, such as device
+REFUSED = rf"(?=(?:{NAMES}|{WORDS}) is not valid)"
+REFUSING_CALL = re.compile(rf"^(?:[A-Z]\w*\.)?\w+: {REFUSED}")
+ARGUMENT = re.compile(
+    rf"(?<![-\w.])(?:[A-Z]\w*\.)?(?P<name>(?:{NAMES})\b|(?:{WORDS})(?==)|{REFUSED}(?:{WORDS}))"
+    r"(?P<value>=(?:\"[^\"]*\"|'[^']*'|True\b)?)?"
+)
+CALL = re.compile(rf"\b(?P<call>{'|'.join(map(re.escape, FLAG_OF_CALL))})\b(?:\([^()]*\))?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status; a TrtlabError is printed to stderr and gives status 2."""
-    options = _parser().parse_args(arguments)
+    """Run one command and return its exit status; a failure is one line on stderr.
+
+    The status is 2 for a mistake of the user, 130 for an interrupt, 1 for anything else. ``TRTLAB_TRACEBACK=full`` in
+    the environment shows the traceback too.
+    """
     try:
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.error(_unknown(unknown[0], options))
+        options.command(options)
+        sys.stdout.flush()
     except TrtlabError as error:
-        print(f"trtlab: {with_flags(str(error), options)}", file=sys.stderr)
-        return 2
+        return _fail(2, with_flags(str(error)))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except BrokenPipeError:  # the reader of a pipe, such as head, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - whatever it is, the command line ends with one line
+        return _fail(1, f"{type(error).__name__}: {error}")
     return 0
 
 
-def with_flags(message: str, options: argparse.Namespace) -> str:
-    """An error's text with flags in place of Python's arguments: ``--max_seq_len 64`` for ``max_seq_len=64``."""
-    flags = {argument: flag for argument, flag in FLAG_OF_ARGUMENT.items() if flag in options}
-    if not flags:
-        return message
-    message = re.sub(rf"\b({'|'.join(flags)})=True\b", r"\1", message)  # a switch has no value
-    argument = re.compile(rf"(?<![-\w])(?:[A-Z]\w*\.)?({'|'.join(flags)})\b(=?)")
-    return argument.sub(lambda match: f"--{flags[match[1]]}{' ' if match[2] else ''}", message)
+def _fail(status: int, message: str) -> int:
+    if os.environ.get("TRTLAB_TRACEBACK") == "full":
+        traceback.print_exc()
+    print("trtlab:", "; ".join(message.splitlines()), file=sys.stderr)
+    return status
+
+
+def with_flags(message: str) -> str:
+    """An error's text for the command line: ``--max_seq_len 64`` for ``max_seq_len=64``, commands for calls."""
+    message = ARGUMENT.sub(_flag, REFUSING_CALL.sub("", message))
+    return CALL.sub(lambda match: FLAG_OF_CALL[match["call"]], message)
+
+
+def _flag(match: re.Match[str]) -> str:
+    """The flag with its value; a switch has none."""
+    flag, value = f"--{FLAG_OF_ARGUMENT[match['name']]}", match["value"]
+    return flag if value in (None, "=True") else f"{flag} {value[1:].strip(QUOTES)}"
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -83,8 +134,16 @@ def _build(options: argparse.Namespace) -> None:
     _show(engine, f"trtlab run --engine_dir {shlex.quote(str(folder))} --input_text TEXT", engine.command())
 
 
+@contextlib.contextmanager
+def _session(options: argparse.Namespace) -> Iterator[Session]:
+    config = SessionConfig(**{name: getattr(options, name) for name in SESSION_FLAGS})
+    engine = Engine.load(options.engine_dir, plan=not options.no_plan)
+    with engine, engine.session(config, options.backend, options.device) as session:
+        yield session
+
+
 def _run(options: argparse.Namespace) -> None:
-    with Engine.load(options.engine_dir) as engine, engine.session() as session:
+    with _session(options) as session:
         for piece in session.stream(options.input_text, SamplingParams(max_new_tokens=options.max_output_len)):
             print(piece, end="", flush=True)
         print()
@@ -93,7 +152,7 @@ def _run(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     lengths = _numbers("--input_output_len", options.input_output_len, 2, "128,32;32,128")
     batches = _numbers("--batch_size", options.batch_size, 1, "1;8")
-    with Engine.load(options.engine_dir) as engine, engine.session() as session:
+    with _session(options) as session:
         sweep = benchmark(
             session,
             [batch for (batch,) in batches],
@@ -125,13 +184,35 @@ def _demo(options: argparse.Namespace) -> None:
     demo(Path(options.output_dir))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where help is, and exit with status 2."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _unknown(flag: str, options: argparse.Namespace) -> str:
+    """What is wrong with an argument that the command does not take, and what was meant."""
+    name = flag.split("=")[0]
+    others = [other.prog for other in options.commands.values() if re.search(rf"{name}\b", other.format_usage())]
+    here = FLAG_OF_ARGUMENT.get(name.removeprefix("--"))
+    meant = (
+        (f"did you mean --{here}?" if here in vars(options) else None)
+        or (f"{others[0]} takes it" if name.startswith("--") and others else None)
+        or did_you_mean(name, [f"--{known}" for known in vars(options)])
+    )
+    return f"unknown argument {flag}" + (f"; {meant}" if meant else "")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trtlab", description="TensorRT-LLM's workflow, as four objects")
+    parser = _Parser(prog="trtlab", description="TensorRT-LLM's workflow, as four objects")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, parser=sub, commands=commands.choices)
         return sub
 
     convert = command("convert", _convert, "a Hugging Face or Meta folder to a TensorRT-LLM checkpoint")
@@ -150,12 +231,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(build, BuildConfig, BUILD_FLAGS)
 
     run = command("run", _run, "generate text with an engine")
-    run.add_argument("--engine_dir", required=True)
+    _add_session(run)
     run.add_argument("--input_text", required=True)
     run.add_argument("--max_output_len", type=int, default=SamplingParams.max_new_tokens)
 
     bench = command("bench", _bench, "time an engine over batch sizes and lengths")
-    bench.add_argument("--engine_dir", required=True)
+    _add_session(bench)
     bench.add_argument("--batch_size", default="1;8")
     bench.add_argument("--input_output_len", default="128,32")
     bench.add_argument("--warm_up", type=int, default=1)
@@ -169,6 +250,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_session(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that runs an engine."""
+    parser.add_argument("--engine_dir", required=True)
+    parser.add_argument("--no_plan", action="store_true", help="ignore the engine's plans and run its weights")
+    parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    _add_settings(parser, SessionConfig, SESSION_FLAGS)
+
+
 def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings], names: Sequence[str]) -> None:
     """A flag for each of these fields: its default, and the first sentence of its docstring as help."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -180,10 +270,17 @@ def _add_settings(parser: argparse.ArgumentParser, kind: type[Settings], names: 
         elif isinstance(default, tuple):
             parser.add_argument(f"--{name}", nargs="+", default=default, help=f"{words} (default: {default})")
         else:
-            of_words = bool(choices(hints[name]))
             parser.add_argument(
-                f"--{name}", type=str if of_words else int, default=default, help=f"{words} (default: {default})"
+                f"--{name}", type=_type(hints[name]), default=default, help=f"{words} (default: {default})"
             )
+
+
+def _type(hint: Any) -> type[str] | type[float] | type[int]:
+    """What a flag's text is turned into; ``settings`` checks the value."""
+    if choices(hint):
+        return str
+    numbers = [typing.get_args(number) or (number,) for number in types_of(hint)]
+    return float if any(number[0] is float for number in numbers) else int
 
 
 if __name__ == "__main__":
