@@ -57,7 +57,7 @@ WORDS = "|".join(name for name in FLAG_OF_ARGUMENT if "_" not in name)  # Englis
 REFUSED = rf"(?=(?:{NAMES}|{WORDS}) is not valid)"
 REFUSING_CALL = re.compile(rf"^(?:[A-Z]\w*\.)?\w+: {REFUSED}")
 ARGUMENT = re.compile(
-    rf"(?<![-\w.])(?:[A-Z]\w*\.)?(?P<name>(?:{NAMES})\b|(?:{WORDS})(?==)|{REFUSED}(?:{WORDS}))"
+    rf"(?<![-\w.])(?<!: )(?:[A-Z]\w*\.)?(?P<name>(?:{NAMES})\b|(?:{WORDS})(?==)|{REFUSED}(?:{WORDS}))"
     r"(?P<value>=(?:\"[^\"]*\"|'[^']*'|True\b)?)?"
 )
 CALL = re.compile(rf"\b(?P<call>{'|'.join(map(re.escape, FLAG_OF_CALL))})\b(?:\([^()]*\))?")
