@@ -1,41 +1,72 @@
-"""Holds an interrupt back over code that must not be cut: native callbacks, a wait for a thread, bookkeeping."""
+"""Holds an interrupt (SIGINT) back while shared state changes, and delivers it where nothing can break."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import ClassVar
+
+Handler = Callable[[int, FrameType | None], object]
 
 
-class Held:
-    """Whether an interrupt has come within the block."""
+class hold_interrupts:
+    """Context manager: an interrupt that arrives inside is delivered at its end, or by ``deliver_interrupt``.
+
+    The handler that was installed before is called then, and is installed again afterwards: Python's own, which raises
+    KeyboardInterrupt, or that of an event loop or a kernel. Python interrupts its main thread only, so the block does
+    nothing in other threads, nor inside another such block. In a callback of native code an interrupt would be lost.
+
+    Entering gives the outermost block; its ``pending`` tells whether an interrupt has arrived and not been delivered.
+
+    Example:
+        >>> with hold_interrupts():
+        ...     balance = {"left": 1, "right": 1}
+    """
+
+    current: ClassVar[hold_interrupts | None] = None  # like the handler itself: one for the process
 
     def __init__(self) -> None:
-        self.asked = False
+        self._handler: Handler | None = None
+        self.pending = False
 
-    def __call__(self, *_: object) -> None:
-        """Take the place of the signal's handler."""
-        self.asked = True
+    def __enter__(self) -> hold_interrupts:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if hold_interrupts.current is None:
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):  # else an interrupt ends the process, or is ignored
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._note)
+                hold_interrupts.current = self  # after the line above: from there on no line can be interrupted
+        return hold_interrupts.current or self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if hold_interrupts.current is self:
+            hold_interrupts.current = None
+            signal.signal(signal.SIGINT, self._handler)
+            self._deliver()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.pending = True
+
+    def _deliver(self) -> None:
+        if self.pending:
+            self.pending = False
+            assert self._handler is not None, "an interrupt was noted without a handler"
+            self._handler(signal.SIGINT, sys._getframe(1))
 
 
-@contextmanager
-def held_interrupts() -> Iterator[Held]:
-    """Hold SIGINT back in a block; at its end the handler that was there before gets it, and usually raises.
+def deliver_interrupt() -> None:
+    """Deliver an interrupt that is held back; called between the parts of a long computation.
 
-    An exception that a handler raises within a callback of native code is lost there. Python runs handlers in the main
-    thread only, so that in another thread there is nothing to hold back. Blocks may be nested; the outermost one
-    delivers.
+    Raises:
+        KeyboardInterrupt: from Python's own handler. Another handler decides for itself.
     """
-    held = Held()
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():  # None: it is not Python's
-        yield held
-        return
-    signal.signal(signal.SIGINT, held)
-    try:
-        yield held
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held.asked:
-            signal.raise_signal(signal.SIGINT)
+    hold = hold_interrupts.current
+    if hold is not None and hold.pending and threading.current_thread() is threading.main_thread():
+        hold._deliver()

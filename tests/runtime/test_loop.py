@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import pytest
@@ -241,21 +242,54 @@ def test_an_interrupt_before_a_block_is_copied_loses_nothing_of_it(bench):
 
 
 @pytest.mark.parametrize("finishes", [False, True])
-def test_an_interrupt_while_tokens_are_handed_out_neither_loses_nor_repeats_one(bench, finishes):
+def test_an_interrupt_while_tokens_are_handed_out_takes_effect_after_the_step(bench, finishes):
     bed = bench()
     calls = []
 
     def listener():
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     requests = [bed.submit(PROMPTS[0], 6), bed.submit(PROMPTS[1], 2 if finishes else 6, listener), *submitted(bed)[:2]]
     bed.step()
     with pytest.raises(KeyboardInterrupt):
         bed.step()
+    assert requests[0].total == len(PROMPTS[0]) + 2  # all of the step's tokens were handed out
     bed.run()
     check_all(bed, *requests)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, AssertionError])
+@pytest.mark.parametrize("place", ["choose", "hand out", "record"])
+def test_an_exception_amid_the_bookkeeping_ends_the_session_and_says_so(bench, error, place, monkeypatch):
+    """Another thread can raise one anywhere (PyThreadState_SetAsyncExc); no account is kept half changed."""
+    bed = bench()
+    requests = submitted(bed)
+    bed.step()
+
+    def fail(*_, **__):
+        raise error("from outside")
+
+    scheduler = bed.loop.scheduler
+    name, owner = {
+        "choose": ("reserve", bed.blocks),
+        "hand out": ("computed", scheduler),
+        "record": ("changes", bed.blocks),
+    }[place]
+    monkeypatch.setattr(owner, name, fail)
+    if name == "reserve":
+        monkeypatch.setattr(bed.blocks, "writable", lambda *_: False)
+    with pytest.raises(error, match="from outside"):
+        bed.loop.step()
+    with pytest.raises(RequestError, match=r"the session ended in step 1: .*engine\.session"):
+        bed.loop.step()
+    with pytest.raises(RequestError, match="the session ended"):
+        bed.submit(PROMPTS[0], 2)
+    assert all(isinstance(request.error.__cause__, error) for request in requests)
+    assert bed.rank.closed and bed.loop.closed
+    bed.check_empty()
+    bed.loop.close()
 
 
 def test_a_request_may_be_cancelled_from_within_a_step(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trtlab.config.model import ModelConfig
+from trtlab.interrupts import deliver_interrupt
 from trtlab.model.op_set import Ops, T
 from trtlab.model.weights import LayerWeights, ModelWeights
 
@@ -23,6 +24,7 @@ def residual_stream(ops: Ops[T], config: ModelConfig, weights: ModelWeights, x: 
     """The hidden states ``[..., hidden]`` after all layers of a rank; each block adds its output to the stream."""
     delta: T | None = None
     for index, layer in enumerate(weights.layers):
+        deliver_interrupt()
         x, normed = ops.add_norm(x, delta, layer.input_layernorm)
         del delta  # free it before the block runs: it would add to the peak
         x, normed = ops.add_norm(x, attention(ops, config, weights, index, layer, normed), layer.post_layernorm)

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trtlab.config.mapping import Mapping
+from trtlab.interrupts import deliver_interrupt
 from trtlab.parallel.comm import Comm, RankFailed, Solo, ThreadComm, thread_group
-from trtlab.parallel.step_inputs import StepInputs
+from trtlab.parallel.step_inputs import Chunk, StepInputs
+
+POLL_S = 0.1  # how often an interrupt is looked for while the ranks run
 
 
 class Rank(Protocol):
@@ -52,13 +56,20 @@ class RankGroup:
         try:
             for rank, comm in zip(self.ranks, comms, strict=True):
                 futures.append(self._threads.submit(_guarded, rank, comm, step))
-            wait(futures)
+            while wait(futures, POLL_S).not_done:
+                deliver_interrupt()
         except BaseException:  # an interrupt: no rank may still be in this step when the next one begins
             for comm in comms:
                 comm.abort()
             wait(futures)
             raise
         return _logits(_results(futures))
+
+    def run_prompt(self, slot: int, blocks: tuple[int, ...], token_ids: Sequence[int], budget: int) -> Tensor:
+        """The logits after each token of one prompt, ``[tokens, vocab]`` on the CPU, ``budget`` tokens at a time."""
+        starts = range(0, len(token_ids), budget)
+        chunks = [Chunk(slot, start, tuple(token_ids[start : start + budget]), blocks) for start in starts]
+        return torch.cat([self.run(StepInputs((chunk,), every_token=True)).cpu() for chunk in chunks])
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """See ``Rank.copy_blocks``."""

@@ -53,15 +53,23 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
         self.enable_reuse = enable_reuse
+        self._touched: set[int] = set()  # changed since the last call of changes()
+        self.evicted = 0
+        self._fresh = 0  # blocks from this number on were never used
+        self._set_empty()
+
+    def _set_empty(self) -> None:
         self._owners: dict[int, set[int]] = {}  # of each block in use
         self._chains: dict[int, Chain] = {}
-        self._freed: list[int] = []  # a heap: the lowest number is taken first, so a chain's blocks lie together
-        self._fresh = 0  # blocks from this number on were never used
+        self._freed = list(range(self._fresh))  # a heap: the lowest is taken first, so a chain's blocks lie together
         self._cached: OrderedDict[int, None] = OrderedDict()  # unused blocks with content, longest unused first
         self._content: dict[int, Prefix] = {}
         self._by_hash: dict[int, int] = {}
-        self._touched: set[int] = set()  # changed since the last call of changes()
-        self.evicted = 0
+
+    def reset(self) -> None:
+        """Free every block and forget all content and chains, whatever their state is."""
+        self._touched.update(range(self._fresh))
+        self._set_empty()
 
     @property
     def used(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from trtlab.card import Shown
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import Block
@@ -12,10 +14,13 @@ from trtlab.runtime.scheduler import Scheduler
 class KvCache(Shown):
     """A live view of the pool: every property gives the present state."""
 
-    def __init__(self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler) -> None:
+    def __init__(
+        self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler, exclusive: AbstractContextManager[None]
+    ) -> None:
         self.pool = pool
         self._blocks = blocks
         self._scheduler = scheduler
+        self._exclusive = exclusive
 
     @property
     def reuse_enabled(self) -> bool:
@@ -99,6 +104,7 @@ class KvCache(Shown):
 
     def clear(self) -> int:
         """Drop the cached blocks that no request uses; returns their number."""
-        dropped = self._blocks.cached
-        self._blocks.forget()
-        return dropped
+        with self._exclusive:
+            dropped = self._blocks.cached
+            self._blocks.forget()
+            return dropped

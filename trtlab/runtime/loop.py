@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-import threading
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from trtlab.config.build import BuildConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import RequestError
+from trtlab.interrupts import hold_interrupts
 from trtlab.parallel.step_inputs import Chunk, StepInputs
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import EventLog, Finish, StepEvent, Work
+from trtlab.runtime.exclusive import Exclusive
 from trtlab.runtime.inbox import Arrival, Cancellation, Inbox, Message
 from trtlab.runtime.kv_cache_view import KvCache
 from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.sampler import sample
 from trtlab.runtime.scheduler import NextStep, Scheduler
+from trtlab.runtime.step_event import step_event
 
 Listener = Callable[[], None]  # called after each token of a request; it may set the finish reason
 Turn = tuple[RequestState, Chunk]
+Sample = tuple[int, float | None]  # a token and its log-probability
+T = TypeVar("T")
+DEADLINE = attrgetter("deadline_s", "number")
 
 
 class Loop:
@@ -33,6 +39,9 @@ class Loop:
 
     ``submit``, ``fork`` and ``cancel`` never wait for a step: they post a message. The message is carried out at once
     when no step runs, else by the thread that runs the step, before the step ends.
+
+    An interrupt (SIGINT) takes effect after a step, or between two layers of its forward pass; the requests of such a
+    step are computed again. Any other exception amid a step's bookkeeping ends the session and all its requests.
     """
 
     def __init__(
@@ -59,15 +68,16 @@ class Loop:
             in_flight=config.batching_type == "INFLIGHT",
             chunked=config.enable_chunked_context,
         )
-        self.kv_cache = KvCache(pool, self._blocks, self.scheduler)
         self._steps = 0
         self._listeners: dict[RequestState, Listener | None] = {}  # its keys are all requests that have not ended
         self._finished: list[Finish] = []  # since the last event
-        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap of (deadline_s, number, request)
+        self._deadlines: list[RequestState] = []  # requests under way that have one, the earliest first
         self._inbox = Inbox()
-        self._lock = threading.RLock()  # its holder may change requests, slots and blocks
-        self._depth = 0  # above 0 the holder is changing them: a message that its own thread posts must wait
-        self._exclusive = _Exclusive(self)
+        self.exclusive = Exclusive(self._inbox, self._carry_out, self._leave)
+        self._closing = False  # close() was called within a step
+        self._sound = True  # False while a step changes requests, slots and blocks
+        self._broken: RequestError | None = None
+        self.kv_cache = KvCache(pool, self._blocks, self.scheduler, self.exclusive)
 
     def submit(self, request: RequestState, listener: Listener | None = None) -> None:
         """Queue a request.
@@ -90,23 +100,30 @@ class Loop:
         self._post_arrival(Arrival(child, parent), listener)
 
     def _post_arrival(self, message: Arrival, listener: Listener | None) -> None:
-        with self._inbox.lock:
-            self._require_open()
-            parent = message.parent
-            if parent is not None and parent not in self._listeners:
-                raise RequestError(f"request {parent.number} is not under way in this session", remedy="submit it here")
-            self.scheduler.refuse_if_never(message.request)
-            self._listeners[message.request] = listener
-            self._inbox.post(message)
-        self._attend()
+        self.exclusive.require_own_process()
+        with hold_interrupts():
+            with self._inbox.lock:
+                self.require_open()
+                parent = message.parent
+                if parent is not None and parent not in self._listeners:
+                    raise RequestError(
+                        f"request {parent.number} is not under way in this session", remedy="submit it here"
+                    )
+                self.scheduler.refuse_if_never(message.request)
+                self._listeners[message.request] = listener
+                self._inbox.post(message)
+            self.exclusive.attend()
 
     def cancel(self, request: RequestState) -> bool:
         """End a running or waiting request, at the latest when the present step ends; False when it had ended."""
-        with self._inbox.lock:
-            if request not in self._listeners:
-                return False
-            self._inbox.post(Cancellation(request))
-        self._attend()
+        if request not in self._listeners or not self.exclusive.in_own_process:
+            return False
+        with hold_interrupts():
+            with self._inbox.lock:
+                if request not in self._listeners:
+                    return False
+                self._inbox.post(Cancellation(request))
+            self.exclusive.attend()
         return True
 
     def is_under_way(self, request: RequestState) -> bool:
@@ -118,23 +135,6 @@ class Loop:
         """Requests under way that have no slot."""
         return max(0, len(self._listeners) - len(self.scheduler.running))
 
-    def _attend(self) -> None:
-        """Carry out messages, unless another thread holds the lock: that thread looks again after it releases it."""
-        while self._inbox.messages and self._lock.acquire(blocking=False):
-            try:
-                if self._depth:
-                    return
-                self._drain()
-            finally:
-                self._lock.release()
-
-    def _drain(self) -> None:
-        self._depth += 1
-        try:
-            self._inbox.drain(self._carry_out)
-        finally:
-            self._depth -= 1
-
     def _carry_out(self, message: Message) -> None:
         request = message.request
         if request not in self._listeners:
@@ -144,111 +144,100 @@ class Loop:
         elif request.slot is None and not self.scheduler.is_waiting(request):
             request.arrival = self._steps
             if request.deadline_s < math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request.number, request))
+                insort(self._deadlines, request, key=DEADLINE)
             parent = message.parent
             if parent is None or not self.backend.pool.paged or not self.scheduler.fork(parent, request):
                 self.scheduler.add(request)
 
     def step(self) -> StepEvent | None:
         """Run one step; None when there is nothing to do. An error of one request ends that request alone."""
-        with self._exclusive:
-            self._require_open()
+        with self.exclusive:
+            self.require_open()
             return self._step()
 
     def advance(self, request: RequestState) -> None:
         """Run one step, unless the request has ended: another thread may have run the steps that it needed."""
-        with self._exclusive:
+        with self.exclusive:
             if request in self._listeners:
                 event = self._step()
                 assert event is not None or request not in self._listeners, f"request {request.number} never runs"
 
     def _step(self) -> StepEvent | None:
         start = self.clock()
-        try:
-            step, work = self._choose_and_run(start)
-        finally:
-            if self._inbox.messages:
-                self._drain()
-        if not step.chunks and not self._finished:
-            return None
-        event = self._event(step, work, start)
-        self.events.append(event)
-        self._steps += 1
-        return event
-
-    def _choose_and_run(self, start: float) -> tuple[NextStep, tuple[Work, ...]]:
-        while self._deadlines and (self._deadlines[0][0] <= start or self._deadlines[0][2].done):
-            *_, late = heapq.heappop(self._deadlines)
-            if not late.done:
-                self._end(late, "timed_out")
+        self._sound = False
+        while self._deadlines and self._deadlines[0].deadline_s <= start:
+            self._end(self._deadlines[0], "timed_out")
         step = self.scheduler.next()
         assert step.chunks or not self.scheduler.waiting, f"empty step while {self.scheduler.waiting} wait"
-        try:
-            return step, self._run(step) if step.chunks else ()
-        except BaseException:  # an interrupt may come anywhere: requests of the step are computed again from the start
-            for request in step.chunks:
-                if request.finish_reason is not None and request in self._listeners:
-                    self._end(request, request.finish_reason)
-                elif request in self._listeners:
-                    self.scheduler.restart(request)
-            raise
-
-    def _event(self, step: NextStep, work: tuple[Work, ...], start: float) -> StepEvent:
-        blocks, self._finished, finished = self._blocks, [], tuple(self._finished)
-        return StepEvent(
-            step=self._steps,
-            start_s=start,
-            end_s=self.clock(),
-            work=work,
-            admitted=tuple(step.admitted),
-            preempted=tuple(request.number for request in step.preempted),
-            finished=finished,
-            waiting=tuple(request.number for request in self.scheduler.waiting),
-            blocks=blocks.changes(),
-            used=blocks.used,
-            cached=blocks.cached,
-            free=blocks.available - blocks.cached,
-        )
+        work = self._run(step) if step.chunks else ()
+        if self._inbox.messages:
+            self.exclusive.drain()
+        event = None
+        if step.chunks or self._finished:
+            finished, self._finished = tuple(self._finished), []
+            event = step_event(self._steps, (start, self.clock()), step, work, finished, self.scheduler)
+            self.events.append(event)
+            self._steps += 1
+        self._sound = True
+        return event
 
     def _run(self, step: NextStep) -> tuple[Work, ...]:
         turns = list(step.chunks.items())
         try:
             if step.copies:
-                self.backend.ranks.copy_blocks(step.copies)
+                self._in_model(lambda: self.backend.ranks.copy_blocks(step.copies))
         except Exception as error:  # noqa: BLE001 - any block of the step may hold wrong K and V now
             for request, _ in turns:
                 self._fail(request, error)
             return ()
+        return self._commit(turns, self._compute_each(turns))
+
+    def _in_model(self, run: Callable[[], T]) -> T:
+        """Run the ranks; after an interrupt the running requests are queued again, to be computed from the start."""
+        try:
+            return run()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                for request in tuple(self.scheduler.running):
+                    self.scheduler.restart(request)
+                self._sound = True
+            raise
+
+    def _compute_each(self, turns: Sequence[Turn]) -> dict[RequestState, Sample | None]:
+        """``_compute``; after an error the requests run one by one, and an error ends the one that causes it."""
         try:
             return self._compute(turns)
-        except Exception as error:  # noqa: BLE001 - an error of any class ends the request that causes it
+        except Exception as error:  # noqa: BLE001 - an error of any class
             if len(turns) == 1:
                 self._fail(turns[0][0], error)
-                return ()
-        work: tuple[Work, ...] = ()
-        for turn in turns:  # the failed step changed no request: running them one by one shows which one fails
-            try:
-                work += self._compute([turn])
-            except Exception as error:  # noqa: BLE001 - as above
-                self._fail(turn[0], error)
-        return work
+                return {}
+        return {request: token for turn in turns for request, token in self._compute_each([turn]).items()}
 
-    def _compute(self, turns: Sequence[Turn]) -> tuple[Work, ...]:
-        logits = self.backend.ranks.run(StepInputs(tuple(chunk for _, chunk in turns)))
+    def _compute(self, turns: Sequence[Turn]) -> dict[RequestState, Sample | None]:
+        """Run the model and sample: each request's new token, None for a prompt that goes on. Changes no request."""
+        inputs = StepInputs(tuple(chunk for _, chunk in turns))
+        logits = self._in_model(lambda: self.backend.ranks.run(inputs))
         ready = [
             row
             for row, (request, (_, past, token_ids, _)) in enumerate(turns)
             if past + len(token_ids) == len(request.token_ids) and request.finish_reason is None
         ]
         samples = sample(logits if len(ready) == len(turns) else logits[ready], [turns[row][0] for row in ready])
-        generating, work = set(ready), []
-        for row, (request, (_, past, token_ids, _)) in enumerate(turns):  # after sampling, which may fail
-            tokens, wasted = len(token_ids), request.finish_reason is not None
-            if not wasted:
-                self.scheduler.computed(request, tokens)
-            work.append(Work(request.number, past, tokens, row in generating, wasted))
-        for row, (token, logprob) in zip(ready, samples, strict=True):
-            self._accept(turns[row][0], token, logprob)
+        return dict.fromkeys(request for request, _ in turns) | {
+            turns[row][0]: token for row, token in zip(ready, samples, strict=True)
+        }
+
+    def _commit(self, turns: Sequence[Turn], samples: dict[RequestState, Sample | None]) -> tuple[Work, ...]:
+        work = []
+        for request, (_, past, token_ids, _) in turns:
+            if request in samples:
+                tokens, wasted = len(token_ids), request.finish_reason is not None
+                if not wasted:
+                    self.scheduler.computed(request, tokens)
+                work.append(Work(request.number, past, tokens, samples[request] is not None, wasted))
+        for request, token in samples.items():
+            if token is not None:
+                self._accept(request, *token)
         return tuple(work)
 
     def _accept(self, request: RequestState, token: int, logprob: float | None) -> None:
@@ -276,6 +265,8 @@ class Loop:
     def _end(self, request: RequestState, reason: str) -> None:
         request.finish_reason = reason
         del self._listeners[request]
+        if request.deadline_s < math.inf:
+            del self._deadlines[bisect_left(self._deadlines, DEADLINE(request), key=DEADLINE)]
         self.scheduler.release(request)
         self._finished.append(Finish(request.number, reason))
 
@@ -285,14 +276,10 @@ class Loop:
         Raises:
             RequestError: when no slot is free, or too few blocks.
         """
-        with self._exclusive:
-            self._require_open()
+        with self.exclusive:
+            self.require_open()
             with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
-                limit = self._max_num_tokens
-                starts = range(0, len(token_ids), limit)
-                chunks = [Chunk(slot, start, tuple(token_ids[start : start + limit]), blocks) for start in starts]
-                parts = [self.backend.ranks.run(StepInputs((chunk,), every_token=True)) for chunk in chunks]
-                return torch.cat([part.cpu() for part in parts])
+                return self.backend.ranks.run_prompt(slot, blocks, token_ids, self._max_num_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when requests, slots and blocks disagree."""
@@ -303,13 +290,26 @@ class Loop:
         assert not any(request.done for request in queued), f"a request has ended and is still queued: {queued}"
 
     def close(self) -> None:
-        """Cancel all requests under way and free the ranks; a second call does nothing."""
-        with self._exclusive:
-            if self.closed:
-                return
+        """Cancel all requests under way and free the ranks; a second call does nothing.
+
+        Called by a step's own thread within the step, it takes effect at the step's end.
+        """
+        with self.exclusive:
+            self._closing = True
+
+    def _leave(self, error: BaseException | None) -> None:
+        """At the end of every change: end a session whose bookkeeping was cut short, and carry out ``close``."""
+        if self._sound and error is not None and not isinstance(error, Exception):
+            try:
+                self.check_integrity()
+            except AssertionError:
+                self._sound = False
+        if not self._sound:
+            self._break(error)
+        if self._closing and not self.closed:
             with self._inbox.lock:
                 self.closed = True  # no request arrives from here on
-            self._drain()
+            self.exclusive.drain()
             for request in tuple(self._listeners):
                 request.error = RequestError(
                     f"the session was closed while request {request.number} was under way",
@@ -318,31 +318,28 @@ class Loop:
                 self._end(request, "cancelled")
             self.backend.ranks.close()
 
-    def _require_open(self) -> None:
+    def _break(self, cause: BaseException | None) -> None:
+        """End the session with an error: an exception cut a step's bookkeeping short."""
+        self._broken = RequestError(
+            f"the session ended in step {self._steps}: an exception cut its bookkeeping short",
+            got=repr(cause),
+            remedy="open another with engine.session(); the cause is attached",
+        )
+        self._broken.__cause__ = cause
+        with self._inbox.lock:
+            self.closed = self._sound = True
+            requests = tuple(self._listeners)
+            self._inbox.messages.clear()
+            self._listeners.clear()
+            self._deadlines.clear()
+        self.scheduler.reset()
+        for request in requests:
+            request.error, request.finish_reason = self._broken, request.finish_reason or "error"
+        self.backend.ranks.close()
+
+    def require_open(self) -> None:
+        """Raise RequestError when the session is closed, and say why when an exception closed it."""
+        if self._broken is not None:
+            raise self._broken
         if self.closed:
             raise RequestError("this session is closed", remedy="open another with engine.session()")
-
-
-class _Exclusive:
-    """Context manager that holds a loop's lock; messages are carried out before and after. Entered at every step."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-
-    def __enter__(self) -> None:
-        loop = self._loop
-        loop._lock.acquire()
-        try:
-            if loop._inbox.messages and not loop._depth:
-                loop._drain()
-        except BaseException:
-            loop._lock.release()
-            raise
-        loop._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        loop = self._loop
-        loop._depth -= 1
-        loop._lock.release()
-        if loop._inbox.messages:
-            loop._attend()

@@ -64,12 +64,23 @@ class Scheduler:
         self._in_flight = in_flight
         self._chunked = chunked
         self._unit = blocks.tokens_per_block if blocks.tokens_per_block <= max_num_tokens else 1
-        self._free = list(range(max_batch_size))  # a heap: the lowest slot is taken first, so used slots stay together
+        self._slots = max_batch_size
+        self._set_empty()
+        self.prompt_tokens = self.reused_tokens = self.short_prompts = 0  # totals over all admissions
+
+    def _set_empty(self) -> None:
+        self._free = list(range(self._slots))  # a heap: the lowest slot is taken first, so used slots stay together
         self.waiting: list[RequestState] = []  # sorted by key
         self.running: list[RequestState] = []  # sorted by key
         self.spent: list[RequestState] = []  # ended requests of a closed batch that still runs
         self._admissions: list[Admission] = []  # since the last step was chosen
-        self.prompt_tokens = self.reused_tokens = self.short_prompts = 0  # totals over all admissions
+
+    def reset(self) -> None:
+        """Forget all requests and free all slots and blocks, whatever their state is."""
+        for request in (*self.waiting, *self.running, *self.spent):
+            request.slot, request.chain = None, Chain(request.number, request.token_ids)
+        self._set_empty()
+        self.blocks.reset()
 
     def refuse_if_never(self, request: RequestState) -> None:
         """Raise RequestError when the pool could not hold the request even alone."""

@@ -12,6 +12,7 @@ from trtlab.errors import ConfigError, EngineError
 from trtlab.memory.fits import require_room_to_run
 from trtlab.runtime.backend import Backend
 from trtlab.runtime.torch_backend import torch_backend
+from trtlab.session.process import require_process_that_can_run
 from trtlab.session.runnable_engine import RunnableEngine
 from trtlab.session.session import Session
 from trtlab.tensorrt.run.interpreter_runner import interpreter_backend
@@ -37,6 +38,7 @@ def open_session(
         EngineError: for a closed engine, or a backend that cannot run it.
     """
     engine.require_open()
+    require_process_that_can_run()
     requested = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
     if requested not in BACKENDS:
         raise ConfigError("TRTLAB_BACKEND is no backend", got=repr(requested), expected=" | ".join(BACKENDS))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import Executor as Thread
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from trtlab.card import Shown
 from trtlab.errors import RequestError
+from trtlab.interrupts import hold_interrupts
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
+from trtlab.runtime.step_thread import StepThread
 from trtlab.runtime.text_stream import TextStream
 
 T = TypeVar("T")
@@ -43,17 +44,14 @@ class Request(Shown):
     loop ``async for piece in request`` and ``await request`` run the steps in a thread.
     """
 
-    def __init__(self, state: RequestState, text: TextStream | None, loop: Loop, thread: Callable[[], Thread]) -> None:
+    def __init__(self, state: RequestState, text: TextStream | None, loop: Loop, thread: StepThread) -> None:
         self.state = state
         self._text = text
         self._loop = loop
         self._thread = thread
         self._text_lock = threading.Lock()  # steps extend the text, and any thread may read it
-        self._read = 0  # tokens fed to the text so far
-        self._fresh = ""  # text that was not read yet
-
-    def __reduce__(self) -> NoReturn:
-        raise RequestError("a request cannot be copied or pickled", remedy="pickle request.result(), its answer")
+        self._given = 0  # characters of the text that stream() has given
+        self._tasks = 0  # of an event loop, which wait for the request
 
     @property
     def number(self) -> int:
@@ -90,6 +88,14 @@ class Request(Shown):
         """How often the request lost its blocks to another one and was computed again."""
         return self.state.preemptions
 
+    def submit(self, parent: RequestState | None = None) -> None:
+        """Queue the request, as a fork if there is a ``parent``; called once, by the session."""
+        listener = self.look_for_stop if self.state.params.stop else None
+        if parent is None:
+            self._loop.submit(self.state, listener)
+        else:
+            self._loop.fork(parent, self.state, listener)
+
     def stream(self) -> Iterator[str]:
         """Yield the answer's text as it is generated, from where it was last read.
 
@@ -97,12 +103,7 @@ class Request(Shown):
             RequestError: when the request failed, or without a tokenizer.
         """
         self._require_text()
-        last = False
-        while not last:
-            piece, last = self._next_piece()
-            if piece:
-                yield piece
-        self._raise_error()
+        return iter(self._next_piece, None)
 
     def result(self) -> Completion:
         """Run steps until the request ends and return its answer.
@@ -125,8 +126,8 @@ class Request(Shown):
         self._require_text()
         last = False
         while not last:
-            piece, last = await self._in_thread(self._next_piece)
-            if piece:
+            last = await self._in_thread(self._wait_for_text)
+            if piece := self._take():
                 yield piece
         self._raise_error()
 
@@ -142,58 +143,81 @@ class Request(Shown):
         return self._wait().__await__()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the session's thread: it may run or await steps, which would block the event loop."""
+        """Run ``work`` in the session's thread: it may run or await steps, which would block the event loop.
+
+        A task that is cancelled here cancels the request, unless another task waits for it too.
+        """
+        self._loop.exclusive.require_own_process()
         if self._loop.closed:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._thread(), work)
+        self._tasks += 1
+        try:
+            return await self._thread.run(work)
+        except asyncio.CancelledError:
+            if self._tasks == 1:
+                self.cancel()
+            raise
+        finally:
+            self._tasks -= 1
 
-    def _next_piece(self) -> tuple[str, bool]:
-        """The text that can be read now, after one step if there is none; and whether it is the last piece."""
-        last = self.done  # read before the text: if the request has ended, the text taken next is complete
-        piece = self._take()
-        if not piece and not last:
+    def _next_piece(self) -> str | None:
+        """The text that can be read now, after as many steps as it takes; None at the end."""
+        given, last = self._given, False
+        try:
+            while not last:
+                last = self._wait_for_text()
+                if piece := self._take():
+                    return piece
+        except BaseException:  # an interrupt: the next call gives the same text
+            self._given = given
+            raise
+        self._raise_error()
+        return None
+
+    def _wait_for_text(self) -> bool:
+        """Run a step if no text can be read now; returns whether the text is complete."""
+        last = self.done  # read before the text: if the request has ended, the text is complete
+        if not last and not self._has_text():
             self._loop.advance(self.state)
             last = self.done
-            piece = self._take()
-        return piece, last
+        return last
 
     def look_for_stop(self) -> None:
         """End the request if its new text contains a stop word; the loop calls this after each token."""
         if self._text is None or not self.state.params.stop:
             return
-        with self._text_lock:
-            self._fresh += self._settle()
+        self._settle()
         if self._text.stopped_by is not None:
             self.state.finish_reason = "stop"
 
+    def _has_text(self) -> bool:
+        return len(self._settle()) > self._given
+
     def _take(self) -> str:
         """The text that became final since the last call; all of the rest once the request is done."""
-        with self._text_lock:
-            piece, self._fresh = self._fresh + self._settle(), ""
-            return piece
+        text, given = self._settle(), self._given
+        self._given = len(text)
+        return text[given:]
 
     def _settle(self) -> str:
-        """Feed new tokens to the text and return the text that no later token can change."""
+        """Feed new tokens to the text and return all of it that no later token can change."""
         if self._text is None:
             return ""
-        ended = self.state.done  # read before the tokens: none is added after it
-        new = self.state.token_ids[len(self.state.prompt_ids) + self._read :]
-        self._read += len(new)
-        piece = self._text.feed(new)
-        if ended:
-            piece += self._text.finish()
-        return piece
+        with hold_interrupts(), self._text_lock:
+            ended = self.state.done  # read before the tokens: none is added after it
+            self._text.feed(self.state.token_ids[len(self.state.prompt_ids) + self._text.fed :])
+            if ended:
+                self._text.finish()
+            return self._text.text
 
     def _completion(self) -> Completion:
         self._raise_error()
-        with self._text_lock:
-            self._fresh += self._settle()  # kept for a later read by stream()
-        state = self.state
+        text, state = self._settle(), self.state
         assert state.finish_reason is not None, f"request {state.number} has not ended"
         return Completion(
             state.prompt_ids,
             tuple(state.output_ids),
-            self._text.text if self._text else "",
+            text,
             state.finish_reason,
             state.stop_reason if self._text is None or self._text.stopped_by is None else self._text.stopped_by,
             tuple(state.logprobs) if state.params.logprobs else None,
@@ -206,3 +230,13 @@ class Request(Shown):
     def _require_text(self) -> None:
         if self._text is None:
             raise RequestError("streaming text needs a tokenizer", remedy="use result() for token ids")
+
+
+def cancel_all(requests: Sequence[Request]) -> None:
+    """End the requests that are still under way, also when an interrupt arrives at the first line of this."""
+    try:
+        for request in requests:
+            request.cancel()
+    finally:
+        for request in requests:
+            request.cancel()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from trtlab.runtime.events import EventLog, StepEvent
 from trtlab.runtime.kv_cache_view import KvCache
 from trtlab.runtime.loop import Loop
 from trtlab.runtime.request_state import RequestState
+from trtlab.runtime.step_thread import StepThread
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.session.prompts import Prompt, Prompts, checked_params, is_single
-from trtlab.session.request import Completion, Request
+from trtlab.session.request import Completion, Request, cancel_all
 from trtlab.session.runnable_engine import RunnableEngine
 
 
@@ -43,7 +43,7 @@ class Session(Shown):
         self._prompts = Prompts(engine, config, Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None)
         self._loop = Loop(backend, engine.build_config, config)
         self._numbers = itertools.count(1)
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = StepThread()
 
     @property
     def backend(self) -> str:
@@ -110,13 +110,13 @@ class Session(Shown):
         single = is_single(prompts)
         batch: Sequence[Any] = [prompts] if single else prompts
         token_ids = [self._checked(prompt, params) for prompt in batch]
-        requests: list[Request] = []
+        requests = [self._request(self._state(ids, params)) for ids in token_ids]
         try:
-            requests += (self._submit(self._state(ids, params)) for ids in token_ids)
+            for request in requests:
+                request.submit()
             completions = [request.result() for request in requests]
         finally:
-            for request in requests:  # ends those that an error or an interrupt left under way
-                request.cancel()
+            cancel_all(requests)
         return completions[0] if single else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -136,11 +136,12 @@ class Session(Shown):
 
     def _pieces(self, ids: tuple[int, ...], params: SamplingParams) -> Iterator[str]:
         """Submit the request at the first ``next``, so that a stream that is never read takes no slot."""
-        request = self._submit(self._state(ids, params))
+        request = self._request(self._state(ids, params))
         try:
+            request.submit()
             yield from request.stream()
         finally:
-            request.cancel()
+            cancel_all([request])
 
     def submit(
         self,
@@ -215,7 +216,7 @@ class Session(Shown):
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits after each token of a prompt: [tokens, vocab], float32, on the CPU."""
-        self._require_open()
+        self._loop.require_open()
         return self._loop.logits(self._prompts.checked_ids(token_ids))
 
     def encode(self, text: str) -> list[int]:
@@ -231,46 +232,36 @@ class Session(Shown):
             next(self._numbers), ids, params, self._prompts.end_ids(params), stops=self._prompts.stops(params)
         )
 
-    def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
+    def _request(self, state: RequestState) -> Request:
         tokenizer = self._prompts.tokenizer
         text = TextStream(tokenizer, state.params.stop or ()) if tokenizer else None
-        request = Request(state, text, self._loop, self._worker)
-        listener = request.look_for_stop if state.params.stop else None
-        if parent is None:
-            self._loop.submit(state, listener)
-        else:
-            self._loop.fork(parent, state, listener)
-        return request
+        return Request(state, text, self._loop, self._thread)
 
-    def _worker(self) -> ThreadPoolExecutor:
-        """The session's only thread for steps that an event loop awaits."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="trtlab-step")
-        return self._thread
+    def _submit(self, state: RequestState, parent: RequestState | None = None) -> Request:
+        request = self._request(state)
+        try:
+            request.submit(parent)
+            return request
+        except BaseException:  # an interrupt: the caller gets no handle
+            request.cancel()
+            raise
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         """The prompt's token ids; RequestError when this session cannot serve it."""
-        self._require_open()
+        self._loop.require_open()
         return self._prompts.checked(prompt, params)
 
-    def _require_open(self) -> None:
-        if self.closed:
-            raise RequestError("this session is closed", remedy="open another with engine.session()")
-
     def close(self) -> None:
-        """Cancel all requests under way, and free the weights and the cache; a second call does nothing."""
-        self._loop.close()
-        if self._thread is not None:
-            self._thread.shutdown()
+        """Cancel all requests under way, and free the weights and the cache; a second call does nothing.
 
-    def __reduce__(self) -> NoReturn:
-        raise RequestError(
-            "a session cannot be copied or pickled: it holds its engine's memory, requests under way and threads",
-            remedy="pickle the engine, and open another session with engine.session()",
-        )
+        In a process that was forked from the session's own it does nothing: weights and cache are the parent's.
+        """
+        if self._loop.exclusive.in_own_process:
+            self._loop.close()
+            self._thread.close()
 
     def __enter__(self) -> Session:
-        self._require_open()
+        self._loop.require_open()
         return self
 
     def __exit__(self, *_: object) -> None:

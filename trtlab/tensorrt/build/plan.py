@@ -17,7 +17,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import EngineError
 from trtlab.hardware import gpus
-from trtlab.interrupts import held_interrupts
+from trtlab.interrupts import hold_interrupts
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.build.watch import BuildLog, Watch, Writer, run_watched
 from trtlab.tensorrt.emit.emission import Emission, emit
@@ -83,7 +83,7 @@ def compile_plan(emission: Emission, stream: BinaryIO, *, timing_cache: Path | N
     trt_library, build = emission.library, emission.build
     targets = check_targets(trt_library, build)
     writer, watch, messages = Writer(trt_library.trt, stream), Watch(trt_library.trt), BuildLog()
-    with held_interrupts():  # in a callback of TensorRT an interrupt would be lost
+    with hold_interrupts():  # in a callback of TensorRT an interrupt would be lost
         settings = builder_config(emission, targets, watch)
         cache = use_timing_cache(trt_library, settings, timing_cache)
     started = time.monotonic()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from trtlab.interrupts import held_interrupts
+from trtlab.interrupts import hold_interrupts
 from trtlab.progress import PATIENCE_S, progress
 
 # A build that fails on a machine without a driver reports this as well; it is never the cause.
@@ -92,12 +92,12 @@ def run_watched(work: Callable[[], bool], watch: Watch, label: str) -> bool:
     # No daemon: Python waits for this thread before it exits, as TensorRT calls back into it.
     thread = threading.Thread(target=guarded, name="trtlab-build")
     started = time.monotonic()
-    with progress(label, 0, unit="step") as bar, held_interrupts() as held:
+    with progress(label, 0, unit="step") as bar, hold_interrupts() as held:
         try:
             thread.start()
             # Not join(): after an exception in it, Python 3.11 takes a thread that runs for one that has ended.
             while not ended.wait(0.05):
-                watch.cancelled = held.asked
+                watch.cancelled = held.pending
                 bar.total, bar.n = watch.total, watch.steps
                 if time.monotonic() - started > PATIENCE_S:
                     bar.refresh()

@@ -11,7 +11,7 @@ import torch
 from trtlab.config.build import BuildConfig
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.interrupts import held_interrupts
+from trtlab.interrupts import hold_interrupts
 from trtlab.model.decoder import decoder
 from trtlab.model.rope import rotary_table
 from trtlab.model.weights import rank_weights
@@ -78,7 +78,7 @@ def emit(
     """
     build = build.resolve(config)
     trt_library = library()
-    with held_interrupts():  # TensorRT logs while layers are added, and in its callback an interrupt would be lost
+    with hold_interrupts():  # TensorRT logs while layers are added, and in its callback an interrupt would be lost
         return _emit(trt_library, config, build, mapping, rank, weights, op_set)
 
 

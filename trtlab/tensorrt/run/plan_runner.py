@@ -15,7 +15,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import SessionConfig
 from trtlab.errors import EngineError
-from trtlab.interrupts import held_interrupts
+from trtlab.interrupts import hold_interrupts
 from trtlab.parallel.comm import Comm
 from trtlab.runtime.backend import Backend
 from trtlab.tensorrt import dtypes
@@ -186,6 +186,6 @@ def plan_backend(
         )
     resolved = build.resolve(config)
     table = bindings(config, resolved, mapping, 0)
-    with held_interrupts():  # TensorRT logs while it opens a plan, and in its callback an interrupt would be lost
+    with hold_interrupts():  # TensorRT logs while it opens a plan, and in its callback an interrupt would be lost
         runner = PlanRunner(plan, table, resolved, device, streaming_budget_bytes)
     return slot_backend("tensorrt", [runner], [table], resolved, mapping, session)

@@ -1,0 +1,105 @@
+"""Lets one thread at a time change a session's requests, slots and blocks. Knows neither requests nor blocks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from trtlab.errors import RequestError
+from trtlab.interrupts import deliver_interrupt, hold_interrupts
+from trtlab.runtime.inbox import Inbox, Message
+
+POLL_S = 0.1  # how long a thread waits for another one's step before it looks for an interrupt
+
+
+class Exclusive:
+    """Context manager that holds a loop's lock. An interrupt is held back inside, and messages are carried out.
+
+    Messages that arrive while the lock is held are carried out when it is entered and left, by the thread that holds
+    it. The process is part of it: a fork copies the lock as it was, perhaps held by a thread that the child lacks.
+
+    Args:
+        inbox: The messages.
+        carry_out: Carries out one message; called with the lock held.
+        leave: Called with the lock held at the end of the outermost block, and the exception that ended it.
+    """
+
+    def __init__(
+        self, inbox: Inbox, carry_out: Callable[[Message], None], leave: Callable[[BaseException | None], None]
+    ) -> None:
+        self._inbox = inbox
+        self._carry_out = carry_out
+        self._leave = leave
+        self._lock = threading.RLock()
+        self._depth = 0  # above 0 the holder is changing the state: a message that its own thread posts must wait
+        self._holds: list[hold_interrupts] = []
+        self._process = os.getpid()
+
+    @property
+    def in_own_process(self) -> bool:
+        """Whether this is the process that opened the session, and no fork of it."""
+        return os.getpid() == self._process
+
+    @property
+    def nested(self) -> bool:
+        """Whether this thread is already inside; only the lock's holder may ask."""
+        return self._depth > 1
+
+    def require_own_process(self) -> None:
+        """Raise RequestError in a forked child of the process that opened the session."""
+        if not self.in_own_process:
+            raise RequestError(
+                "this session was opened before the process was forked",
+                got=f"process {os.getpid()}, a child of {self._process}",
+                remedy='open it in the child, started by multiprocessing.get_context("spawn")',
+            )
+
+    def __enter__(self) -> None:
+        self.require_own_process()
+        hold = hold_interrupts()
+        hold.__enter__()
+        try:
+            while not self._lock.acquire(timeout=POLL_S):
+                deliver_interrupt()
+        except BaseException:
+            hold.__exit__(None, None, None)
+            raise
+        self._holds.append(hold)
+        self._depth += 1
+        if self._depth == 1 and self._inbox.messages:
+            try:
+                self.drain()
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._depth == 1:
+                self._leave(error)
+        finally:
+            self._depth -= 1
+            hold = self._holds.pop()
+            self._lock.release()
+            if self._inbox.messages:
+                self.attend()
+            hold.__exit__(kind, error, trace)
+
+    def drain(self) -> None:
+        """Carry out all messages; the caller holds the lock."""
+        self._inbox.drain(self._carry_out)
+
+    def attend(self) -> None:
+        """Carry out messages, unless another thread holds the lock: that thread looks again after it releases it."""
+        while self._inbox.messages and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                with self:
+                    pass
+            finally:
+                self._lock.release()
