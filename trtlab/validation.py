@@ -153,12 +153,9 @@ def _problem(field: str, expected: Any, entry: ErrorDetails, hint: Any) -> Probl
     if expected is None or code == "value_error":
         message = entry["msg"].removeprefix("Value error, ")
         return Problem(field, "is not valid", shorten(value), message[:1].lower() + message[1:])
-    return Problem(
-        field,
-        "is not valid",
-        shorten(value),
-        describe(expected, whole=code in ("finite_number", "less_than") or (code, type(value)) == ("float_type", int)),
-    )
+    beyond = type(value) is int and (code == "float_type" or abs(value) >= 2**63)  # what the usual limits leave out
+    whole = beyond or code in ("finite_number", "less_than")
+    return Problem(field, "is not valid", shorten(value), describe(expected, whole))
 
 
 def _place(loc: Sequence[int | str], hint: Any) -> tuple[str, Any]:

@@ -119,3 +119,31 @@ def test_requests_without_a_seed_differ():
     scores = torch.zeros(1, 1000)
     first, second = ([sample(scores, [request(temperature=1.0)])[0][0] for _ in range(4)] for _ in range(2))
     assert first != second
+
+
+EXTREME = [
+    {"temperature": 1.2e-38},
+    {"temperature": 3.4e38},
+    {"top_p": 1.2e-38, "seed": 1},
+    {"temperature": 1.2e-38, "top_p": 1.2e-38, "top_k": 5},
+    {"repetition_penalty": 1.2e-38, "temperature": 1.0},
+    {"repetition_penalty": 3.4e38, "temperature": 1.0},
+    {"repetition_penalty": 1.2e-38},
+    {"repetition_penalty": 3.4e38, "temperature": 1.2e-38, "top_p": 0.5, "top_k": 3},
+    {"seed": 2**64 - 1, "temperature": 1.0},
+    {"seed": -(2**63), "temperature": 1.0},
+]
+
+
+@pytest.mark.parametrize("params", EXTREME, ids=str)
+def test_params_at_the_edge_of_float32_and_64_bits_choose_a_token(params):
+    scores = torch.tensor([[30.0, -30.0, 29.0, 0.0, -1e4, 1e4]])
+    ((token, logprob),) = sample(scores, [request(**params, logprobs=True)])
+    assert 0 <= token < 6 and math.isfinite(logprob)
+
+
+def test_a_strong_penalty_hides_no_infinite_logit():
+    for value in (math.inf, math.nan):
+        scores = torch.tensor([[0.0, value, 1.0]])  # token 1 is in the prompt
+        with pytest.raises(ValueError, match="not a number"):
+            sample(scores, [request(repetition_penalty=2.0, temperature=1.0)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from functools import cache
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trtlab import RequestError
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Tokenizer
 
@@ -124,3 +127,120 @@ def test_a_beginning_of_a_stop_word_that_does_not_go_on_is_given_out(byte_level)
     text = TextStream(byte_level, ("cattle",))
     pieces = [text.feed([token]) for token in byte_level.encode("the cat sat")]
     assert "".join(pieces) == "the cat sat"
+
+
+# --- special tokens within stop words
+
+
+@given(st.data())
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_stop_word_with_a_special_token_ends_the_text_where_both_are_written_out(kind, request, data):
+    """The reference decodes everything, special tokens included, and cuts at the first stop word."""
+    tokenizer = request.getfixturevalue(kind)
+    marks = sorted(tokenizer.special_texts)
+    words = st.lists(st.sampled_from(["a", " the", "b", *marks]), min_size=1, max_size=3).map("".join)
+    stop = data.draw(st.lists(words, min_size=1, max_size=2))
+    parts = data.draw(
+        st.lists(st.sampled_from([["a"], ["b"], [" the", "the"], *([mark] for mark in marks)]), max_size=12)
+    )
+    whole, ids, vocab = "", [], tokenizer._inner.get_vocab()
+    for names in parts:
+        found = next(vocab[name] for name in (*names, *(f"▁{n.strip()}" for n in names), "a") if name in vocab)
+        ids.append(found)
+    plain = stream(tokenizer, ids)  # without stop words: its text at each token
+    positions, running = [], TextStream(tokenizer)
+    for token in ids:
+        piece = running.feed([token])
+        whole += piece
+        positions.append(len(whole))
+    assert whole == plain.text
+    written = "".join(
+        {number: text for text, number in tokenizer.special_texts.items()}.get(token, whole[start:end])
+        for token, start, end in zip(ids, [0, *positions], positions, strict=False)
+    )
+    cuts = [written.find(word) for word in stop if word in written]
+    result = stream(tokenizer, ids, stop)
+    expected = written[: min(cuts)] if cuts else written
+    for text in marks:
+        expected = expected.replace(text, "")
+    assert result.text == expected
+    assert (result.stopped_by is not None) == bool(cuts)
+
+
+# --- interrupts and failing decoders
+
+
+class Failing:
+    """A tokenizer whose decoder fails at chosen calls."""
+
+    def __init__(self, tokenizer: Tokenizer, failing: set[int]) -> None:
+        self._tokenizer = tokenizer
+        self._failing = failing
+        self._calls = itertools.count()
+        self.special_texts = tokenizer.special_texts
+        self.ends_open = tokenizer.ends_open
+
+    def decode(self, token_ids):
+        if next(self._calls) in self._failing:
+            raise RequestError("the decoder fails now")
+        return self._tokenizer.decode(token_ids)
+
+
+@given(st.data())
+def test_after_a_failing_decode_the_same_tokens_can_be_fed_again(byte_level, data):
+    ids = data.draw(st.lists(st.integers(0, vocabulary(byte_level) - 1), max_size=20))
+    stop = data.draw(st.lists(st.text(alphabet="ab é日", min_size=1, max_size=3), max_size=2))
+    tokenizer = Failing(byte_level, data.draw(st.sets(st.integers(0, 50), max_size=12)))
+    text, pieces = TextStream(tokenizer, stop), []
+    while text.fed < len(ids) and text.stopped_by is None:
+        before = text.text, text.fed
+        try:
+            pieces.append(text.feed(ids[text.fed : text.fed + 3]))
+        except RequestError:
+            assert (text.text, text.fed) == before
+    while True:
+        try:
+            pieces.append(text.finish())
+            break
+        except RequestError:
+            pass
+    assert "".join(pieces) == text.text == stream(byte_level, ids, stop).text
+
+
+def test_an_interrupt_at_any_line_loses_and_doubles_nothing(byte_level):
+    ids = byte_level.encode("the größe 日本 🙂 abab")
+    expected = stream(byte_level, ids, ("ab日",)).text
+    for line in range(1, 400):
+        text, left = TextStream(byte_level, ("ab日",)), line
+
+        def interrupt(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_filename.endswith("text_stream.py"):
+                left -= event == "line"
+                if left == 0 and event == "line":
+                    raise KeyboardInterrupt
+                return interrupt
+            return None
+
+        interrupts = 0
+        while text.fed < len(ids):
+            sys.settrace(interrupt)
+            try:
+                text.feed(ids[text.fed : text.fed + 2])
+            except KeyboardInterrupt:
+                interrupts += 1
+            finally:
+                sys.settrace(None)
+        while text.text != expected:
+            text.finish()
+        text.finish()
+        assert text.text == expected
+        if not interrupts:
+            return  # every line was interrupted
+    raise AssertionError("the text was never read without an interrupt")
+
+
+def test_an_error_of_the_decoder_is_a_request_error(byte_level, monkeypatch):
+    monkeypatch.setattr(type(byte_level._inner), "decode", lambda *_, **__: 1 / 0)
+    with pytest.raises(RequestError, match="cannot decode these tokens: division by zero"):
+        TextStream(byte_level).feed([5])

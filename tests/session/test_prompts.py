@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import copy
 import itertools
 import json
+import pickle
 import re
 import time
 
@@ -314,3 +316,17 @@ def test_end_ids_that_are_no_ids_are_refused_by_name(stored, file, talking_model
         CheckpointError, match=rf"{file}.*eos_token_id is {first}.*expected an int or a list or tuple of int"
     ):
         _ = Tokenizer(folder).end_ids
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_session_and_a_request_say_why_they_cannot_be_copied(make, talk):
+    with pytest.raises(RequestError, match=r"a session cannot be copied or pickled.*open another session"):
+        make(talk)
+    request = talk.submit("the", FREE)
+    with pytest.raises(RequestError, match=r"a request cannot be copied or pickled.*result\(\)"):
+        make(request)
+    answer = request.result()
+    assert pickle.loads(pickle.dumps(answer)) == answer

@@ -147,7 +147,7 @@ RAISED_RAW_ONCE = {
     "a plan without its digest": ("engine", ("trtlab", "plans", 0, "digest"), ...),
     "bytes of a row that are a str": ("report", ("linears", 0, "bytes_after"), "x"),
     "bytes of a row beyond 64 bits": ("report", ("linears", 0, "bytes_after"), 10**400),
-    "a list of lists of end ids": ("end ids", ("eos_token_id", 0), [1]),
+    "a list of lists of end ids": ("end ids", ("eos_token_id",), [[1]]),
 }
 
 

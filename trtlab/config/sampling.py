@@ -23,17 +23,6 @@ FLOAT32 = torch.finfo(torch.float32)  # the sampler's arithmetic
 Word = Annotated[str, Field(min_length=1)]
 TokenId = NotNegativeInt
 NO_END = -1
-NAMES_ELSEWHERE = {  # in TensorRT-LLM, its backend, vLLM, transformers
-    "max_new_tokens": ("max_tokens", "max_output_len", "max_length", "request_output_len", "output_len"),
-    "seed": ("random_seed", "manual_seed"),
-    "stop": ("stop_words", "stop_strings", "stop_words_list", "stop_sequences"),
-    "stop_token_ids": ("stop_ids", "eos_token_ids"),
-    "end_id": ("eos_token_id", "eos_id", "end_token_id"),
-    "top_k": ("runtime_top_k",),
-    "top_p": ("runtime_top_p",),
-    "temperature": ("temp", "do_sample"),
-    "logprobs": ("log_probs", "return_log_probs", "output_log_probs"),
-}
 
 
 def _as_words(stop: object) -> object:
@@ -76,7 +65,7 @@ class SamplingParams(Settings):
     It divides their positive and multiplies their negative logits (Keskar et al., arXiv:1909.05858).
     """
     stop: Annotated[Sequence[Word] | Word | None, BeforeValidator(_as_words)] = ()
-    """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop``, ``stop_words``.
+    """Words that end the text before them; an empty word would stop at once. TensorRT-LLM: ``stop_words``.
 
     A special token may be given by its text, ``"<|eot_id|>"``, although an answer's text has no special tokens.
     """
@@ -87,15 +76,9 @@ class SamplingParams(Settings):
     ignore_eos: bool = False
     """Whether the answer continues after the model's end token, up to ``max_new_tokens``; ``stop`` still ends it."""
     stop_token_ids: Annotated[Sequence[TokenId] | None, BeforeValidator(_none_as_empty)] = ()
-    """Token ids that end the answer before them, besides the model's own. TensorRT-LLM: the same name."""
+    """Token ids that end the answer before them, besides the model's own."""
     end_id: Annotated[int, Field(ge=NO_END, lt=2**63)] | None = None
-    """The end token, in place of the model's own ones; -1 for none. TensorRT-LLM: the same name."""
-
-    @classmethod
-    def remedy_for_unknown(cls, name: str) -> str | None:
-        """Other programs' names of the fields."""
-        field = next((field for field, names in NAMES_ELSEWHERE.items() if name in names), None)
-        return None if field is None else f"did you mean {field}?"
+    """The end token, in place of the model's own ones; -1 for none."""
 
     @property
     def greedy(self) -> bool:

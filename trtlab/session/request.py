@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from trtlab.card import Shown
 from trtlab.errors import RequestError
@@ -52,6 +52,9 @@ class Request(Shown):
         self._text_lock = threading.Lock()  # steps extend the text, and any thread may read it
         self._given = 0  # characters of the text that stream() has given
         self._tasks = 0  # of an event loop, which wait for the request
+
+    def __reduce__(self) -> NoReturn:
+        raise RequestError("a request cannot be copied or pickled", remedy="pickle request.result(), its answer")
 
     @property
     def number(self) -> int:

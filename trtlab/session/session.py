@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -259,6 +259,12 @@ class Session(Shown):
         if self._loop.exclusive.in_own_process:
             self._loop.close()
             self._thread.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise RequestError(
+            "a session cannot be copied or pickled: it holds its engine's memory, requests under way and threads",
+            remedy="pickle the engine, and open another session with engine.session()",
+        )
 
     def __enter__(self) -> Session:
         self._loop.require_open()
