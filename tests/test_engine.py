@@ -239,6 +239,30 @@ def test_a_second_save_keeps_the_digests_and_a_copy_is_held_against_them(engine,
         Engine.load(tmp_path / "linked", verify=True)
 
 
+def test_the_bar_of_a_save_ends_full_in_every_way(engine, tmp_path, monkeypatch):
+    counted = []
+
+    class Bar:
+        def __init__(self, label, total):
+            self.left = total
+            counted.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, number):
+            self.left -= number
+
+    monkeypatch.setattr("trtlab.engine_weights.progress", Bar)
+    for weights in ("link", "link", "copy"):
+        engine.save(tmp_path / "engine", weights=weights)
+    Engine.load(tmp_path / "engine", verify=True).close()
+    assert [bar.left for bar in counted] == [0, 0, 0, 0]
+
+
 def test_a_folder_without_digests_cannot_be_verified(engine, tmp_path):
     folder = engine.save(tmp_path / "engine")
     rewrite(folder, "trtlab", digests=...)

@@ -1,8 +1,10 @@
 """An engine with TensorRT plans: built where TensorRT is installed, saved, and refused when a plan does not fit."""
 
+import copy
 import hashlib
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,18 @@ def edit(**changes):
     return change
 
 
+def link_away(folder: Path) -> None:
+    away = (folder / "rank0.engine").replace(folder.parent / "away")
+    (folder / "rank0.engine").symlink_to(away)
+
+
+def repeat_plan(folder: Path) -> None:
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    raw["trtlab"]["plans"] *= 2
+    path.write_text(json.dumps(raw))
+
+
 def other_weights(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -129,6 +143,11 @@ def other_weights(folder: Path) -> None:
         (edit(version="0.1"), r"another TensorRT; got tensorrt\w* 0.1; expected.*build again.*plan=False"),
         (edit(flavour="tensorrt_of_another_kind"), "another TensorRT; got tensorrt_of_another_kind"),
         (edit(surprise=1), r"trtlab\.plans\[0\]\.surprise=1 is unknown"),
+        (edit(digest=1), r"trtlab\.plans\[0\]\.digest is 1, expected a str"),
+        (edit(plan_bytes="x"), r"trtlab\.plans\[0\]\.plan_bytes is 'x', expected an int"),
+        (edit(activation_bytes={"context": "x"}), r"trtlab\.plans\[0\]\.activation_bytes\.context is 'x', expected"),
+        (link_away, "rank0.engine is a link to .*away, outside of the model's folder"),
+        (repeat_plan, "has 2 plans for 1 rank"),
         (other_weights, "holds other weights than it was built from"),
     ],
 )
@@ -223,3 +242,34 @@ def test_without_a_temporary_folder_the_error_names_it(checkpoint, monkeypatch, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(trtlab.EngineError, match=r"no folder for temporary files.*TMPDIR"):
         checkpoint.build(trtlab.BuildConfig(**BOUNDS))
+
+
+WRONG = (1, -1.5, True, None, "x", [1], {"a": 1}, 10**9, 10**30)
+
+
+def places(value, place=()):
+    """Every key and index inside a JSON value."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*place, key)
+        yield from places(inner, (*place, key))
+
+
+def test_no_value_anywhere_in_config_json_is_a_raw_error_or_takes_long(folder):
+    path = folder / "config.json"
+    good = json.loads(path.read_text())
+    places_tried = [place for place in places(good) if place[:2] != ("trtlab", "digests") or len(place) < 4]
+    for place in places_tried:
+        for value in WRONG:
+            raw = copy.deepcopy(good)
+            inner = raw
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            path.write_text(json.dumps(raw))
+            started = time.process_time()
+            try:
+                with trtlab.Engine.load(folder) as loaded:
+                    assert repr(loaded)
+            except trtlab.TrtlabError as error:
+                assert str(error)
+            assert time.process_time() - started < 2.0, (place, value)

@@ -212,6 +212,9 @@ class Engine(Shown):
             raise EngineError(f"{folder} holds other weights than it was built from", remedy=COPY_OR_BUILD)
         if verify and ranks:
             verify_weights(folder, ranks, digests)
+        if stored.plans and len(stored.plans) != len(mapping.ranks):
+            counts = f"{len(stored.plans)} plans for {len(mapping.ranks)} rank{'s' * (len(mapping.ranks) > 1)}"
+            raise EngineError(f"{folder} has {counts}", remedy=COPY_OR_BUILD)
         plans = Plans.load(folder, stored.plans) if stored.plans else None
         return cls(
             config,

@@ -47,8 +47,11 @@ def save_weights(
             target = folder / rank_file(rank)
             next(iter(tensors.values())).read()  # an error when the file has changed since it was opened
             if link and files and _linked(files[rank], target):
-                known = recorded[rank] if recorded else None
-                saved.append(known or digests(tensors, on_tensor=lambda tensor: bar.update(tensor.nbytes)))
+                if recorded:
+                    bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+                    saved.append(recorded[rank])
+                else:
+                    saved.append(digests(tensors, on_tensor=lambda tensor: bar.update(tensor.nbytes)))
                 continue
             read, table = digested(tensors)
             write_safetensors(target, read, on_tensor=lambda tensor: bar.update(tensor.nbytes))

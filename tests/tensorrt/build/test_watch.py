@@ -65,7 +65,7 @@ if afterwards == "again":
         print("built", engine.plans.files[0].stat().st_size == engine.plans.records[0].plan_bytes)
 """
 
-needs_a_cpu_build = pytest.mark.skipif(not library().builds(None), reason="this TensorRT compiles on a GPU only")
+pytestmark = pytest.mark.plans
 
 
 def build(moment: str, afterwards: str, temp: Path) -> subprocess.CompletedProcess[str]:
@@ -80,7 +80,6 @@ def build(moment: str, afterwards: str, temp: Path) -> subprocess.CompletedProce
     )
 
 
-@needs_a_cpu_build
 @pytest.mark.parametrize(
     ("moment", "afterwards"), [("set-up", "again"), ("steps", "exit"), ("steps", "again"), ("writing", "exit")]
 )
@@ -91,7 +90,6 @@ def test_an_interrupted_process_exits_cleanly_and_can_build_again(moment, afterw
     assert list(tmp_path.glob("trtlab-plan-*")) == []
 
 
-@needs_a_cpu_build
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, monkeypatch):
     assert build("writing", "killed", tmp_path).returncode == -signal.SIGKILL
     (left,) = tmp_path.glob("trtlab-plan-*")

@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 
 from trtlab.errors import EngineError, TrtlabError
+from trtlab.storage.paths import reading, require_file
 from trtlab.tensorrt.build.plan import PlanRecord
 from trtlab.tensorrt.library import Capability, library
 
@@ -58,9 +59,8 @@ def check_plan(record: PlanRecord, *, path: Path | None = None, gpu: Capability 
 
 
 def _check_file(record: PlanRecord, path: Path) -> None:
-    if not path.is_file():
-        raise EngineError(f"{path.name} is missing", remedy=COPY_OR_BUILD)
-    with path.open("rb") as stream:
+    require_file(path, remedy=COPY_OR_BUILD, error=EngineError)
+    with reading(path, error=EngineError), path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != record.digest:
         raise EngineError(
