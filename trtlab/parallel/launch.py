@@ -55,7 +55,7 @@ def _mpi_world() -> Any:
         from mpi4py import MPI
     except ImportError as error:
         raise MissingDependency(
-            f"several processes under mpirun need mpi4py: {error}", remedy='pip install "trtlab[mpi]"'
+            f"several processes under mpirun need mpi4py: {error}", remedy="pip install mpi4py mpich"
         ) from error
     return MPI.COMM_WORLD
 

@@ -114,6 +114,6 @@ def _modelopt() -> tuple[Any, Callable[..., None]]:
             from modelopt.torch.export import export_tensorrt_llm_checkpoint
     except ImportError as error:
         raise MissingDependency(
-            f"quantizing with ModelOpt needs nvidia-modelopt: {error}", remedy='pip install "trtlab[modelopt]"'
+            f"quantizing with ModelOpt needs nvidia-modelopt: {error}", remedy="pip install nvidia-modelopt requests"
         ) from error
     return mtq, export_tensorrt_llm_checkpoint
