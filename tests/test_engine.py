@@ -62,6 +62,18 @@ def test_links_take_no_space_and_copies_stand_alone(engine, checkpoint, tmp_path
     assert (tmp_path / "copied" / "rank0.safetensors").read_bytes() == source.read_bytes()
 
 
+def test_a_file_that_is_a_link_is_saved_as_what_it_points_to(engine, tmp_path):
+    """As in Hugging Face's cache; a link of the link would point to nothing from another folder."""
+    folder = engine.save(tmp_path / "first")
+    (folder / "blobs").mkdir()
+    (folder / "rank0.safetensors").rename(folder / "blobs" / "x")
+    (folder / "rank0.safetensors").symlink_to("blobs/x")
+    Engine.load(folder).save(tmp_path / "second")
+    saved = tmp_path / "second" / "rank0.safetensors"
+    assert not saved.is_symlink() and saved.samefile(folder / "blobs" / "x")
+    assert answer(Engine.load(tmp_path / "second")) == answer(engine)
+
+
 def test_what_cannot_be_linked_is_copied(engine, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError("another file system")

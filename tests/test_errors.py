@@ -1,7 +1,8 @@
-"""What a notebook shows of a user's error: the user's lines and the message, through a real kernel."""
+"""A user's error: its text, which is short and printable, and what a notebook shows of it, through a real kernel."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from trtlab import ConfigError
+from trtlab import CheckpointError, ConfigError, TrtlabError
+from trtlab.errors import LONGEST_PART
 
 IMPORT = "from trtlab import BuildConfig, Checkpoint, ConfigError"
 
@@ -129,3 +131,23 @@ def test_a_long_statement_is_cut(kernel):
     lines = errors_of(kernel, "BuildConfig(\n" + "    # sizes\n" * 20 + "    max_bach_size=0)")
     assert lines[:6] == ["Cell, line 1", "    BuildConfig(", *["        # sizes"] * 4] and lines[6] == "    ..."
     assert len(lines) == 9
+
+
+def test_an_error_joins_the_parts_that_are_given():
+    assert str(TrtlabError("no", got=0, expected=1, remedy="try 1")) == "no; got 0; expected 1; try 1"
+    assert str(TrtlabError("no", remedy="try 1")) == "no; try 1"
+
+
+@pytest.mark.parametrize("part", ["what", "got", "expected", "remedy"])
+def test_each_part_can_be_printed_and_is_short(part):
+    parts = {"what": "no", "got": "a", "expected": "b", "remedy": "c"} | {part: "\ud800\x1b[2J\r" + "x" * 100_000}
+    error = TrtlabError(parts.pop("what"), **parts)
+    text = str(error)
+    text.encode()
+    assert r"\ud800\x1b[2J\r" in text and not {"\x1b", "\r"} & set(text)
+    assert "... (100,006 characters)" in text and len(text) < LONGEST_PART + 100
+    assert str(pickle.loads(pickle.dumps(error))) == text
+
+
+def test_lines_and_letters_stay_as_they_are():
+    assert str(CheckpointError("größe 🙂\n\tzweite Zeile")) == "größe 🙂\n\tzweite Zeile"

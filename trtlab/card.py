@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
 
+from trtlab.errors import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -98,7 +100,7 @@ def text(card: Card) -> str:
         lines += ["", *(f"  {line}" for line in _text_table(table))]
     if card.next:
         lines += ["", f"  next: {card.next}"]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _text_table(table: Table) -> list[str]:
@@ -123,7 +125,7 @@ def html(card: Card) -> str:
     parts += [_html_table(table) for table in card.tables]
     if card.next:
         parts.append(f"<p>next: <code>{escape(card.next)}</code></p>")
-    return "\n".join(parts)
+    return printable("\n".join(parts))
 
 
 def _html_table(table: Table) -> str:

@@ -87,7 +87,7 @@ def _require_same(where: str, table: Digests, recorded: Digests) -> None:
 def _linked(source: Path, target: Path) -> bool:
     """Make a hard link; False where another file system or a missing right forbids it."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # not a link of a link
     except OSError:
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sysconfig
 import textwrap
 import traceback
@@ -13,13 +14,16 @@ from pathlib import Path
 from traceback import FrameSummary
 
 MOST_LINES = 5  # of one statement in a notebook's traceback
+LONGEST_PART = 1500  # characters; eight problems of a settings object fit
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and newline; lone surrogates
 
 
 class TrtlabError(Exception):
     """A mistake that the caller can correct.
 
     ``what`` names the problem, ``got`` the offending value, ``expected`` what would have been right and ``remedy``
-    the next step. ``str(error)`` joins those that are given into one or two lines.
+    the next step. ``str(error)`` joins those that are given into one or two lines that any terminal can print; a part
+    that quotes a very long name or value is cut.
     """
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
@@ -34,14 +38,14 @@ class TrtlabError(Exception):
         return partial(type(self), got=self.got, expected=self.expected, remedy=self.remedy), (self.what,)
 
     def __str__(self) -> str:
-        parts = [self.what]
+        parts = [_bounded(self.what)]
         if self.got is not None:
-            parts.append(f"got {self.got}")
+            parts.append(f"got {_bounded(self.got)}")
         if self.expected is not None:
-            parts.append(f"expected {self.expected}")
+            parts.append(f"expected {_bounded(self.expected)}")
         if self.remedy is not None:
-            parts.append(self.remedy)
-        return "; ".join(parts)
+            parts.append(_bounded(self.remedy))
+        return printable("; ".join(parts))
 
     def _render_traceback_(self) -> list[str]:
         """The lines that IPython and Jupyter print: the caller's own statements, and the message.
@@ -102,3 +106,13 @@ def _described(frame: FrameSummary) -> list[str]:
     lines = [linecache.getline(frame.filename, number) for number in range(first, last + 1)]
     shown = textwrap.dedent("".join(lines[:MOST_LINES])).splitlines() + ["..."] * (len(lines) > MOST_LINES)
     return [f"{place}, line {first}{function}", *(f"    {line}" for line in shown), ""]
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters and lone surrogates as escapes: a file's own ``\x1b[2J`` clears no screen."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _bounded(part: object) -> str:
+    text = str(part)
+    return text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}... ({len(text):,} characters)"

@@ -74,6 +74,15 @@ def test_what_a_user_typed_cannot_become_markup():
         assert tag in text(shown)
 
 
+def test_text_of_any_file_can_be_shown():
+    """A folder's name that is no UTF-8, half a character in a JSON file, a sequence that would clear the screen."""
+    shown = Card("\udcff", (("\ud800", "a\x1b[2Jb\x9b"),), (Table(("ü\tz",), (("\0\x7f",),)),), next="\r")
+    for drawn in (text(shown), html(shown)):
+        drawn.encode()
+        assert r"\udcff" in drawn and r"\ud800" in drawn and r"a\x1b[2Jb\x9b" in drawn and r"\x00\x7f" in drawn
+        assert "ü\tz" in drawn and "\r" not in drawn
+
+
 def test_columns_align_by_their_heads():
     shown = text(Card("t", tables=(Table(("name", " number"), (("a", "1"), ("bbb", "22"))),)))
     assert shown.splitlines()[-2:] == ["  a          1", "  bbb       22"]

@@ -210,7 +210,9 @@ ODD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:.*quantize", "ignore:TypedStorage")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support", "ignore:.*quantize", "ignore:TypedStorage", "ignore:.*nested"
+)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("kind", ODD)
 def test_a_tensor_without_plain_values_is_named(kind, legacy, plain):
@@ -220,6 +222,35 @@ def test_a_tensor_without_plain_values_is_named(kind, legacy, plain):
     with pytest.raises(CheckpointError, match=words) as caught:
         Checkpoint.from_hugging_face(folder)
     assert caught.value.remedy
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_a_nested_tensor_is_named(plain):
+    """In the zip format alone: torch stores none whole in the old one."""
+    folder, tensors = plain
+    nested = torch.nested.nested_tensor([torch.ones(60), torch.ones(4)])
+    replace(folder, "pytorch_model.bin", {**tensors, "model.norm.weight": nested})
+    with pytest.raises(CheckpointError, match=r"norm.weight in .* is sparse or nested; store it as a plain tensor"):
+        Checkpoint.from_hugging_face(folder)
+
+
+UNUSUAL = {
+    "a parameter": lambda ones: torch.nn.Parameter(ones),
+    "with a gradient": lambda ones: ones.requires_grad_(),
+    "one number at every place": lambda ones: ones[:1].expand(ones.shape),
+    "every second place": lambda ones: torch.ones(128)[::2],
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_a_tensor_is_read_by_its_values_however_it_is_stored(kind, plain, tmp_path):
+    folder, tensors = plain
+    replace(folder, "pytorch_model.bin", {**tensors, "model.norm.weight": UNUSUAL[kind](torch.ones(64))})
+    checkpoint = Checkpoint.from_hugging_face(folder)
+    with checkpoint.build(plan=False) as engine, engine.session(backend="torch", device="cpu") as session:
+        assert len(session.generate([1, 2, 3]).token_ids) > 0
+    saved = Checkpoint.load(checkpoint.save(tmp_path / "saved"))
+    assert saved.tensors["transformer.ln_f.weight"].read().tolist() == [1.0] * 64
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 200, 2000, -1])

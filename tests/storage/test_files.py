@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(after, saved, tmp_path, fil
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
 
-    monkeypatch.setattr("trtlab.storage.files._bytes", full)
+    monkeypatch.setattr("trtlab.storage.files.raw_bytes", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*nothing was changed") as caught:
         saved.save(tmp_path / "ckpt")
     assert caught.value.remedy

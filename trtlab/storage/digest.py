@@ -6,19 +6,17 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from trtlab.hardware import cores
-from trtlab.storage.lazy import LazyTensor
+from trtlab.storage.lazy import LazyTensor, raw_bytes
 
 MOST_THREADS = 8  # of them, each has one tensor in memory
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal; most processors have instructions for it."""
-    flat = tensor.contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def digests(

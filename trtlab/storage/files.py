@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.json_files import read_object
-from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor
+from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor, raw_bytes
 from trtlab.storage.paths import absolute_path, shown
 from trtlab.storage.scratch import FolderLock, remove_folder, scratch_folder
 
@@ -191,7 +191,7 @@ class TensorFile:
                 expected=f"{dtype} {list(shape)}",
             )
         self._file.seek(self._data_start + self._starts[name])
-        self._file.write(_bytes(value))
+        self._file.write(raw_bytes(value))
         del self._missing[name]
 
     def __enter__(self) -> TensorFile:
@@ -214,9 +214,3 @@ def write_safetensors(
             file.put(name, tensors[name].read())
             if on_tensor is not None:
                 on_tensor(tensors[name])
-
-
-def _bytes(value: Tensor) -> memoryview:
-    """The raw bytes of a tensor, without a copy when it is contiguous."""
-    flat = value.cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-import torch
-
-from trtlab.storage.lazy import LazyTensor
+from trtlab.storage.lazy import LazyTensor, raw_bytes
 
 
 def fingerprint(tensors: Mapping[str, LazyTensor]) -> str:
@@ -21,6 +19,5 @@ def fingerprint(tensors: Mapping[str, LazyTensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         rows = tensor.shape[0]
         for row in sorted({0, rows // 2, rows - 1}):
-            sample = tensor.narrow(0, row, 1).read().contiguous().reshape(-1)
-            digest.update(sample.view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(tensor.narrow(0, row, 1).read()))
     return digest.hexdigest()

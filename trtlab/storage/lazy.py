@@ -91,6 +91,13 @@ def in_memory(tensor: Tensor) -> LazyTensor:
     return LazyTensor(tuple(values.shape), values.dtype, lambda: values)
 
 
+def raw_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor in row order, without a copy where it lies so in memory."""
+    flat = value.cpu().contiguous().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # a lone element may have another stride, which view() refuses
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def cat(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
     """Join parts along one dimension; a single part is returned unchanged."""
     if len(parts) == 1:
@@ -182,20 +189,27 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             remedy="a training tool wrote it: store the model's own state_dict() alone",
         )
     for name, value in tensors.items():
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+        if not _is_plain(value):
+            kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else "sparse or nested"
             raise CheckpointError(f"{name} in {path.name} is {kind}", remedy="store it as a plain tensor")
-    return tensors
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor has a shape and a number at each place of it."""
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn anything that a reader of weight files raises within the block into an error that names the file."""
     try:
-        with reading(path):
-            yield
+        yield
     except CheckpointError:
         raise
+    except OSError:
+        with reading(path):
+            raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
