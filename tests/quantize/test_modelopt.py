@@ -156,5 +156,5 @@ def test_a_recipe_that_modelopt_cannot_take_is_refused(settings):
 def test_without_modelopt_the_install_line_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelopt", None)
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
-    with pytest.raises(MissingDependency, match=r"trtlab\[modelopt\]"):
+    with pytest.raises(MissingDependency, match="pip install nvidia-modelopt requests"):
         check_modelopt(QuantConfig(quant_algo="FP8"))
