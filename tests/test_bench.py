@@ -95,3 +95,17 @@ def test_a_cell_beyond_the_bounds_is_refused_before_anything_runs(session, batch
 def test_a_duel_counts_run_by_run():
     duel = bench.Duel("x", 10, ours_s=(1.0, 2.0, 4.0), theirs_s=(2.0, 6.0, 4.0))
     assert duel.ratio == 2.0
+
+
+@pytest.mark.parametrize("name", ["gone/sweep.csv", "n" * 300, "a\0b", ".", ""])
+def test_a_table_that_cannot_be_written_says_why(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(trtlab.ConfigError) as caught:
+        bench.Benchmark(()).to_csv(name)
+    assert caught.value.remedy and list(tmp_path.iterdir()) == []
+
+
+def test_a_table_is_written_into_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bench.Benchmark(()).to_csv("~/sweep.csv") == tmp_path / "sweep.csv"
+    assert (tmp_path / "sweep.csv").exists()

@@ -22,6 +22,7 @@ from trtlab import (
     Checkpoint,
     CheckpointError,
     ConfigError,
+    Engine,
     Mapping,
     ModelConfig,
     QuantConfig,
@@ -472,3 +473,21 @@ def test_a_pickle_of_a_folder_that_has_changed_or_gone_is_refused(tmp_path):
     folder.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="ckpt is not a folder: there is nothing of that name"):
         pickle.loads(content)
+
+
+# --- links
+
+
+@pytest.mark.parametrize("name", ["config.json", "rank0.safetensors", "rank1.safetensors"])
+def test_a_checkpoint_or_engine_follows_no_link_out_of_its_folder(name, folder, tmp_path):
+    engine = Checkpoint.load(folder).build(BuildConfig(max_seq_len=32), mapping=Mapping(tp_size=2), plan=False)
+    engine.save(tmp_path / "engine", weights="copy")
+    for path, load in ((folder, Checkpoint.load), (tmp_path / "engine", Engine.load)):
+        (path / name).rename(tmp_path / name)
+        (path / name).symlink_to(tmp_path / name)
+        with pytest.raises(TrtlabError, match="outside of the model's folder"):
+            load(path)
+        (path / name).unlink()
+        (path / name).symlink_to("gone")
+        with pytest.raises(TrtlabError, match="is a link to gone, which is missing"):
+            load(path)

@@ -19,9 +19,10 @@ from trtlab.card import Shown
 from trtlab.config.build import compute_dtype
 from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
-from trtlab.errors import ConfigError, RequestError, TrtlabError
+from trtlab.errors import ConfigError, RequestError
 from trtlab.progress import progress
 from trtlab.session.session import Session
+from trtlab.storage.paths import absolute_path, writing
 
 COLUMNS = {
     "peak_memory_gb": "gpu_peak_mem(gb)",
@@ -81,15 +82,13 @@ class Benchmark(Shown):
     rows: tuple[BenchmarkRow, ...]
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the rows under TensorRT-LLM's column names; returns the path."""
-        try:
-            with Path(path).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(self.rows[0].cells) if self.rows else [])
-                writer.writeheader()
-                writer.writerows(row.cells for row in self.rows)
-        except OSError as error:
-            raise TrtlabError(f"{path} cannot be written: {error.strerror}", remedy="give another path") from error
-        return Path(path)
+        """Write the rows under TensorRT-LLM's column names; returns the absolute path."""
+        target = absolute_path(path, error=ConfigError)
+        with writing(target, error=ConfigError), target.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0].cells) if self.rows else [])
+            writer.writeheader()
+            writer.writerows(row.cells for row in self.rows)
+        return target
 
 
 @public

@@ -37,7 +37,7 @@ from trtlab.storage.files import replacing
 from trtlab.storage.fingerprint import fingerprint
 from trtlab.storage.json_files import naming
 from trtlab.storage.lazy import LazyTensor, open_safetensors
-from trtlab.storage.paths import PathLike, absolute_path
+from trtlab.storage.paths import PathLike, absolute_path, has_file
 from trtlab.tensorrt.build.plan_check import COPY_OR_BUILD
 from trtlab.tensorrt.build.plans import Plans
 from trtlab.tensorrt.compare import NetworkComparison, compare
@@ -198,7 +198,7 @@ class Engine(Shown):
         with naming(folder / "config.json", remedy=BUILD_AGAIN):
             config, mapping, layout = stored.pretrained_config.to_settings()
         files = [folder / rank_file(rank) for rank in mapping.ranks]
-        ranks = [open_safetensors(file) for file in files] if files[0].is_file() else []
+        ranks = [open_safetensors(file) for file in files] if has_file(files[0], error=EngineError) else []
         if ranks:
             check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
         elif not stored.plans:

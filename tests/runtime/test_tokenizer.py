@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 
+import pytest
+
+from trtlab import Checkpoint, TrtlabError
 from trtlab.runtime.tokenizer import Tokenizer
 
 
@@ -25,3 +28,14 @@ def test_changed_files_are_read_again(talking_model, tmp_path):
     os.utime(path, ns=(1, 1))  # whatever the clock says
     assert len(Tokenizer(folder).encode("a cat")) > len(before.encode("a cat"))
     assert Tokenizer(folder).decode(Tokenizer(folder).encode("a cat")) == "a cat"
+
+
+def test_a_tokenizer_that_is_a_link_to_nothing_is_told_at_its_use_and_at_a_save(talking_model, tmp_path):
+    folder = shutil.copytree(talking_model, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("gone")
+    checkpoint = Checkpoint.from_hugging_face(folder)
+    assert checkpoint.tokenizer_dir == folder
+    for use in (Tokenizer(folder).encode, lambda text: checkpoint.save(tmp_path / text)):
+        with pytest.raises(TrtlabError, match=r"tokenizer\.json is a link to gone, which is missing"):
+            use("text")

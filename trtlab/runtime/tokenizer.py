@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,8 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The folder itself if it holds a tokenizer, else None."""
-    return folder if any(all((folder / name).is_file() for name in layout) for layout in LAYOUTS) else None
+    """The folder itself if it has the files of a tokenizer, which may be links to nothing, else None."""
+    return folder if any(all(os.path.lexists(folder / name) for name in layout) for layout in LAYOUTS) else None
 
 
 class _EndIds(OpenObject):

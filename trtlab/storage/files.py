@@ -16,7 +16,7 @@ from torch import Tensor
 from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.json_files import read_object
 from trtlab.storage.lazy import SAFETENSORS_DTYPES, LazyTensor, raw_bytes
-from trtlab.storage.paths import absolute_path, shown
+from trtlab.storage.paths import absolute_path, writing
 from trtlab.storage.scratch import FolderLock, remove_folder, scratch_folder
 
 
@@ -37,14 +37,11 @@ def replacing(folder: Path, *, ours: Callable[[str], bool], marker: str, error: 
         error: The class of error to raise; nothing is written before it.
     """
     folder = absolute_path(folder, error=error)
-    try:
+    with writing(folder, error=error):
         finish_replacement(folder, error=error)
         _require_replaceable(folder, ours, marker, error)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch, lock = scratch_folder(folder.parent, f".{folder.name}-", ".partial")
-    except (OSError, ValueError) as cause:  # ValueError: a NUL in a name
-        reason = cause.strerror if isinstance(cause, OSError) else cause
-        raise error(f"{shown(folder)} cannot be written: {reason}", remedy="choose a writable place") from cause
     try:
         scratch.chmod(0o777 & ~_umask())
         yield scratch

@@ -113,6 +113,16 @@ def reading(file: Path, *, remedy: str = COPY_AGAIN, error: type[TrtlabError] = 
         raise error(f"{shown(file)} cannot be the name of a file: {cause}", remedy=remedy) from cause
 
 
+@contextlib.contextmanager
+def writing(path: Path, *, error: type[TrtlabError] = CheckpointError) -> Iterator[None]:
+    """Turn the system's refusal to write a path within the block into an error that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as cause:  # ValueError: a NUL, or a character that the file system cannot store
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise error(f"{shown(path)} cannot be written: {reason}", remedy="choose a writable place") from cause
+
+
 _FORBIDDEN = (1, 13)  # EPERM, EACCES
 
 
