@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -105,14 +106,15 @@ class ScaleExplorer(Dashboard):
         """See Dashboard: the linears with the most noise with these settings, and the caches."""
         tables = []
         if self.study.linears:
+            kept = [row for row in self._rows() if row.name not in self._excluded][:LISTED]
             rows = tuple(
-                (short(row.name), f"{row.snr_db:.1f}", bar(row.snr_db / 60), f"{row.scale_median:.2e}",
+                (short(row.name), f"{row.snr_db:.1f}", bar(_noise(row, kept[0])), f"{row.scale_median:.2e}",
                  *(("", "") if row.outliers_after is None else (f"{row.outliers_before:.1f}x",
                                                                f"{row.outliers_after:.1f}x")))
-                for row in self._rows() if row.name not in self._excluded
+                for row in kept
             )  # fmt: skip
-            heads = ("most noise", " SNR dB", "", " median scale", " outliers", " now")
-            tables.append(Table(heads, rows[:LISTED]))
+            heads = ("most noise", " SNR dB", "noise", " median scale", " outliers", " now")
+            tables.append(Table(heads, rows))
         if self.study.caches:
             bits = tuple(
                 (str(row.layer), f"{row.k_bits:.2f}", f"{row.v_bits:.2f}")
@@ -203,3 +205,8 @@ class ScaleExplorer(Dashboard):
         )  # fmt: skip
         heads = (short(one.name), " SNR dB", " cosine", " median scale", " at range end", " outliers", " bytes")
         return Card("These settings", tuple(facts), (Table(heads, rows),))
+
+
+def _noise(row: LinearReport, worst: LinearReport) -> float:
+    """The amplitude of a linear's noise beside that of the worst one."""
+    return 10 ** ((worst.snr_db - row.snr_db) / 20) if math.isfinite(row.snr_db) else 0.0

@@ -25,14 +25,14 @@ COLOURS = {part: PALETTE[place % len(PALETTE)] for place, part in enumerate(LINE
 BEFORE, AFTER = "#7F7F7F", "#CC79A7"
 PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
 SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
-PIXELS = {"error": 190, "scale": 120, "numbers": 180, "caches": 120}
-MARGINS = 124  # above and below all panels, in pixels
-GAP = 66  # between rows of panels, in pixels
+PIXELS = (150, 120, 90)  # of the rows of panels: the whole picture and its controls fit a laptop's window
+ABOVE, BELOW, GAP = 72, 44, 58  # all panels, and between their rows, in pixels
 UNUSED = "zoom pan select lasso zoomin zoomout autoscale".split()  # tools whose buttons would cover the heading
+CURVE = "largest |x| by channel"
 TITLES = {
     "error": "signal over noise of each linear's output, dB (click a bar to exclude its linear, or to take it back)",
-    "scale": "scales to the original: least, median, largest of each linear",
-    "caches": "bits of eight that the KV cache uses (K plain, V hatched)",
+    "scale": "scales to the original: least, median, largest",
+    "caches": "bits of eight that the KV cache uses (V hatched)",
 }
 
 
@@ -74,9 +74,10 @@ def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
         one = next(linear for linear in study.linears if linear.name == shown)
         traces += [{"y": y} for pair in _numbers(one, one.trials[alpha]) for y in pair]
         heading = f"<b>{short(shown)}</b>, {_panels(study)[0]}"
+        traces += [{}] * len(LINEARS)  # the legend's
     if study.caches:
         for bits in ([row.k_bits for row in study.caches[scales]], [row.v_bits for row in study.caches[scales]]):
-            traces.append({"y": bits, "text": ["" if number is None else f"{number:.2f}" for number in bits]})
+            traces.append({"y": bits, "text": ["" if number is None else f"{number:.1f}" for number in bits]})
     return Moving(tuple(traces), _words(study, trials, excluded), heading)
 
 
@@ -92,7 +93,7 @@ def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
         for name, value in values.items():
             trace[name] = value
     if new.heading:
-        figure.layout.annotations[2].text = new.heading  # 0 and 1 are the headings of errors and scales
+        figure.layout.annotations[1].text = new.heading  # 0 is the heading of the errors
 
 
 def short(name: str) -> str:
@@ -167,24 +168,19 @@ def _numbers(one: LinearStudy, trial: Trial) -> list[tuple[list[float | None], l
 
 def _panels(study: Study) -> list[str]:
     observed = study.linears[0].before.activations is not None
-    return [*(["largest |x| by channel", "inputs"] if observed else []), "weights"]
+    return [*([CURVE, "inputs"] if observed else []), "weights"]
 
 
 def _still(study: Study) -> go.Figure:
     """All panels, axes and traces without the changing properties."""
-    rows = [*(["error", "scale", "numbers"] if study.linears else []), *(["caches"] if study.caches else [])]
-    figure = _subplots(study, rows)
+    rows = _rows(study)
+    figure = _subplots(rows)
     if study.linears:
         _still_linears(figure, study)
         _still_numbers(figure, study)
-    for name, shape in (("K", ""), ("V", "/")) if study.caches else ():
-        places = [f"layer {row.layer}" for row in next(iter(study.caches.values()))]
-        marker = {"color": COLOURS["attention.dense"], "pattern": {"shape": shape}}
-        bars = go.Bar(
-            name=f"{name} cache", x=places, marker=marker, textposition="outside", cliponaxis=False, showlegend=False
-        )
-        figure.add_trace(bars.update(hovertemplate="%{x}: %{y:.2f} bits<extra></extra>"), len(rows), 1)
-        figure.update_yaxes({"range": [0, 10], "tickvals": [0, 4, 8]}, row=len(rows))
+        _still_legend(figure)
+    if study.caches:
+        _still_caches(figure, study, len(rows), 6 // len(rows[-1]) * (len(rows[-1]) - 1) + 1)
     figure.update_layout(
         template="plotly_white",
         font={"size": 12},
@@ -193,45 +189,47 @@ def _still(study: Study) -> go.Figure:
         barmode="group" if not study.linears else "overlay",
         bargap=0.3,
         hovermode="closest",
-        margin={"l": 60, "r": 20, "t": 74, "b": 50},
+        margin={"l": 60, "r": 20, "t": ABOVE, "b": BELOW},
         modebar={"remove": UNUSED},
         legend={
             "orientation": "h",
             "x": -0.06,
             "font": {"size": 11},
-            "y": 1 + 30 / (_height(rows) - MARGINS),
+            "y": 1 + 28 / (_height(rows) - ABOVE - BELOW),
             "yanchor": "bottom",
+            "itemclick": False,
+            "itemdoubleclick": False,
         },
     )
-    if study.linears and study.caches:
-        for trace, side in zip(figure.data[-2:], (-0.4, 0.0), strict=True):
-            trace.update(offset=side, width=0.38)
     figure.update_annotations(font={"size": 12})
     for note in figure.layout.annotations:
-        if note.text in TITLES.values() or note.text == "largest |x| by channel":
+        if note.text in (TITLES["error"], CURVE):
             note.update(x=0, xanchor="left")
     return figure
 
 
-def _height(rows: Sequence[str]) -> int:
-    return sum(PIXELS[row] for row in rows) + GAP * (len(rows) - 1) + MARGINS
+def _rows(study: Study) -> list[list[str]]:
+    """The panels: errors; numbers of one linear, which move with alpha; scales and caches."""
+    caches = ["caches"] if study.caches else []
+    return [["error"], _panels(study), ["scale", *caches]] if study.linears else [caches]
 
 
-def _subplots(study: Study, rows: Sequence[str]) -> go.Figure:
+def _height(rows: Sequence[Sequence[str]]) -> int:
+    return sum(PIXELS[: len(rows)]) + GAP * (len(rows) - 1) + ABOVE + BELOW
+
+
+def _subplots(rows: Sequence[Sequence[str]]) -> go.Figure:
     specs: list[list[Any]] = []
-    titles: list[str] = []
-    for row in rows:
-        panels = _panels(study) if row == "numbers" else [TITLES[row]]
+    for panels in rows:
         span = 6 // len(panels)
         specs.append([{"colspan": span} if place % span == 0 else None for place in range(6)])
-        titles += panels
     return make_subplots(
         rows=len(rows),
         cols=6,
         specs=specs,
-        subplot_titles=titles,
-        row_heights=[PIXELS[row] for row in rows],
-        vertical_spacing=GAP / (_height(rows) - MARGINS) if len(rows) > 1 else 0,
+        subplot_titles=[TITLES.get(panel, panel) for panels in rows for panel in panels],
+        row_heights=PIXELS[: len(rows)],
+        vertical_spacing=GAP / (_height(rows) - ABOVE - BELOW) if len(rows) > 1 else 0,
         horizontal_spacing=0.055,
     )
 
@@ -240,7 +238,8 @@ def _still_linears(figure: go.Figure, study: Study) -> None:
     places = {linear.name: linear.layer * PLACES + LINEARS.index(linear.linear) for linear in study.linears}
     for kind in LINEARS:
         x = [places[linear.name] for linear in study.linears if linear.linear == kind]
-        bars = go.Bar(name=kind, x=x, width=0.9, marker_line={"color": COLOURS[kind], "width": 1.5})
+        look = {"color": COLOURS[kind], "width": 1.5}
+        bars = go.Bar(name=kind, x=x, width=0.9, marker_line=look, showlegend=False)
         figure.add_trace(bars.update(hovertemplate="%{hovertext}<extra></extra>"), 1, 1)
     x = list(places.values())
     line = {"symbol": "line-ew", "size": 9, "line": {"width": 2, "color": "#000000"}}
@@ -256,41 +255,65 @@ def _still_linears(figure: go.Figure, study: Study) -> None:
         hovertemplate="<b>%{text}</b><br>median scale %{y:.2e}<extra></extra>",
         showlegend=False,
     )
-    figure.add_trace(scales, 2, 1)
+    figure.add_trace(scales, 3, 1)
     rows = [trial.row for linear in study.linears for trial in linear.trials.values()]
     figure.update_yaxes({"range": [0, max(_finite(row.snr_db) for row in rows) * 1.2], "title": _small("dB")}, row=1)
     low, high = math.log10(min(row.scale_min for row in rows)), math.log10(max(row.scale_max for row in rows))
-    figure.update_yaxes({"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=2)
+    figure.update_yaxes(
+        {"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=3, col=1
+    )
     layers = study.linears[-1].layer + 1
-    for row in (1, 2):
+    for row, most in ((1, 16), (3, 8)):
         figure.update_xaxes(
             tickvals=[layer * PLACES + (len(LINEARS) - 1) / 2 for layer in range(layers)],
-            ticktext=[f"layer {layer}" if layers <= 16 else str(layer) for layer in range(layers)],
+            ticktext=[f"layer {layer}" if layers <= most else str(layer) for layer in range(layers)],
             range=[-1, layers * PLACES - 1],
             showgrid=False,
             zeroline=False,
             row=row,
+            col=1,
         )
+
+
+def _still_legend(figure: go.Figure) -> None:
+    """Traces for the legend alone: the sign of a bar's trace would have the look of its first bar, excluded or not."""
+    for kind in LINEARS:
+        sign = go.Bar(name=kind, x=[None], y=[None], marker_color=COLOURS[kind], hoverinfo="skip", legendrank=1)
+        figure.add_trace(sign, 1, 1)
+
+
+def _still_caches(figure: go.Figure, study: Study, row: int, column: int) -> None:
+    layers = [cache.layer for cache in next(iter(study.caches.values()))]
+    beside = [{"offset": side, "width": 0.38} if study.linears else {} for side in (-0.4, 0.0)]
+    for name, shape, place in zip(("K", "V"), ("", "/"), beside, strict=True):
+        bars = go.Bar(
+            name=f"{name} cache", x=layers, textposition="outside", cliponaxis=False, showlegend=False, **place
+        )
+        bars.update(marker={"color": COLOURS["attention.dense"], "pattern": {"shape": shape}})
+        figure.add_trace(bars.update(hovertemplate="layer %{x}: %{y:.2f} bits<extra></extra>"), row, column)
+    ticks = {"tickvals": layers, "ticktext": [f"layer {n}" if len(layers) <= 8 else str(n) for n in layers]}
+    figure.update_xaxes(ticks, row=row, col=column)
+    figure.update_yaxes({"range": [0, 10.5], "tickvals": [0, 4, 8]}, row=row, col=column)
 
 
 def _still_numbers(figure: go.Figure, study: Study) -> None:
     panels = _panels(study)
     for place, panel in enumerate(panels):
         column = place * 6 // len(panels) + 1
-        curve = panel == "largest |x| by channel"
+        curve = panel == CURVE
         for name, colour, dash in (("before", BEFORE, "dot"), ("after", AFTER, "solid")):
             line = {"color": colour, "width": 2, "shape": "linear" if curve else "hvh", "dash": dash}
             x = list(range(CHANNELS)) if curve else SHARES
             trace = go.Scatter(name=name, mode="lines", x=x, line=line, legendgroup=name, hoverinfo="skip")
-            figure.add_trace(trace.update(showlegend=place == 0), 3, column)
+            figure.add_trace(trace.update(showlegend=place == 0), 2, column)
         if curve:
             figure.update_xaxes(
-                {"showticklabels": False, "title": _small("channels, the loudest first")}, row=3, col=column
+                {"showticklabels": False, "title": _small("channels, the loudest first")}, row=2, col=column
             )
-            figure.update_yaxes({"type": "log", "title": _small("times the median"), "dtick": 1}, row=3, col=column)
+            figure.update_yaxes({"type": "log", "title": _small("times the median"), "dtick": 1}, row=2, col=column)
         else:
-            figure.update_xaxes({"title": _small("share of the range"), "range": [-1.05, 1.05]}, row=3, col=column)
-            figure.update_yaxes({"type": "log", "range": [-4.5, 0], "tickformat": ".0e", "dtick": 2}, row=3, col=column)
+            figure.update_xaxes({"title": _small("share of the range"), "range": [-1.05, 1.05]}, row=2, col=column)
+            figure.update_yaxes({"type": "log", "range": [-4.5, 0], "tickformat": ".0e", "dtick": 2}, row=2, col=column)
 
 
 def _small(text: str) -> dict[str, Any]:

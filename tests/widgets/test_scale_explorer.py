@@ -1,10 +1,12 @@
 """ScaleExplorer without a browser: its picture, its recipe and its controls."""
 
+import contextlib
+
 import plotly.graph_objects as go
 import pytest
 from trtlab.widgets import ScaleExplorer
 from trtlab.widgets.scale_explorer import python_code
-from trtlab.widgets.scale_figure import figure
+from trtlab.widgets.scale_figure import COLOURS, LINEARS, figure
 
 from trtlab import Checkpoint, QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
@@ -103,6 +105,49 @@ def test_moving_gives_the_picture_that_is_drawn_anew(explorer):
     assert explorer._live.state.get_state()["figure"] == anew.to_plotly_json()
 
 
+def test_the_legend_keeps_its_colours_when_a_bar_is_excluded(explorer):
+    in_legend = [trace for trace in explorer.figure.data if trace.name in LINEARS and trace.showlegend is None]
+    before = [trace.to_plotly_json() for trace in in_legend]
+    explorer.exclude("transformer.layers.0.attention.qkv", excluded=False)
+    explorer.exclude("transformer.layers.0.attention.qkv")
+    assert [trace.name for trace in in_legend] == list(LINEARS)
+    assert [trace.marker.color for trace in in_legend] == list(COLOURS.values())
+    assert [trace.to_plotly_json() for trace in in_legend] == before
+    assert explorer.figure.data[0].marker.color[0] == "#FFFFFF"
+
+
+def test_the_picture_fits_a_window_and_what_alpha_moves_is_in_its_upper_half(explorer):
+    layout = explorer.figure.layout
+    assert layout.height <= 620
+    for trace in explorer.figure.data:
+        if trace.name in ("after", "as quantized"):
+            assert layout[trace.yaxis.replace("y", "yaxis")].domain[0] > 0.3
+
+
+def test_the_longest_bar_of_the_still_view_is_the_worst_linear_s(explorer):
+    rows = explorer.card().tables[0].rows
+    decibels, bars = [float(row[1]) for row in rows], [len(row[2]) for row in rows]
+    assert decibels == sorted(decibels)
+    assert bars == sorted(bars, reverse=True)
+    assert bars[0] > bars[-1]
+
+
+def test_the_progress_of_opening_counts_every_trial(quantized, tiny_study, monkeypatch):
+    seen = []
+
+    class Bar(contextlib.nullcontext):
+        update = seen.append
+
+    def counted(label, total, *, unit):
+        seen.append(-total)
+        return Bar(Bar)
+
+    monkeypatch.setattr("trtlab.quantize.study.progress", counted)
+    study(quantized.made_by)
+    assert seen[0] == -6 * len(tiny_study.alphas)
+    assert sum(seen) == 0
+
+
 def test_smoothing_flattens_the_channels_in_the_picture(tiny_study):
     one = next(linear for linear in tiny_study.linears if linear.name == PROJ)
     tallest = [max(one.trials[alpha].after.channels) for alpha in (0.5, 0.8, 1.0)]
@@ -139,11 +184,11 @@ def test_repr_and_still_view_are_short_and_deterministic(explorer):
 @pytest.mark.parametrize(
     ("quant", "traces"),
     [
-        (QuantConfig("W8A16"), 10),
-        (QuantConfig("W4A16_AWQ", group_size=64, smoothquant_val=None), 14),
-        (QuantConfig("FP8", "FP8"), 14),
+        (QuantConfig("W8A16"), 15),
+        (QuantConfig("W4A16_AWQ", group_size=64, smoothquant_val=None), 19),
+        (QuantConfig("FP8", "FP8"), 19),
         (QuantConfig(None, "INT8", kv_cache_scales="merged"), 2),
-        (QuantConfig("W8A8_SQ_PER_CHANNEL", smoothquant_val=0.33), 14),
+        (QuantConfig("W8A8_SQ_PER_CHANNEL", smoothquant_val=0.33), 19),
     ],
 )
 def test_every_algorithm_has_a_picture_with_the_panels_that_it_fills(tiny, quant, traces):

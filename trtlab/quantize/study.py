@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,17 +101,18 @@ def study(quantization: Quantization) -> Study:
     }
     with (
         torch.inference_mode(),
-        progress("trying every setting", quantization.config.num_hidden_layers, unit="layer") as bar,
+        progress("trying every setting", len(settings) * quantization.config.num_hidden_layers, unit="trial") as bar,
     ):
         for layer in quantization.layers():
             if quant.algorithm is not None:
-                linears += _try_linears(layer, quant.algorithm, settings)
+                linears += _try_linears(layer, quant.algorithm, settings, bar)
+            else:
+                bar.update(1)
             for scales, rows in caches.items():
                 trial = _with(layer, dataclasses.replace(quant, quant_algo=None, kv_cache_scales=scales))
                 rows += report_kv(trial, quantize_layer(trial))
                 del trial
             del layer  # before the next layer is read
-            bar.update(1)
     return Study(quant, tuple(linears), {scales: tuple(rows) for scales, rows in caches.items()})
 
 
@@ -129,7 +131,7 @@ def _with(layer: CalibratedLayer, quant: QuantConfig) -> CalibratedLayer:
 
 
 def _try_linears(
-    layer: CalibratedLayer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig]
+    layer: CalibratedLayer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig], bar: Any
 ) -> list[LinearStudy]:
     trials: dict[str, dict[float | None, Trial]] = {part: {} for part in layer_plan(layer.config).parts}
     for alpha, quant in settings.items():
@@ -137,6 +139,7 @@ def _try_linears(
         result = quantize_layer(trial)
         for linear, row in zip(trial.linears, report_linears(trial, result), strict=True):
             trials[linear][alpha] = Trial(row, _after(trial, result, linear))
+        bar.update(1)
     first = _with(layer, next(iter(settings.values())))
     return [
         LinearStudy(layer.index, linear, _before(first, algorithm, linear), trials[linear]) for linear in first.linears
