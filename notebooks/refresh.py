@@ -1,6 +1,6 @@
 """Executes the notebooks and stores their outputs for comparison: ``python notebooks/refresh.py [names]``.
 
-It stores no widget state, no timing and no paths of this machine. It refuses a notebook above 60 KB, and a notebook
+It stores no widget state, no timing and no paths of this machine. It refuses a notebook above 80 KB, and a notebook
 with a cell that was not executed, because nbval compares nothing in such a cell.
 """
 
@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-LIMIT_BYTES = 60_000
+LIMIT_BYTES = 80_000
 FRAME = re.compile(r"(\x1b\[[\d;]*m)*File ")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
 from trtlab.widgets import bars, schedule
+from trtlab.widgets.charts import CROSS, LOOKS, READS, WAITS, WRITES
 
 from trtlab.runtime.events import StepEvent, Work
 
@@ -13,9 +15,20 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def boxes(chart):
-    """Left edge, upper edge, width and colour of each box, without the ground."""
-    rects = list(ElementTree.fromstring(chart.svg).iter(f"{SVG}rect"))[1:]
-    return [(float(r.get("x")), float(r.get("y")), float(r.get("width")), r.get("fill")) for r in rects]
+    """Width and colour of each bar, those of the legend first."""
+    return [(float(r.get("width")), r.get("fill")) for r in ElementTree.fromstring(chart.svg).iter(f"{SVG}rect")]
+
+
+def marks(chart):
+    """Left edge, line and length in steps of each run of dashes by its colour, that of the legend first."""
+    found = {}
+    for path in list(ElementTree.fromstring(chart.svg).iter(f"{SVG}path"))[1:]:  # without the ground
+        dash = float((path.get("stroke-dasharray") or "14 1").split()[0]) + 1
+        runs = re.findall(r"M([\d.]+) ([\d.]+)(?:h([\d.]+))?", path.get("d"))
+        found.setdefault(path.get("stroke"), []).extend(
+            (float(x), float(y), round((float(length or 0) + 1) / dash)) for x, y, length in runs
+        )
+    return found
 
 
 def words(chart):
@@ -29,11 +42,11 @@ def event(step, work=(), waiting=()):
 def test_bars_have_one_scale_and_their_numbers():
     chart = bars({"before": [4.0, 1.0], "after": [2.0, 0.5]}, ["loud & clear", "quiet"])
     in_legend, drawn = boxes(chart)[:2], boxes(chart)[2:]
-    widths = [width for _, _, width, _ in drawn]
+    widths = [width for width, _ in drawn]
     assert [width / widths[0] for width in widths] == pytest.approx(
         [1, 0.5, 0.25, 0.125], rel=0.01
     )  # tenths of a pixel
-    assert [colour for *_, colour in drawn] == 2 * [colour for *_, colour in in_legend]
+    assert [colour for _, colour in drawn] == 2 * [colour for _, colour in in_legend]
     assert words(chart) == ["before", "after", "loud & clear", "4.00", "2.00", "quiet", "1.00", "0.50"]
     assert repr(chart).splitlines()[1].split()[0] == "quiet"
     assert chart._repr_svg_() == chart.svg
@@ -47,11 +60,10 @@ def test_a_schedule_has_a_line_for_each_request_and_a_column_for_each_step():
     ]
     chart = schedule(events)
     assert repr(chart) == "1 █▪×\n2 ░░█"
-    places = [(x, y) for x, y, _, _ in boxes(chart)]
-    assert len(places) == 4 + 6
-    lines = sorted({y for _, y in places[4:]})
-    assert len(lines) == 2
-    assert [len([y for _, y in places[4:] if y == line]) for line in lines] == [3, 3]
+    drawn = {colour: [(place - 150) / 15 for place, *_ in runs[1:]] for colour, runs in marks(chart).items()}
+    assert drawn == {LOOKS[WAITS]: [0], LOOKS[READS]: [0, 2], LOOKS[WRITES]: [1], CROSS: [2.5]}
+    assert [length for *_, length in marks(chart)[LOOKS[WAITS]]] == [1, 2]
+    assert len({line for _, line, _ in marks(chart)[LOOKS[READS]][1:]}) == 2
     assert {"request 1", "request 2", "waits", "is computed for nothing", "5"} <= set(words(chart))
 
 
@@ -62,4 +74,7 @@ def test_a_request_that_has_ended_leaves_its_columns_empty():
 
 def test_many_steps_fit_the_width_of_the_chart():
     chart = schedule([event(step, work=(Work(1, step, 1, True),)) for step in range(300)])
-    assert max(x + width for x, _, width, _ in boxes(chart)) <= 760
+    ((left, _, length),) = marks(chart)[LOOKS[WRITES]][1:]
+    assert (left, length) == (150, 300)
+    ground, *drawn = map(float, re.findall(r"h([\d.]+)", chart.svg))
+    assert left + max(drawn) <= ground
