@@ -194,9 +194,7 @@ class KVBlocks(Dashboard):
         return KvView(total, size, drawn, moment, self._steps, self._selected, self._texts)
 
     def _text(self, token_ids: tuple[int, ...]) -> str:
-        if not token_ids or self.session.engine.tokenizer_dir is None:
-            return ids_text(token_ids)
-        return self.session.decode(token_ids)
+        return self.session.decode(token_ids) if token_ids and self.session.has_text else ids_text(token_ids)
 
     def _words(self) -> str:
         moment = self._view.moment

@@ -334,3 +334,13 @@ def test_an_empty_session_has_a_picture(session, blocks):
     assert trace(blocks, "labels").text == (" ",) * 40
     assert Moment(None, {}, {}).block(3) == Block(3)
     assert blocks.card().title.startswith("KVBlocks · Now: 0 of 40")
+
+
+@pytest.mark.parametrize("content", ["{", None], ids=["damaged", "missing"])
+def test_a_block_without_a_readable_tokenizer_reads_its_ids(content, talking_model, edited):
+    folder = edited(talking_model)
+    (folder / "tokenizer.json").unlink() if content is None else (folder / "tokenizer.json").write_text(content)
+    engine = Checkpoint.from_hugging_face(folder).build(BuildConfig(max_seq_len=64), plan=False)
+    with engine.session(backend="torch", device="cpu") as session:
+        assert not session.has_text
+        assert KVBlocks(session)._text((5, 6, 7)) == "5 6 7"

@@ -30,9 +30,14 @@ class Prompts:
         self._tokenizer = tokenizer
 
     @property
+    def has_text(self) -> bool:
+        """Whether there is a tokenizer that can be read."""
+        return self._tokenizer is not None and self._tokenizer.problem is None
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The engine's tokenizer; None without one, and, with a warning that says why, when it cannot be read."""
-        if self._tokenizer is None or self._tokenizer.problem is None:
+        if self._tokenizer is None or self.has_text:
             return self._tokenizer
         warnings.warn(f"the answers have no text: {self._tokenizer.problem}", RuntimeWarning, stacklevel=5)
         return None

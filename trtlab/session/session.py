@@ -76,6 +76,11 @@ class Session(Shown):
         return self._loop.events
 
     @property
+    def has_text(self) -> bool:
+        """Whether answers have text: the engine's folder holds a tokenizer, and it can be read."""
+        return self._prompts.has_text
+
+    @property
     def closed(self) -> bool:
         """Whether ``close()`` was called."""
         return self._loop.closed
