@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtlab.errors import RequestError
 from trtlab.model.quantized_weights import KvScales
 from trtlab.model.rope import RotaryTable
+from trtlab.model.scales import all_finite
 from trtlab.ops.quantized_linear import decode_cache, encode_cache
 
 Kernel = Callable[..., Tensor]  # trtlab.ops.cuda.paged_attention.paged_attention
@@ -105,9 +107,19 @@ class PagedCache:
         values[:, places] = v.transpose(0, 1)
 
     def encoded(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """New K and V in the form that this layer stores."""
+        """New K and V in the form that this layer stores.
+
+        Raises:
+            RequestError: on a CPU, for NaN or infinity where INT8 or E4M3 would store another number. On a GPU, where
+                the check would wait for the device, TensorRT-LLM's conversion saturates them.
+        """
         if not self.scales:
             return k, v
+        if k.device.type == "cpu" and not _finite(k, v):
+            raise RequestError(
+                f"K or V of layer {layer} is infinite or not a number, and an 8-bit cache cannot store it",
+                remedy="look at the weights and the scales of that layer",
+            )
         scales = self.scales[layer]
         return encode_cache(k, scales.keys, scales.dtype), encode_cache(v, scales.values, scales.dtype)
 
@@ -127,6 +139,11 @@ class PagedCache:
         for source, target in copies:
             self.keys[:, :, target] = self.keys[:, :, source]
             self.values[:, :, target] = self.values[:, :, source]
+
+
+def _finite(k: Tensor, v: Tensor) -> bool:
+    """Whether all numbers are finite. A finite sum shows it, and is what a step of single tokens has time for."""
+    return math.isfinite(k.sum().item() + v.sum().item()) or (all_finite(k) and all_finite(v))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -212,6 +229,7 @@ class Gathered:
 
     def __init__(self, sequences: Sequence[NewTokens], tables: BlockTables, positions: Tensor) -> None:
         self.tokens = len(positions)
+        self._positions = positions
         self._single = sequences[0].length == 1
         self._sequences = len(sequences)
         ends = [s.past + s.length for s in sequences]
@@ -234,7 +252,7 @@ class Gathered:
                 keys, values = keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
             grouped = q.reshape(tokens, keys.shape[1], heads // keys.shape[1], size)
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
-            return out.reshape(tokens, heads * size)
+            return self._with_nan(out.reshape(q.shape), q, keys).flatten(1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],  # [1, heads, tokens, head_size]
             keys,
@@ -243,7 +261,21 @@ class Gathered:
             is_causal=self._mask is None,
             enable_gqa=heads != keys.shape[1],
         )
-        return out[0].transpose(0, 1).reshape(tokens, heads * size)
+        return self._with_nan(out[0].transpose(0, 1), q, keys).reshape(tokens, heads * size)
+
+    def _with_nan(self, out: Tensor, q: Tensor, keys: Tensor) -> Tensor:
+        """``out`` ``[tokens, heads, size]`` with NaN where the softmax is NaN and torch's kernel for a CPU gave zeros.
+
+        It takes a row whose scores are all NaN or minus infinity for one that is masked as a whole. The score of the
+        token with itself is among them; other rows of zeros, as from values that are zero, have a finite one.
+        """
+        if q.device.type != "cpu" or not (out[..., 0] == 0).any():
+            return out
+        rows = torch.arange(self._sequences if self._single else 1)
+        own = keys[rows, :, self._positions]  # [tokens, kv_heads, size]
+        scores = (q.view(len(q), own.shape[1], -1, q.shape[2]) * own[:, :, None]).sum(-1)
+        lost = (out == 0).all(-1) & ~scores.view(out.shape[:2]).isfinite()  # [tokens, heads]
+        return out.masked_fill(lost[..., None], torch.nan)
 
 
 class InPlace:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtlab.model.quantized_weights import Float8Linear, Int4Float8Linear, Int8Linear, WeightOnly
-from trtlab.model.scales import FLOAT8, INT8, ToOriginal, dequantize, int_matmul, quantize_rows, to_float8, to_int
+from trtlab.model.scales import FLOAT8, INT8, ToOriginal, amax, dequantize, int_matmul, quantize_rows, to_float8, to_int
 from trtlab.model.weights import Dense
 
 
@@ -42,7 +42,8 @@ def _int8(weight: Int8Linear, x: Tensor) -> Tensor:
     if weight.input_scale is None:
         q, row_scale = quantize_rows(wide)
     else:
-        q, row_scale = to_int(wide, weight.input_scale, INT8), torch.ones(1, device=x.device)
+        q = to_int(wide, weight.input_scale, INT8)
+        row_scale = 1 + 0 * amax(wide, -1, keepdim=True)  # NaN for a token with infinity or NaN: INT8 has neither
     y = int_matmul(q, weight.weight).float() * row_scale * weight.output_scale.value
     return _with_bias(y, weight.bias, x.dtype)
 

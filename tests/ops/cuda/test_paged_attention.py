@@ -211,3 +211,17 @@ def test_offsets_beyond_32_bits():
     keys[:, first:], values[:, first:] = made.keys, made.values
     tables = torch.where(made.tables == GARBAGE, GARBAGE, made.tables + first)
     torch.testing.assert_close(replace(made, keys=keys, values=values, tables=tables).run(), made.run())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("what", ["q", "keys"])
+@pytest.mark.parametrize(("past", "new"), [(0, 1), (0, 5), (70, 45), (3000, 1)])
+def test_where_the_softmax_is_nan_the_result_is_nan(past, new, what, bad):
+    made = case([past, 12], [new, 1], 4, 2, 64, dtype=F32)
+    if what == "q":
+        made.q[:new, :2] = bad
+    else:
+        made.keys[0, made.tables[0, : -(-(past + new) // 32)].long()] = bad
+    got, expected = made.run(), made.reference()
+    assert expected.isnan().any() and not expected.isnan().all()
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5, equal_nan=True)

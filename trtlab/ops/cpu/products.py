@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import prange
 
@@ -52,10 +54,7 @@ def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
 def int8_rows(x: Array, out: Array, scale: Array) -> None:
     """Quantize ``x`` ``[tokens, in]`` to INT8 numbers in float32; ``scale`` ``[tokens, 1]`` leads back to ``x``."""
     for token in range(x.shape[0]):
-        bits = I32(0)  # the bits of a float without sign compare as integers; NaN is the largest and is kept
-        for i in range(x.shape[1]):
-            bits = max(bits, I32(F32(x[token, i]).view(I32) & I32(0x7FFFFFFF)))
-        largest = I32(bits).view(F32)
+        largest = _largest(x[token])
         if largest < F32(1e-6):
             largest = F32(1e-6)
         _round_to_int8(x[token], F32(127) / largest, out[token])
@@ -63,15 +62,28 @@ def int8_rows(x: Array, out: Array, scale: Array) -> None:
 
 
 @to_the_bit
-def int8_by(x: Array, scale: float, divides: bool, out: Array) -> None:
-    """Quantize ``x`` ``[tokens, in]`` to INT8 numbers in float32: multiplied by ``scale``, or divided by it."""
+def int8_by(x: Array, scale: float, divides: bool, out: Array, row_scale: Array) -> None:
+    """Quantize ``x`` ``[tokens, in]`` to INT8 numbers in float32: multiplied by ``scale``, or divided by it.
+
+    ``row_scale`` ``[tokens, 1]`` becomes 1, or NaN for a token with infinity or NaN, which INT8 does not have.
+    """
     for token in range(x.shape[0]):
+        row_scale[token, 0] = F32(1) + F32(0) * _largest(x[token])
         if divides:
             for i in range(x.shape[1]):
                 out[token, i] = x[token, i] / F32(scale)
             _round_to_int8(out[token], F32(1), out[token])
         else:
             _round_to_int8(x[token], F32(scale), out[token])
+
+
+@to_the_bit
+def _largest(x: Array) -> Any:
+    """The largest magnitude, NaN if there is one."""
+    bits = I32(0)  # the bits of a float without sign compare as integers, and NaN is the largest
+    for i in range(len(x)):
+        bits = max(bits, I32(F32(x[i]).view(I32) & I32(0x7FFFFFFF)))
+    return I32(bits).view(F32)
 
 
 @to_the_bit
