@@ -88,7 +88,9 @@ def test_the_merged_scale_counts_q_and_starves_v():
 
 def test_split_scales_use_every_bit_of_both():
     split = kv_cache.kv_scales("INT8", "split", seen_with(20.0, 10.0, 2.0))
-    assert [float(value) for value in split.values()] == pytest.approx([10 / 127, 2 / 127])
+    assert {name.removeprefix("attention."): float(value) for name, value in split.items()} == pytest.approx(
+        {"k_cache_scaling_factor": 10 / 127, "v_cache_scaling_factor": 2 / 127, "kv_cache_scaling_factor": 10 / 127}
+    )
 
 
 def test_a_float8_cache_needs_no_texts_and_has_the_scale_1():

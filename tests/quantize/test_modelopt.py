@@ -91,7 +91,8 @@ def test_the_second_scale_of_w4a8_is_theirs(both):
 def numbers(checkpoint, name):
     """A stored weight before its scale, in float32: INT4 and INT8 as integers, FP8 on the grid of E4M3."""
     stored, scale = (checkpoint.tensors[f"{name}.{kind}"].read() for kind in ("weight", "weights_scaling_factor"))
-    return (unpack_int4(stored, scale.shape[0]) if stored.dtype == torch.uint8 else stored).float()
+    packed = checkpoint.config.quantization.algorithm.packed
+    return (unpack_int4(stored.view(torch.uint8), scale.shape[0]) if packed else stored).float()
 
 
 def grid_step(x, dtype):

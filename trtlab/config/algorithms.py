@@ -71,13 +71,17 @@ def check_supported(algorithm: Algorithm | None) -> None:
 
 @dataclass(frozen=True)
 class KvCacheAlgorithm:
-    """One way to store the KV cache: the scale tensors of a layer and the statistics that they need."""
+    """One way to store the KV cache: the scale tensors of a layer that run and the statistics that they need.
+
+    TensorRT-LLM requires the merged scale; where K and V have their own scales, it is stored beside them.
+    """
 
     tensors: tuple[str, ...]
     reads_texts: str = ""
 
 
-_MERGED = ("attention.kv_cache_scaling_factor",)
+MERGED_KV_SCALE = "attention.kv_cache_scaling_factor"
+_MERGED = (MERGED_KV_SCALE,)
 _SPLIT = ("attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor")
 KV_CACHE_ALGORITHMS: dict[tuple[str, str], KvCacheAlgorithm] = {  # by kv_cache_quant_algo and kv_cache_scales
     ("INT8", "merged"): KvCacheAlgorithm(_MERGED, "the largest magnitude of Q, K and V together, before rotary"),

@@ -14,6 +14,7 @@ from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
 from trtlab.errors import CheckpointError
 from trtlab.model.names import layer_name
+from trtlab.model.scales import FLOAT8
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
 from trtlab.storage.json_files import naming, read_model
 from trtlab.storage.lazy import LazyTensor, open_safetensors
@@ -54,7 +55,7 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
         _check_scales(where, config, contents)
         check_tensors(where, contents, rank_shapes(config, mapping, r, layout))
         dtypes = rank_dtypes(config, mapping, r, layout)
-        ranks[r] = {name: _with_dtype(tensor, dtypes[name]) for name, tensor in contents.items()}
+        ranks[r] = {name: _with_dtype(config, tensor, dtypes[name]) for name, tensor in contents.items()}
         check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
@@ -70,9 +71,11 @@ def _check_scales(where: str, config: ModelConfig, tensors: abc.Mapping[str, Laz
         )
 
 
-def _with_dtype(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """Packed INT4 and FP8 may be stored under the dtype int8: the bytes are the same."""
-    if tensor.dtype != torch.int8 or dtype not in (torch.uint8, torch.float8_e4m3fn):
+def _with_dtype(config: ModelConfig, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """FP8 may be stored under the dtype int8, and packed INT4 under uint8: the bytes are the same."""
+    algorithm = config.quantization.algorithm
+    packed = algorithm is not None and algorithm.packed
+    if (tensor.dtype, dtype) not in {(torch.int8, FLOAT8), *([(torch.uint8, torch.int8)] if packed else [])}:
         return tensor
     return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 

@@ -46,6 +46,10 @@ class LinearSite:
         """The name of the tensor with the input's static scale in TensorRT-LLM's SmoothQuant, original to quantized."""
         return f"{self.norm_before}.scale_to_int" if self.norm_before else f"{self.block}.quantization_scaling_factor"
 
+    def stores_input_scale(self, per_token: bool) -> bool:
+        """Whether SmoothQuant stores ``input_scale``: with scales per token only a norm has one, which is always 1."""
+        return self.norm_before is not None or not per_token
+
 
 QKV = LinearSite("attention.qkv", "qkv", reads="attention.input", norm_before="input_layernorm")
 DENSE = LinearSite("attention.dense", "columns", reads="attention.context")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trtlab.config.algorithms import Algorithm
+from trtlab.config.algorithms import MERGED_KV_SCALE, Algorithm
 from trtlab.config.model import ModelConfig
 from trtlab.model.blocks import LinearSite
 from trtlab.model.scales import FLOAT8
@@ -66,10 +66,10 @@ class _Linear:
         return TensorSpec(shape, self.site.split, int(self.site.cuts_input), dtype, per_byte)
 
     def integers(self) -> TensorSpec:
-        """int8 ``[out, in]``, or uint8 with two INT4 rows in a byte."""
+        """int8 ``[out, in]``; with INT4 ``[ceil(out / 2), in]``, two rows in a byte, also of the dtype int8."""
         if not self.algorithm.packed:
             return self.matrix((self.out, self.width), torch.int8)
-        return self.matrix((-(-self.out // 2), self.width), torch.uint8, per_byte=2)
+        return self.matrix((-(-self.out // 2), self.width), torch.int8, per_byte=2)
 
 
 Specs = dict[str, TensorSpec]
@@ -97,8 +97,9 @@ def _smoothquant(linear: _Linear, plain: TensorSpec) -> Specs:
     specs = {
         f"{linear.part}.weight": linear.integers(),
         f"{linear.part}.per_channel_scale": scale,
-        linear.site.input_scale: ONE,
     }
+    if linear.site.stores_input_scale(linear.algorithm.per_token):
+        specs[linear.site.input_scale] = ONE
     if not linear.algorithm.per_token:
         specs[f"{linear.part}.act_scale"] = TensorSpec((1, 1), dtype=torch.float32)
     if linear.site.norm_before is None:
@@ -177,4 +178,5 @@ def kv_scale_specs(config: ModelConfig) -> Specs:
         return {}
     per_head = len(algorithm.tensors) == 2 and config.quantization.kv_cache_scales == "per_head"
     shape, split = ((config.num_key_value_heads,), "kv_heads") if per_head else ((1,), None)
-    return {name: TensorSpec(shape, split, dtype=torch.float32) for name in algorithm.tensors}
+    own = {name: TensorSpec(shape, split, dtype=torch.float32) for name in algorithm.tensors}
+    return {MERGED_KV_SCALE: ONE} | own

@@ -134,6 +134,11 @@ class _LinearTensors:
     def own(self, suffix: str) -> Tensor:
         return self.layer(f"{self.linear}.{suffix}")
 
+    def integers(self, algorithm: Algorithm) -> Tensor:
+        """The weight; packed INT4, which files store under the dtype int8, as uint8."""
+        stored = self.own("weight")
+        return stored.view(torch.uint8) if algorithm.packed else stored
+
 
 def quantized_linear(
     algorithm: Algorithm, linear: str, name: str, layer: Callable[[str], Tensor], bias: Tensor | None
@@ -144,7 +149,7 @@ def quantized_linear(
 
 def _weight_only(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
     scale = ToOriginal(tensors.own("per_channel_scale")[:, None])
-    return WeightOnly(tensors.name, tensors.own("weight"), scale, tensors.bias)
+    return WeightOnly(tensors.name, tensors.integers(algorithm), scale, tensors.bias)
 
 
 def _smoothquant(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
@@ -180,7 +185,8 @@ def _fp8(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
 
 def _awq(algorithm: Algorithm, tensors: _LinearTensors) -> WeightOnly:
     scale = ToOriginal(tensors.own("weights_scaling_factor"))
-    return WeightOnly(tensors.name, tensors.own("weight"), scale, tensors.bias, tensors.own("prequant_scaling_factor"))
+    prequant = tensors.own("prequant_scaling_factor")
+    return WeightOnly(tensors.name, tensors.integers(algorithm), scale, tensors.bias, prequant)
 
 
 def _awq_fp8(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:

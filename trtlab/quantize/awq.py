@@ -95,7 +95,7 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
         for linear in linears:
             weight = layer.weight(linear) / prequant
             scale = group_scales(weight, layer.config.quantization.group_size)
-            result.tensors[f"{linear}.weight"] = pack_int4(int4_groups(weight, scale))
+            result.tensors[f"{linear}.weight"] = pack_int4(int4_groups(weight, scale)).view(torch.int8)
             result.tensors[f"{linear}.weights_scaling_factor"] = scale.value
             result.tensors[f"{linear}.prequant_scaling_factor"] = prequant.to(dtype)
             result.smoothing[linear] = 1 / prequant

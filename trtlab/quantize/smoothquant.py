@@ -116,8 +116,8 @@ def _quantize(layer: CalibratedLayer, shared: _Smoothed, algorithm: Algorithm, r
     else:
         result.tensors[f"{first.part}.smoother"] = s[None]  # [1, in]
     x_scale = ToQuantized(INT8.high / positive((layer.observed.input_of(first.part).amax / s).amax()))
-    stored = torch.ones(1) if algorithm.per_token else x_scale.value.reshape(1)
-    result.tensors[first.input_scale] = stored
+    if first.stores_input_scale(algorithm.per_token):
+        result.tensors[first.input_scale] = torch.ones(1) if algorithm.per_token else x_scale.value.reshape(1)
     for linear in shared.linears:
         result.smoothing[linear], result.alphas[linear] = s, shared.alpha
         if layer.quantizes(linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
@@ -31,6 +32,6 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     assert algorithm is not None, f"layer {layer.index} has no algorithm"
     for linear in layer.linears:
         q, scale = weight_only(layer.weight(linear), algorithm.weight_bits)
-        tensors[f"{linear}.weight"] = pack_int4(q) if algorithm.packed else q
+        tensors[f"{linear}.weight"] = pack_int4(q).view(torch.int8) if algorithm.packed else q
         tensors[f"{linear}.per_channel_scale"] = scale.stored(layer.config.torch_dtype)
     return QuantizedLayer(tensors)
