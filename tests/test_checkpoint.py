@@ -249,7 +249,7 @@ FAULTS = {
         lambda f: rewrite(f, architecture=..., architectures=["LlamaForCausalLM"]),
         "is a Hugging Face folder.*from_hugging_face",
     ),
-    "of ModelOpt": (lambda f: rewrite(f, rotary_base=..., producer={"name": "modelopt"}), "ModelOpt.*add rotary_base"),
+    "of ModelOpt": (lambda f: rewrite(f, rotary_base=..., producer={"name": "modelopt"}), "ModelOpt.*hf_config="),
     "no sizes": (lambda f: rewrite(f, hidden_size=...), "hidden_size is missing"),
     "words for numbers": (lambda f: rewrite(f, hidden_size="16"), "hidden_size is '16'"),
     "a billion layers": (lambda f: rewrite(f, num_hidden_layers=10**9), "1000000000 layers"),

@@ -24,6 +24,7 @@ from trtlab.convert.check import check_floating, check_tensors
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.meta import read_meta
+from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
 from trtlab.convert.trtllm import rank_file, read_checkpoint
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.engine import Engine, build
@@ -128,10 +129,22 @@ class Checkpoint(Shown, Reopenable):
         return cls(config, {n: t.to(config.torch_dtype) for n, t in tensors.items()}, "weights in memory")
 
     @classmethod
-    def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> Checkpoint:
-        """Open a folder that ``save`` or TensorRT-LLM wrote: whole tensors, joined when read, or one rank's own."""
+    def load(cls, ckpt_dir: PathLike, rank: int | None = None, hf_config: HfConfig | None = None) -> Checkpoint:
+        """Open a folder that ``save``, TensorRT-LLM or ModelOpt wrote.
+
+        Args:
+            ckpt_dir: The folder.
+            rank: Open this rank alone, with its own tensors; None joins all ranks to whole tensors, when they are read.
+            hf_config: The Hugging Face folder of the model, its config.json, or the config itself, for a folder whose
+                config.json lacks the rotary embedding: ModelOpt leaves it out under transformers 5.
+
+        Raises:
+            CheckpointError: The folder is incomplete, of another kind or not supported; its tensors, its buffers, its
+                ranks and its config.json contradict each other.
+        """
         folder = open_folder(ckpt_dir, CHECKPOINT)
-        stored = read_checkpoint(folder, rank)
+        hf_object = None if hf_config is None else hugging_face_object(hf_config)
+        stored = read_checkpoint(folder, rank, hf_object)
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
         parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
         checkpoint = (
@@ -139,7 +152,7 @@ class Checkpoint(Shown, Reopenable):
             if stored.config.quantization.active
             else Checkpoint(*parts, rank, folder)
         )
-        return checkpoint.opened_by(Checkpoint.load, folder, rank=rank)
+        return checkpoint.opened_by(Checkpoint.load, folder, rank=rank, hf_config=hf_object)
 
     def save(
         self,
@@ -225,7 +238,7 @@ class Checkpoint(Shown, Reopenable):
                 report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
             write_report(scratch, report)
         quantized = dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
-        return quantized.opened_by(Checkpoint.load, folder, rank=None)
+        return quantized.opened_by(Checkpoint.load, folder, rank=None, hf_config=None)
 
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
@@ -281,9 +294,11 @@ class QuantizedCheckpoint(Checkpoint):
     made_by: Quantization | None = None
 
     @classmethod
-    def load(cls, ckpt_dir: PathLike, rank: int | None = None) -> QuantizedCheckpoint:
+    def load(
+        cls, ckpt_dir: PathLike, rank: int | None = None, hf_config: HfConfig | None = None
+    ) -> QuantizedCheckpoint:
         """Open a folder that holds a quantized checkpoint; see ``Checkpoint.load``."""
-        checkpoint = Checkpoint.load(ckpt_dir, rank)
+        checkpoint = Checkpoint.load(ckpt_dir, rank, hf_config)
         if not isinstance(checkpoint, QuantizedCheckpoint):
             raise CheckpointError(f"{checkpoint.source} is not quantized", remedy="open it with Checkpoint.load()")
         return checkpoint
@@ -312,7 +327,7 @@ class QuantizedCheckpoint(Checkpoint):
         rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
         with tempfile.TemporaryDirectory() as scratch:
             export_with_modelopt(source, plain.config, quant_config, rows, Path(scratch))
-            exported = cls.load(scratch)
+            exported = cls.load(scratch, hf_config=source)
             config = exported.config.replace(vocab_size=plain.config.vocab_size)
             tensors = {  # AWQ exports pad the vocabulary
                 name: tensor.narrow(0, 0, config.vocab_size) if name in (EMBEDDING, HEAD) else tensor

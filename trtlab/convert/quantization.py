@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any, ClassVar
 
-from trtlab.config.algorithms import check_supported
+from trtlab.config.algorithms import ALGORITHMS, check_supported
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import CheckpointError, ConfigError
+from trtlab.model.blocks import SITES
 from trtlab.storage.json_files import Listed, StoredObject
+
+LINEARS = frozenset(site.name for site in SITES.values())
+NEVER_QUANTIZED = (
+    "lm_head",
+    "router",
+    "vocab_embedding",
+    "position_embedding",
+    "block_embedding",
+    "shared_expert_gate",
+)
+"""TensorRT-LLM's default of ``exclude_modules``: the last part of the modules' names."""
 
 
 class StoredQuantization(StoredObject):
@@ -22,22 +35,24 @@ class StoredQuantization(StoredObject):
     smoothquant_val: float | None = None
     exclude_modules: Listed[str] | None = None
 
-    def to_quant_config(self, kv_cache_scales: str) -> QuantConfig:
+    def to_quant_config(self, kv_cache_scales: str, *, own: bool) -> QuantConfig:
         """The inverse of ``quantization_to_json``.
 
         Args:
             kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not say.
+            own: Whether trtlab wrote the file.
 
         Raises:
             CheckpointError: For an unknown algorithm, or a setting that it does not allow.
         """
         values = self.stored_values()
-        if not self.group_size:
+        algorithm = ALGORITHMS.get(self.quant_algo or "")
+        if not self.group_size or (algorithm is not None and not algorithm.grouped):
             values.pop("group_size", None)
         if self.kv_cache_quant_algo is not None:
             values["kv_cache_scales"] = kv_cache_scales
         try:
-            quant = QuantConfig(**{**values, "exclude_modules": self.exclude_modules or ()})
+            quant = QuantConfig(**{**values, "exclude_modules": self._excluded_linears(own=own)})
             check_supported(quant.algorithm)
         except ConfigError as error:
             raise CheckpointError(
@@ -45,6 +60,30 @@ class StoredQuantization(StoredObject):
                 remedy="quantize the source again with trtlab",
             ) from error
         return quant
+
+    def _excluded_linears(self, *, own: bool) -> tuple[str, ...]:
+        """The patterns over the linears of the layers.
+
+        A list replaces TensorRT-LLM's default, which is ``NEVER_QUANTIZED``; an absent or empty one is the default. Up
+        to version 0.13 a pattern may be the bare name of a module, such as ``dense``.
+
+        Raises:
+            CheckpointError: TensorRT-LLM would quantize the head, as the list leaves it out.
+        """
+        patterns = self.exclude_modules or ()
+        algorithm = ALGORITHMS.get(self.quant_algo or "")
+        quantizes_later = algorithm is not None and algorithm.family == "weight_only"
+        if patterns and quantizes_later and not own and not any(fnmatch.fnmatchcase("lm_head", p) for p in patterns):
+            raise CheckpointError(
+                f"exclude_modules {list(patterns)} leaves lm_head out: TensorRT-LLM would quantize the head, which is "
+                "not supported yet",
+                remedy='add "lm_head" to the list',
+            )
+        return tuple(
+            f"*.{pattern}" if pattern in LINEARS and not own else pattern
+            for pattern in patterns
+            if pattern.rpartition(".")[2].lstrip("*") not in NEVER_QUANTIZED
+        )
 
 
 def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:

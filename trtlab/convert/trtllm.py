@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections import abc
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
+from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
+from trtlab.convert.modelopt_config import complete_config
+from trtlab.convert.trtllm_buffers import without_buffers
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
 from trtlab.errors import CheckpointError
 from trtlab.model.names import layer_name
 from trtlab.model.scales import FLOAT8
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
-from trtlab.storage.json_files import naming, read_model
+from trtlab.storage.json_files import naming, parse_model, read_object
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 
 
@@ -37,18 +41,27 @@ class StoredCheckpoint:
     """Origin of the weights, None where the folder does not say."""
 
 
-def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint:
-    """Read a folder in this format; with ``rank`` only that rank's file is opened.
+def read_checkpoint(
+    ckpt_dir: Path, rank: int | None = None, hf_config: abc.Mapping[str, Any] | None = None
+) -> StoredCheckpoint:
+    """Read a folder in this format.
 
-    Raises CheckpointError for a missing folder, config or rank, and for tensors that do not fit the config.
+    Args:
+        ckpt_dir: The folder.
+        rank: The only rank whose file is opened; None opens all.
+        hf_config: The Hugging Face config of the model, from which keys are taken that config.json lacks.
+
+    Raises:
+        CheckpointError: A missing folder, config or rank; tensors that do not fit the config.
     """
-    stored = read_model(ckpt_dir / "config.json", TrtllmConfig, remedy=REMEDY)
+    stored = _read_config(ckpt_dir / "config.json", hf_config)
     with naming(ckpt_dir / "config.json", remedy=REMEDY):
         config, mapping, layout = stored.to_settings()
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
     ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
     check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks.values())))
+    ranks = without_buffers(ckpt_dir.name, config, ranks)
     config = _with_dense_bias(config, ranks)
     for r, contents in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
@@ -59,6 +72,14 @@ def read_checkpoint(ckpt_dir: Path, rank: int | None = None) -> StoredCheckpoint
         check_dtype(where, ranks[r], dtypes)
     tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
+
+
+def _read_config(path: Path, hf_config: abc.Mapping[str, Any] | None) -> TrtllmConfig:
+    raw = read_object(path, remedy=REMEDY)
+    if hf_config is not None:
+        refuse_other_kind(raw, CHECKPOINT, str(path))
+        raw = complete_config(raw, hf_config, str(path))
+    return parse_model(raw, TrtllmConfig, str(path), remedy=REMEDY)
 
 
 def _check_scales(where: str, config: ModelConfig, tensors: abc.Mapping[str, LazyTensor]) -> None:

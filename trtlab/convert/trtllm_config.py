@@ -10,9 +10,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo
 from trtlab.config.mapping import MOST_RANKS, Mapping
 from trtlab.config.model import ModelConfig, PositiveFloat32, RotaryScaling
 from trtlab.convert.families import FAMILIES
+from trtlab.convert.families.family import Family
 from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
 from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
 from trtlab.convert.rope_scaling import StoredScaling, scaling_to_json
+from trtlab.convert.trtllm_spellings import current_spelling
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS
 from trtlab.parallel.shard import EmbeddingLayout
@@ -61,7 +63,7 @@ class _Header(OpenObject):
         if self.producer is not None and self.producer.name == "modelopt" and self.rotary_base is None:
             raise CheckpointError(
                 f"{where} comes from ModelOpt, which leaves rotary_base out",
-                remedy="add rotary_base (the source's rope_theta) and its rotary_scaling to config.json",
+                remedy="give the Hugging Face folder that was exported: Checkpoint.load(..., hf_config=...)",
             )
 
 
@@ -98,12 +100,12 @@ class _Scaling(StoredScaling):
 
     def to_rotary_scaling(self) -> RotaryScaling:
         fields = {name: value for name, value in self.stored_values().items() if value is not None}
-        kind = fields.pop("rope_type", None) or fields.pop("type", None)
-        if kind is None or "type" in fields:
+        kinds = {fields.pop(key) for key in ("rope_type", "type") if key in fields}  # some versions write both
+        if len(kinds) != 1:
             raise CheckpointError(
                 "rotary_scaling is not valid", got=self.stored_values(), expected="a single rope_type"
             )
-        return RotaryScaling(kind=kind, **fields)
+        return RotaryScaling(kind=kinds.pop(), **fields)
 
 
 class _Mapping(OpenObject):
@@ -111,6 +113,8 @@ class _Mapping(OpenObject):
     tp_size: Count = 1
     pp_size: Count = 1
     cp_size: int = 1
+    enable_attention_dp: Literal[False] | None = None
+    """Attention whole on each rank, with other tokens: another layout of the files."""
 
     def to_mapping(self) -> Mapping:
         if self.cp_size != 1:
@@ -125,7 +129,8 @@ class _Mapping(OpenObject):
 
 
 class _Experts(OpenObject):
-    num_experts: Literal[0] | None = None
+    num_experts: Literal[0, 1] | None = None
+    """Exporters of Megatron write 1 for a model without experts."""
 
 
 class Provenance(OpenObject):
@@ -141,7 +146,9 @@ class TrtllmConfig(ModelFields):
     neutral: ClassVar[frozenset[str]] = frozenset(
         """
         logits_dtype kv_dtype producer version runtime_defaults disable_weight_only_quant_plugin use_prompt_tuning
-        has_partial_lora_mask remove_duplicated_kv_heads decoder rank
+        has_partial_lora_mask remove_duplicated_kv_heads decoder rank gpus_per_node use_fused_mlp num_labels seq_length
+        moe_top_k moe_tp_mode moe_normalization_mode
+        max_lora_rank lora_target_modules hf_modules_to_trtllm_modules trtllm_modules_to_hf_modules
         """.split()
     )
     passes_empty: ClassVar[bool] = True
@@ -154,7 +161,13 @@ class TrtllmConfig(ModelFields):
     quantization: StoredQuantization | None = None
     moe: _Experts | None = None
     trtlab: Provenance | None = None
-    rotary_pct: One = 1.0
+    rotary_pct: One | None = 1.0
+    rotary_embedding_dim: int | None = None
+    """Dimensions of a head that are rotated; None: all."""
+    rotary_dim: int | None = None
+    """``rotary_embedding_dim`` before version 0.16."""
+    qwen_type: str | None = None
+    """Hugging Face's ``model_type`` of a Qwen model."""
     embedding_multiplier: One = 1.0
     attention_multiplier: One = 1.0
     residual_multiplier: One = 1.0
@@ -169,6 +182,7 @@ class TrtllmConfig(ModelFields):
         if isinstance(raw, dict):
             refuse_other_kind(raw, CHECKPOINT, info.context)
             parse_model(raw, _Header, info.context, remedy=REMEDY).check(info.context)
+            return current_spelling(raw, info.context)
         return raw
 
     @property
@@ -185,13 +199,19 @@ class TrtllmConfig(ModelFields):
         """
         if self.architecture not in FAMILIES:
             raise CheckpointError(f"unknown architecture {self.architecture!r}", expected=" | ".join(FAMILIES))
+        family = FAMILIES[self.architecture]
+        if self.qwen_type not in (None, family.model_type):
+            raise CheckpointError(
+                f"qwen_type {self.qwen_type!r:.80} does not fit architecture {self.architecture}",
+                expected=family.model_type,
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise CheckpointError(
                 f"hidden_act {self.hidden_act!r} is not supported yet", expected=" | ".join(ACTIVATIONS)
             )
         stored = {name: getattr(self, name) for name in ModelFields.model_fields}
         values = {name: value for name, value in stored.items() if value is not None}
-        values = {**FAMILIES[self.architecture].settings, **values}
+        values = {**family.settings, **_fixed_parts(family), **values}
         values.setdefault("head_size", self.hidden_size // self.num_attention_heads)
         if self.share_embedding_table:
             values["tie_word_embeddings"] = True
@@ -199,8 +219,11 @@ class TrtllmConfig(ModelFields):
         config = ModelConfig(
             **values,
             rotary_scaling=scaling,
-            quantization=(self.quantization or StoredQuantization()).to_quant_config(self.provenance.kv_cache_scales),
+            quantization=(self.quantization or StoredQuantization()).to_quant_config(
+                self.provenance.kv_cache_scales, own=self.trtlab is not None
+            ),
         )
+        self._check_rotary_size(config)
         layout = EmbeddingLayout(
             bool(self.use_parallel_embedding), self.embedding_sharding_dim or 0, bool(self.share_embedding_table)
         )
@@ -208,6 +231,21 @@ class TrtllmConfig(ModelFields):
         mapping.check(config)
         layout.check(config, mapping)
         return config, mapping, layout
+
+    def _check_rotary_size(self, config: ModelConfig) -> None:
+        for name in ("rotary_embedding_dim", "rotary_dim"):
+            size = getattr(self, name)
+            if config.uses_rotary and size not in (None, config.head_size):
+                raise CheckpointError(
+                    f"{name} {size} is not the head size: rotating a part of each head is not supported yet",
+                    expected=config.head_size,
+                )
+
+
+def _fixed_parts(family: Family) -> dict[str, bool]:
+    """The parts that every model of a family has, which the config.json of older versions leaves out."""
+    parts = {"qk_layernorm": family.qk_layernorm}
+    return parts if family.attn_bias is None else {**parts, "attn_bias": family.attn_bias}
 
 
 def config_to_json(

@@ -27,13 +27,13 @@ def rotary_table(config: ModelConfig, positions: int) -> RotaryTable:
     return RotaryTable(angles.cos() * factor, angles.sin() * factor)
 
 
-def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rotary_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """Radians a token for each pair of dimensions ``[head_size / 2]``, and the factor on cosine and sine.
 
     The operations and their order are those of transformers: an angle of thousands of turns makes other cosines of
-    frequencies that differ in the last bit.
+    frequencies that differ in the last bit. ``dtype`` is that of the arithmetic.
     """
-    pairs = torch.arange(0, config.head_size, 2, dtype=torch.int64).float()
+    pairs = torch.arange(0, config.head_size, 2, dtype=torch.int64).to(dtype)
     wavelengths = config.rotary_base ** (pairs / config.head_size)  # of each pair, in tokens a radian
     scaling = config.rotary_scaling
     if scaling is None:

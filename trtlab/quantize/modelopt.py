@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import QuantConfig
-from trtlab.convert.rope_scaling import scaling_to_json
 from trtlab.errors import MissingDependency, QuantizeError
 
 ModeloptConfig = dict[str, Any]
@@ -72,7 +70,7 @@ def export_with_modelopt(
 ) -> None:
     """Quantize a Hugging Face folder with ModelOpt and export it as a TensorRT-LLM checkpoint of one rank.
 
-    The whole model is in memory. ModelOpt does not write rotary settings to config.json; ``config`` gives them.
+    The whole model is in memory. config.json lacks the rotary embedding: ``Checkpoint.load(folder, hf_config=...)``.
 
     Args:
         model_dir: The Hugging Face folder.
@@ -98,12 +96,6 @@ def export_with_modelopt(
         warnings.simplefilter("ignore")
         model = mtq.quantize(model, settings, read)
         export(model, "llama", config.torch_dtype, export_dir=str(folder), inference_tensor_parallel=1)
-    file = folder / "config.json"
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    stored["rotary_base"] = config.rotary_base
-    if config.rotary_scaling is not None:
-        stored["rotary_scaling"] = scaling_to_json(config.rotary_scaling)
-    file.write_text(json.dumps(stored), encoding="utf-8")
 
 
 def _modelopt() -> tuple[Any, Callable[..., None]]:
