@@ -292,6 +292,20 @@ def test_an_exception_amid_the_bookkeeping_ends_the_session_and_says_so(bench, e
     bed.loop.close()
 
 
+def test_a_lock_that_a_thread_left_behind_is_taken_over(bench, monkeypatch):
+    """An exception from outside can end a thread between taking the lock and its first change."""
+    monkeypatch.setattr("trtlab.runtime.exclusive.ABANDONED_S", 0.3)
+    bed = bench()
+    requests = submitted(bed)
+    bed.step()
+    thread = threading.Thread(target=bed.loop.exclusive._lock.acquire)
+    thread.start()
+    thread.join()
+    late = bed.submit(PROMPTS[1], 3)
+    bed.run()
+    check_all(bed, *requests, late)
+
+
 def test_a_request_may_be_cancelled_from_within_a_step(bench):
     """As when the garbage collector closes a dropped stream just then."""
     for when in ("before_run", "listener"):

@@ -12,6 +12,7 @@ from trtlab.interrupts import deliver_interrupt, hold_interrupts
 from trtlab.runtime.inbox import Inbox, Message
 
 POLL_S = 0.1  # how long a thread waits for another one's step before it looks for an interrupt
+ABANDONED_S = 5.0  # a lock is taken over if its holder has not said for so long that it changes anything
 
 
 class Exclusive:
@@ -33,6 +34,7 @@ class Exclusive:
         self._carry_out = carry_out
         self._leave = leave
         self._lock = threading.RLock()
+        self._holder: int | None = None  # the thread that changes the state, set and cleared with the lock held
         self._depth = 0  # above 0 the holder is changing the state: a message that its own thread posts must wait
         self._holds: list[hold_interrupts] = []
         self._process = os.getpid()
@@ -61,11 +63,11 @@ class Exclusive:
         hold = hold_interrupts()
         hold.__enter__()
         try:
-            while not self._lock.acquire(timeout=POLL_S):
-                deliver_interrupt()
+            self._acquire()
         except BaseException:
             hold.__exit__(None, None, None)
             raise
+        self._holder = threading.get_ident()
         self._holds.append(hold)
         self._depth += 1
         if self._depth == 1 and self._inbox.messages:
@@ -83,11 +85,26 @@ class Exclusive:
                 self._leave(error)
         finally:
             self._depth -= 1
+            if not self._depth:
+                self._holder = None
             hold = self._holds.pop()
             self._lock.release()
             if self._inbox.messages:
                 self.attend()
             hold.__exit__(kind, error, trace)
+
+    def _acquire(self) -> None:
+        """Wait for the lock; meanwhile interrupts are delivered.
+
+        An exception that another thread raises in this one (PyThreadState_SetAsyncExc) can come just after the lock was
+        taken, or just before it is released: nobody would release it. The state is whole then, and another lock serves.
+        """
+        idle = 0.0
+        while not self._lock.acquire(timeout=POLL_S):
+            deliver_interrupt()
+            idle = idle + POLL_S if self._holder is None else 0.0
+            if idle > ABANDONED_S:
+                self._lock, self._depth, self._holds = threading.RLock(), 0, []
 
     def drain(self) -> None:
         """Carry out all messages; the caller holds the lock."""
