@@ -44,15 +44,15 @@ RUN = """async oneByOne => {
     while (!cells().length) await pause();
     await run('clear-all-cell-outputs');
     const kernel = panel.sessionContext.session.kernel, deadline = performance.now() + RUN_MS;
-    let idle = 10; // looks at an idle kernel in a row
+    let idle = 10, ended = true; // looks at an idle kernel in a row; whether the last command has ended
     while (!cells().every(isDone) || kernel.status !== 'idle') {
         if (performance.now() > deadline) return 'not done in time';
         if (kernel.status !== 'idle') idle = 0;
-        else if (oneByOne || ++idle > 10) {
+        else if (ended && (oneByOne || ++idle > 10)) {
             if (problem()) return problem();
             notebook.activeCellIndex = notebook.widgets.indexOf(cells().find(cell => !isDone(cell)));
-            const ran = run(oneByOne ? 'run-cell' : 'run-all-below');
-            if (oneByOne) await ran;
+            ended = false;
+            run(oneByOne ? 'run-cell' : 'run-all-below').finally(() => { ended = true; });
             idle = 0;
         }
         await pause();

@@ -92,10 +92,11 @@ def save_screenshots(page, name):
     """Save the whole notebook, window by window."""
     folder = Path(SCREENSHOTS)
     folder.mkdir(parents=True, exist_ok=True)
-    step = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').clientHeight")
-    top = number = 0
-    while top < page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight"):
-        page.evaluate(SCROLL, top)
+    step, height = page.evaluate("""() => {
+        const {clientHeight, scrollHeight} = document.querySelector('.jp-WindowedPanel-outer');
+        return [clientHeight, scrollHeight];
+    }""")
+    for number in range(-(-height // step) - 1):  # the last window is the empty space below the last cell
+        page.evaluate(SCROLL, number * step)
         page.wait_for_timeout(500)
         page.screenshot(path=folder / f"{name} {number:02}.png")
-        top, number = top + step, number + 1
