@@ -108,7 +108,10 @@ class UpstreamFolder:
         if "qkv" in name:
             size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
             q_rows, kv_rows = hf["num_attention_heads"] * size, hf["num_key_value_heads"] * size
-            return torch.cat([part.chunk(self.tp)[place] for part in tensor.split([q_rows, kv_rows, kv_rows])])
+            q, k, v = tensor.split([q_rows, kv_rows, kv_rows])
+            times = max(1, self.tp // hf["num_key_value_heads"])  # with fewer key heads than ranks, each is repeated
+            k, v = (part.unflatten(0, (-1, size)).repeat_interleave(times, 0).flatten(0, 1) for part in (k, v))
+            return torch.cat([part.chunk(self.tp)[place] for part in (q, k, v)])
         if "mlp.fc" in name or "mlp.gate" in name:
             return tensor.chunk(self.tp)[place]
         if name.endswith(("dense.weight", "mlp.proj.weight")):

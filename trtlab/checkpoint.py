@@ -25,8 +25,9 @@ from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.meta import read_meta
 from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
-from trtlab.convert.trtllm import rank_file, read_checkpoint
+from trtlab.convert.trtllm import read_checkpoint
 from trtlab.convert.trtllm_config import config_to_json
+from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError, ConfigError
 from trtlab.model.names import EMBEDDING, HEAD

@@ -20,8 +20,9 @@ from trtlab.config.model import ModelConfig
 from trtlab.config.session import BackendName, SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.kinds import ENGINE, open_folder
-from trtlab.convert.trtllm import rank_dtypes, rank_file, rank_shapes
+from trtlab.convert.trtllm import rank_dtypes, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
+from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.engine_command import build_command
 from trtlab.engine_config import REMEDY as BUILD_AGAIN
 from trtlab.engine_config import read_engine_file

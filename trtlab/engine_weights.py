@@ -7,7 +7,7 @@ from collections import abc
 from collections.abc import Sequence
 from pathlib import Path
 
-from trtlab.convert.trtllm import rank_file
+from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.errors import EngineError
 from trtlab.progress import progress
 from trtlab.storage.digest import digested, digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,17 @@ OPENERS = {
     "Checkpoint.from_meta_ckpt()": Checkpoint.from_meta_ckpt,
     "Checkpoint.load()": Checkpoint.load,
     "Engine.load()": Engine.load,
+}
+UPSTREAM_ENGINES = {  # what TensorRT-LLM writes beside its engines
+    "upstream 0.13": {
+        "version": "0.13.0",
+        "pretrained_config": {"architecture": "LlamaForCausalLM", "mapping": {"world_size": 1}},
+        "build_config": {"max_batch_size": 8, "plugin_config": {"gpt_attention_plugin": "float16"}},
+    },
+    "upstream 0.5": {
+        "builder_config": {"name": "llama", "precision": "float16", "num_heads": 32, "tensor_parallel": 1},
+        "plugin_config": {"gpt_attention_plugin": "float16", "paged_kv_cache": False},
+    },
 }
 
 
@@ -31,6 +43,14 @@ def folders(random_model, tmp_path_factory):
     torch.save({"norm.weight": torch.ones(64)}, place / "meta" / "consolidated.00.pth")
     (place / "gguf" / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     (place / "adapter" / "adapter_config.json").write_text("{}")
+    (place / "binary").mkdir()
+    (place / "binary" / "config.ini").write_text("[llama]\n")
+    (place / "binary" / "layers.0.attention.dense.weight.0.bin").write_bytes(b"\0" * 8)
+    for name, raw in UPSTREAM_ENGINES.items():
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(json.dumps(raw))
+    (place / "nameless").mkdir()
+    (place / "nameless" / "llama_float16_tp2_rank0.engine").write_bytes(b"ftrt")
     good = {
         "Checkpoint.from_hugging_face()": source,
         "Checkpoint.from_meta_ckpt()": place / "meta",
@@ -42,6 +62,8 @@ def folders(random_model, tmp_path_factory):
         place / "gguf" / "model.Q4_K_M.gguf": "GGUF is not supported yet",
         place / "adapter": "give the folder of the model that it adapts",
         place / "cache": "in its snapshots folder",
+        place / "binary": "convert the model's Hugging Face folder",
+        **{place / name: "the checkpoint that it was built from" for name in (*UPSTREAM_ENGINES, "nameless")},
         source / "model.safetensors": f"give the folder that it lies in, {source}",
     }
 

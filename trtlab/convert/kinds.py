@@ -27,7 +27,29 @@ class FolderKind:
     holds: Callable[[Collection[str]], bool] = lambda names: False
 
 
-ENGINE = FolderKind("an engine folder", "open the folder with Engine.load()", lambda raw: "pretrained_config" in raw)
+def _is_upstream_engine(raw: Mapping[str, Any]) -> bool:
+    """Whether an engine's config.json has TensorRT-LLM's plugins in it, as versions 0.5 and later write."""
+    build = raw.get("build_config")
+    plugins = isinstance(build, Mapping) and "plugin_config" in build
+    return "trtlab" not in raw and (plugins or {"builder_config", "plugin_config"} <= raw.keys())
+
+
+UPSTREAM_ENGINE = FolderKind(
+    "an engine that TensorRT-LLM built, which its own runtime alone can open",
+    "build one from the checkpoint that it was built from: Checkpoint.load(...).build()",
+    _is_upstream_engine,
+    lambda names: any(re.fullmatch(r"\w+_tp\d+_rank\d+\.engine", name) for name in names),
+)
+BINARY = FolderKind(
+    "a binary checkpoint of TensorRT-LLM 0.5 (config.ini and a .bin file for each tensor), which is not supported",
+    "convert the model's Hugging Face folder: Checkpoint.from_hugging_face(...)",
+    holds=lambda names: "config.ini" in names and any(name.endswith(".bin") for name in names),
+)
+ENGINE = FolderKind(
+    "an engine folder",
+    "open the folder with Engine.load()",
+    lambda raw: "pretrained_config" in raw and not _is_upstream_engine(raw),
+)
 CHECKPOINT = FolderKind(
     "a TensorRT-LLM checkpoint",
     "open the folder with Checkpoint.load()",
@@ -59,7 +81,7 @@ CACHE = FolderKind(
     "give the folder of a revision, in its snapshots folder",
     holds=lambda names: {"snapshots", "refs"} <= {*names},
 )
-KINDS = (ENGINE, CHECKPOINT, HUGGING_FACE, META, ADAPTER, GGUF, CACHE)
+KINDS = (UPSTREAM_ENGINE, BINARY, ENGINE, CHECKPOINT, HUGGING_FACE, META, ADAPTER, GGUF, CACHE)
 
 
 def open_folder(path: PathLike, wanted: FolderKind, *, error: type[TrtlabError] = CheckpointError) -> Path:

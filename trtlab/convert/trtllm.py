@@ -16,17 +16,19 @@ from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
 from trtlab.convert.modelopt_config import complete_config
 from trtlab.convert.trtllm_buffers import without_buffers
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
+from trtlab.convert.trtllm_ranks import (
+    check_rank_files,
+    check_same_conversion,
+    pad_short_tables,
+    rank_file,
+    without_dummy_scales,
+)
 from trtlab.errors import CheckpointError
 from trtlab.model.names import layer_name
 from trtlab.model.scales import FLOAT8
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
 from trtlab.storage.json_files import naming, parse_model, read_object
 from trtlab.storage.lazy import LazyTensor, open_safetensors
-
-
-def rank_file(rank: int) -> str:
-    """The file name of one rank's tensors."""
-    return f"rank{rank}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ def read_checkpoint(
         config, mapping, layout = stored.to_settings()
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
+    check_rank_files(ckpt_dir, mapping, one=rank is not None)
     ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
     check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks.values())))
     ranks = without_buffers(ckpt_dir.name, config, ranks)
@@ -66,11 +69,16 @@ def read_checkpoint(
     for r, contents in ranks.items():
         where = f"{ckpt_dir.name}/{rank_file(r)}"
         _check_scales(where, config, contents)
-        check_tensors(where, contents, rank_shapes(config, mapping, r, layout))
+        shapes = rank_shapes(config, mapping, r, layout)
+        contents = pad_short_tables(without_dummy_scales(contents, config), config, shapes, mapping.tp_rank(r))
+        check_tensors(where, contents, shapes)
         dtypes = rank_dtypes(config, mapping, r, layout)
         ranks[r] = {name: _with_dtype(config, tensor, dtypes[name]) for name, tensor in contents.items()}
         check_dtype(where, ranks[r], dtypes)
-    tensors = unshard(config, mapping, layout, ranks.__getitem__) if rank is None else ranks[rank]
+    if rank is not None:
+        return StoredCheckpoint(config, mapping, layout, ranks[rank], stored.provenance.source)
+    check_same_conversion(ckpt_dir.name, config, mapping, layout, ranks)
+    tensors = unshard(config, mapping, layout, ranks.__getitem__)
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
 
 

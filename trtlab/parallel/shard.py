@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -182,15 +182,39 @@ def unshard(
         layout: How the token table is stored.
         rank: Returns the tensors of the rank with the given number.
     """
-    whole: dict[str, LazyTensor] = {}
+    return {name: _join(config, mapping, spec, layout, parts) for name, spec, parts in _parts(config, mapping, rank)}
+
+
+def copies(
+    config: ModelConfig,
+    mapping: Mapping,
+    layout: EmbeddingLayout,
+    rank: Callable[[int], abc.Mapping[str, LazyTensor]],
+) -> Iterator[tuple[str, list[LazyTensor]]]:
+    """Each tensor that tensor-parallel ranks hold alike, with the copy of each rank; arguments as for ``unshard``.
+
+    These are whole tensors, and the rows of a key head that neighbouring ranks share.
+    """
+    shared = _copies(config, mapping)
+    for name, spec, parts in _parts(config, mapping, rank):
+        if _split(spec, layout) is None:
+            yield name, parts
+        elif spec.split == "qkv" and shared > 1:
+            own = mapping.kv_heads(config) * config.head_size // spec.per_byte
+            rows = [part.narrow(spec.dim, part.shape[spec.dim] - 2 * own, 2 * own) for part in parts]
+            yield from ((name, rows[first : first + shared]) for first in range(0, len(rows), shared))
+
+
+def _parts(
+    config: ModelConfig, mapping: Mapping, rank: Callable[[int], abc.Mapping[str, LazyTensor]]
+) -> Iterator[tuple[str, TensorSpec, list[LazyTensor]]]:
+    """Each tensor of the whole model, and the parts of it that the ranks of its stage hold."""
     for name, spec in tensor_specs(config).items():
         stage = _stage_of(config, mapping, name)
         group = [rank(stage * mapping.tp_size + place) for place in range(mapping.tp_size)]
         local = _local_name(name, mapping.layers(stage * mapping.tp_size, config.num_hidden_layers))
         assert local is not None, f"{name} is not in stage {stage}"
-        parts = [tensors[local] for tensors in group]
-        whole[name] = _join(config, mapping, spec, layout, parts)
-    return whole
+        yield name, spec, [tensors[local] for tensors in group]
 
 
 def _stage_of(config: ModelConfig, mapping: Mapping, name: str) -> int:
@@ -203,9 +227,7 @@ def _stage_of(config: ModelConfig, mapping: Mapping, name: str) -> int:
 def _join(
     config: ModelConfig, mapping: Mapping, spec: TensorSpec, layout: EmbeddingLayout, parts: list[LazyTensor]
 ) -> LazyTensor:
-    split = spec.split
-    if split == "embedding":
-        split = {None: None, 0: "head", 1: "columns"}[layout.cut]
+    split = _split(spec, layout)
     if split is None or mapping.tp_size == 1:
         return parts[0]
     if split == "qkv":
@@ -215,6 +237,11 @@ def _join(
     if split == "head":
         return _crop(cat(parts), spec.shape[0])
     return cat(parts, dim=1 if spec.split == "embedding" else spec.dim)
+
+
+def _split(spec: TensorSpec, layout: EmbeddingLayout) -> str | None:
+    """How a tensor is cut, with the table as the layout says."""
+    return {None: None, 0: "head", 1: "columns"}[layout.cut] if spec.split == "embedding" else spec.split
 
 
 def _copies(config: ModelConfig, mapping: Mapping) -> int:
