@@ -231,7 +231,7 @@ FAULTS = {
     "a split that cannot be": (lambda f: rewrite(f, mapping={"tp_size": 2, "pp_size": 3}), "rank2|pp_size=3"),
     "context parallel": (lambda f: rewrite(f, mapping={"tp_size": 2, "cp_size": 2}), "cp_size=2"),
     "unknown architecture": (lambda f: rewrite(f, architecture="FalconForCausalLM"), "Falcon.*LlamaForCausalLM"),
-    "quantized in name alone": (lambda f: rewrite(f, quantization={"quant_algo": "W8A16"}), "plain weights.*W8A16"),
+    "quantized in name alone": (lambda f: rewrite(f, quantization={"quant_algo": "FP8"}), "plain weights.*FP8"),
     "an unknown algorithm": (lambda f: rewrite(f, quantization={"quant_algo": "W9A9"}), "W9A9"),
     "experts": (lambda f: rewrite(f, moe={"num_experts": 8}), "num_experts"),
     "a residual mlp": (lambda f: rewrite(f, residual_mlp=True), "residual_mlp=True"),

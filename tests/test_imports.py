@@ -26,7 +26,7 @@ FLOORS = """
     memory
     convert runtime
     quantize tensorrt
-    machine session engine_config engine_command engine_weights weight_source
+    machine session engine_config engine_command engine_weights weight_source checkpoint_folder
     engine
     checkpoint
     published

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import tempfile
 from collections import abc
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from trtlab.card import Shown
+from trtlab.checkpoint_folder import Companions, tied_config, write_ranks, writing
+from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.build import BuildConfig
 from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
@@ -26,22 +25,22 @@ from trtlab.convert.kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.meta import read_meta
 from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
 from trtlab.convert.trtllm import read_checkpoint
-from trtlab.convert.trtllm_config import config_to_json
+from trtlab.convert.trtllm_config import config_to_json, provenance
 from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.engine import Engine, build
-from trtlab.errors import CheckpointError, ConfigError
+from trtlab.errors import CheckpointError
 from trtlab.model.names import EMBEDDING, HEAD
-from trtlab.model.tensor_specs import tensor_specs
+from trtlab.model.tensor_specs import plain_linears, tensor_specs
 from trtlab.parallel.launch import on_rank_zero
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
-from trtlab.progress import progress
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
-from trtlab.quantize.report_file import REPORT, read_report, write_report
+from trtlab.quantize.report_file import read_report, write_report
 from trtlab.quantize.run import Quantization, prepare
 from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
-from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
-from trtlab.storage.files import TensorFile, replacing, write_safetensors
+from trtlab.quantize.weight_only import from_plain
+from trtlab.runtime.tokenizer import Tokenizer, find_tokenizer
+from trtlab.storage.files import TensorFile
 from trtlab.storage.lazy import LazyTensor, in_memory
 from trtlab.storage.opening import Opening, Reopenable
 from trtlab.storage.paths import PathLike, absolute_path
@@ -65,7 +64,8 @@ class Checkpoint(Shown, Reopenable):
     mapping: Mapping = field(default_factory=Mapping)
     layout: EmbeddingLayout = field(default_factory=EmbeddingLayout)
     rank: int | None = None
-    folder: Path | None = None  # where the tensors are stored in TensorRT-LLM's format, if they are
+    folder: Path | None = None  # where the model is stored in TensorRT-LLM's format, if it is
+    holds_files: bool = True  # whether the files there hold exactly these tensors, so that an engine may link them
     opened: Opening | None = field(default=None, init=False)
 
     @classmethod
@@ -147,11 +147,19 @@ class Checkpoint(Shown, Reopenable):
         hf_object = None if hf_config is None else hugging_face_object(hf_config)
         stored = read_checkpoint(folder, rank, hf_object)
         source = f"checkpoint {folder.name}" if stored.source is None else stored.source
-        parts = (stored.config, stored.tensors, source, find_tokenizer(folder), stored.mapping, stored.layout)
+        tensors = from_plain(stored.config, stored.tensors) if stored.is_plain else stored.tensors
+        if rank is not None and stored.is_plain:
+            tensors = shard(stored.config, stored.mapping, rank, tensors, stored.layout)
+        parts = (stored.config, tensors, source, find_tokenizer(folder), stored.mapping, stored.layout, rank, folder)
         checkpoint = (
-            QuantizedCheckpoint(*parts, rank, folder, report=read_report(folder, stored.config))
+            QuantizedCheckpoint(
+                *parts,
+                holds_files=stored.is_exact,
+                report=read_report(folder, stored.config),
+                unquantized=stored.tensors if stored.is_plain else None,
+            )
             if stored.config.quantization.active
-            else Checkpoint(*parts, rank, folder)
+            else Checkpoint(*parts, holds_files=stored.is_exact)
         )
         return checkpoint.opened_by(Checkpoint.load, folder, rank=rank, hf_config=hf_object)
 
@@ -162,34 +170,45 @@ class Checkpoint(Shown, Reopenable):
         use_parallel_embedding: bool = False,
         embedding_sharding_dim: int = 0,
         use_embedding_sharing: bool = False,
+        weight_only: WeightOnlyForm | None = None,
     ) -> Path:
         """Write config.json, a ``rank{r}.safetensors`` for each rank and the tokenizer; returns the folder.
 
         One tensor is in memory at a time. The folder is replaced in one step: after an error or a kill the old folder
-        is still complete. Raises ConfigError when the model cannot be split this way, or when it is to share its
-        embedding and the two tables differ, with the largest difference.
+        is still complete.
+
+        Args:
+            ckpt_dir: The folder.
+            mapping: The ranks to split the model over.
+            use_parallel_embedding: Whether the token table is cut over the tensor-parallel ranks.
+            embedding_sharding_dim: Where it is cut: 0 by rows, 1 by columns.
+            use_embedding_sharing: Whether token table and head are stored once.
+            weight_only: The form of W8A16 and W4A16. ``"plain"`` stores the unquantized weights, which every version
+                of TensorRT-LLM quantizes when it builds: the form to give away. ``"integers"`` stores what runs here,
+                in a half or a quarter of the bytes, without a source and with nothing to compute when it is loaded;
+                only trtlab reads it, as TensorRT-LLM stores integers in the layout of one GPU's kernels. None keeps
+                the form of the folder that this was loaded from, and is ``"integers"`` for a new one.
+
+        Raises:
+            ConfigError: The model cannot be split this way, or is to share its embedding and the two tables differ.
+            CheckpointError: The plain form is asked for, and the unquantized weights are not at hand.
         """
         self.require_whole("saved")
         mapping = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
         layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
-        config = self._tied_config() if use_embedding_sharing else self.config
-        ranks = [shard(config, mapping, rank, self.tensors, layout) for rank in mapping.ranks]
+        config = tied_config(self.config, self.tensors) if use_embedding_sharing else self.config
+        form, tensors = self._companions.in_form(config, self.tensors, weight_only)
+        stored = plain_linears(config) if form == "plain" else config
+        ranks = [shard(stored, mapping, rank, tensors, layout) for rank in mapping.ranks]
         folder = absolute_path(ckpt_dir)
-        with self._writing(folder, config, mapping, layout) as scratch:
-            total = sum(tensor.nbytes for tensors in ranks for tensor in tensors.values())
-            with progress(f"saving {folder.name}", total) as bar:
-                for rank, tensors in enumerate(ranks):
-                    write_safetensors(scratch / rank_file(rank), tensors, on_tensor=lambda t: bar.update(t.nbytes))
+        meta = config_to_json(config, mapping, layout, provenance(self.source, form))
+        with writing(folder, meta, self.tokenizer_dir, self._companions.report) as scratch:
+            write_ranks(scratch, ranks, folder.name)
         return folder
 
-    @contextlib.contextmanager
-    def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
-        """A new folder with config.json and the tokenizer, which replaces ``folder`` when the block ends."""
-        with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
-            meta = config_to_json(config, mapping, layout, {"source": self.source})
-            (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            copy_tokenizer(self.tokenizer_dir, scratch)
-            yield scratch
+    @property
+    def _companions(self) -> Companions:
+        return Companions()
 
     def quantize(
         self, quant_config: QuantConfig, calibration: Texts | None = None, output_dir: PathLike | None = None
@@ -232,7 +251,10 @@ class Checkpoint(Shown, Reopenable):
 
     def _quantize_to(self, folder: Path, quantization: Quantization) -> QuantizedCheckpoint:
         config, one_rank = quantization.config, Mapping()
-        with self._writing(folder, config, one_rank, shared_where_possible(config, one_rank)) as scratch:
+        layout = shared_where_possible(config, one_rank)
+        form: WeightOnlyForm | None = "integers" if config.quantization.has_plain_form else None
+        meta = config_to_json(config, one_rank, layout, provenance(self.source, form))
+        with writing(folder, meta, self.tokenizer_dir, None) as scratch:
             specs = tensor_specs(config)
             shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
             with TensorFile(scratch / rank_file(0), shapes) as file:
@@ -269,18 +291,6 @@ class Checkpoint(Shown, Reopenable):
                 remedy="open the folder without rank=",
             )
 
-    def _tied_config(self) -> ModelConfig:
-        if self.config.tie_word_embeddings:
-            return self.config
-        gap = float((self.tensors[EMBEDDING].read().float() - self.tensors[HEAD].read().float()).abs().max())
-        if gap > 0:
-            raise ConfigError(
-                "use_embedding_sharing needs a tied model: lookup table and head differ",
-                got=f"a largest difference of {gap:.6g}",
-                remedy="leave use_embedding_sharing out",
-            )
-        return self.config.replace(tie_word_embeddings=True)
-
 
 @public
 @dataclass(frozen=True, eq=False, repr=False)
@@ -288,11 +298,13 @@ class QuantizedCheckpoint(Checkpoint):
     """A checkpoint with quantized linears, a quantized KV cache or both.
 
     ``report`` is stored in the folder, None where another tool wrote it. ``made_by`` is the quantization with its
-    source and texts, which can quantize again; ``quantize`` sets it, and it is not stored.
+    source and texts, which can quantize again; ``quantize`` sets it, and it is not stored. ``unquantized`` are the
+    tensors of a folder that holds W8A16 or W4A16 in the plain form: its linears are quantized when they are read.
     """
 
     report: QuantizationReport | None = None
     made_by: Quantization | None = None
+    unquantized: abc.Mapping[str, LazyTensor] | None = None
 
     @classmethod
     def load(
@@ -304,13 +316,10 @@ class QuantizedCheckpoint(Checkpoint):
             raise CheckpointError(f"{checkpoint.source} is not quantized", remedy="open it with Checkpoint.load()")
         return checkpoint
 
-    @contextlib.contextmanager
-    def _writing(self, folder: Path, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout) -> Iterator[Path]:
-        """As for a Checkpoint, with the report."""
-        with super()._writing(folder, config, mapping, layout) as scratch:
-            if self.report is not None:
-                write_report(scratch, self.report)
-            yield scratch
+    @property
+    def _companions(self) -> Companions:
+        source = self.unquantized if self.made_by is None else self.made_by.tensors
+        return Companions(self.report, source, "integers" if self.unquantized is None else "plain")
 
     @classmethod
     def from_modelopt(
@@ -336,8 +345,3 @@ class QuantizedCheckpoint(Checkpoint):
             }
             QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
         return cls.load(output_dir)
-
-
-def _is_ours(name: str) -> bool:
-    known = name in TOKENIZER_FILES or name in ("config.json", REPORT)
-    return known or (name.startswith("rank") and name.endswith(".safetensors"))

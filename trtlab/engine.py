@@ -290,11 +290,8 @@ def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping,
         for name, tensor in checkpoint.tensors.items()
     }
     ranks = [shard(config, mapping, rank, tensors, layout) for rank in mapping.ranks]
-    linkable = checkpoint.folder is not None and (checkpoint.config, checkpoint.mapping, checkpoint.layout) == (
-        config,
-        mapping,
-        layout,
-    )
+    same = (checkpoint.config, checkpoint.mapping, checkpoint.layout) == (config, mapping, layout)
+    linkable = checkpoint.folder is not None and checkpoint.holds_files and same
     files = [checkpoint.folder / rank_file(rank) for rank in mapping.ranks] if checkpoint.folder and linkable else []
     prints = tuple(fingerprint(rank) for rank in ranks)
     if plan:

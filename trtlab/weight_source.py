@@ -40,7 +40,12 @@ class WeightSource(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """The folder that stores the tensors in TensorRT-LLM's format, if there is one."""
+        """The folder that stores the model in TensorRT-LLM's format, if there is one."""
+        ...
+
+    @property
+    def holds_files(self) -> bool:
+        """Whether the files of ``folder`` hold exactly these tensors, so that they may be linked."""
         ...
 
     @property

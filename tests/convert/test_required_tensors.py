@@ -20,6 +20,7 @@ SMOOTHQUANT = {  # per channel, per token
     "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN": (False, True),
     "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": (True, True),
 }
+WEIGHT_ONLY = ["W8A16", "W4A16"]  # in the plain form: TensorRT-LLM quantizes the weights when it builds
 OTHERS = ["W8A8_SQ_PER_CHANNEL", "FP8", "W4A16_AWQ", "W4A8_AWQ"]
 OURS = {"attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor"}
 
@@ -38,7 +39,7 @@ def linears(tp: int) -> dict[str, tuple[int, int]]:
 
 
 def required_of_linear(algorithm: str | None, linear: str, out: int, width: int) -> Tensors:
-    if algorithm is None:
+    if algorithm is None or algorithm in WEIGHT_ONLY:
         return {"weight": ("F32", [out, width])}
     if algorithm in SMOOTHQUANT:
         per_channel, per_token = SMOOTHQUANT[algorithm]
@@ -117,9 +118,10 @@ def quantized(checkpoint: Checkpoint, quant: QuantConfig) -> Checkpoint:
 @pytest.mark.parametrize(
     ("algorithm", "cache", "scales"),
     [
-        *((algorithm, None, "split") for algorithm in (None, *SMOOTHQUANT, *OTHERS)),
+        *((algorithm, None, "split") for algorithm in (None, *WEIGHT_ONLY, *SMOOTHQUANT, *OTHERS)),
         *((None, "INT8", scales) for scales in ("merged", "split", "per_head")),
         ("FP8", "FP8", "split"),
+        ("W4A16", "INT8", "split"),
         ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "INT8", "split"),
     ],
 )
@@ -127,7 +129,8 @@ def test_a_folder_has_what_tensorrt_llm_requires_and_announces_the_rest(
     checkpoint, tmp_path, algorithm, cache, scales, tp
 ):
     quant = QuantConfig(quant_algo=algorithm, kv_cache_quant_algo=cache, kv_cache_scales=scales, group_size=GROUP)
-    folder = quantized(checkpoint, quant).save(tmp_path / "ckpt", Mapping(tp_size=tp))
+    form = "plain" if algorithm in WEIGHT_ONLY else None
+    folder = quantized(checkpoint, quant).save(tmp_path / "ckpt", Mapping(tp_size=tp), weight_only=form)
     wanted = required(algorithm, cache, tp)
     announced = json.loads((folder / "config.json").read_text())["trtlab"].get("kv_cache_scales", "merged")
     for rank in range(tp):

@@ -31,6 +31,11 @@ class Algorithm:
         """Whether two weights share a byte."""
         return self.weight_bits == 4
 
+    @property
+    def has_plain_form(self) -> bool:
+        """Whether a folder may hold the unquantized weights, which are quantized when they are read."""
+        return self.family == "weight_only"
+
 
 def _smoothquant(name: str, *, per_channel: bool, per_token: bool) -> Algorithm:
     reads = "the largest magnitude of each linear's input, by channel" + ("" if per_token else ", and of its output")
@@ -93,5 +98,6 @@ KV_CACHE_ALGORITHMS: dict[tuple[str, str], KvCacheAlgorithm] = {  # by kv_cache_
     ("FP8", "split"): KvCacheAlgorithm(_MERGED),
     ("FP8", "per_head"): KvCacheAlgorithm(_MERGED),
 }
+WeightOnlyForm = Literal["plain", "integers"]
 KvScales = Literal["merged", "split", "per_head"]
 KV_SCALES: tuple[KvScales, ...] = get_args(KvScales)

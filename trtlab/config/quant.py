@@ -73,6 +73,11 @@ class QuantConfig(Settings):
         return None if self.quant_algo is None else ALGORITHMS[self.quant_algo]
 
     @property
+    def has_plain_form(self) -> bool:
+        """Whether a folder may hold the unquantized weights (W8A16 and W4A16)."""
+        return self.algorithm is not None and self.algorithm.has_plain_form
+
+    @property
     def kv_algorithm(self) -> KvCacheAlgorithm | None:
         """The cache's algorithm."""
         algo = self.kv_cache_quant_algo

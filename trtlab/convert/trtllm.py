@@ -24,16 +24,25 @@ from trtlab.convert.trtllm_ranks import (
     without_dummy_scales,
 )
 from trtlab.errors import CheckpointError
+from trtlab.model.blocks import layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import FLOAT8
+from trtlab.model.tensor_specs import plain_linears
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
 from trtlab.storage.json_files import naming, parse_model, read_object
 from trtlab.storage.lazy import LazyTensor, open_safetensors
 
+Ranks = abc.Mapping[int, abc.Mapping[str, LazyTensor]]
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint folder: the whole tensors, or the tensors of one rank."""
+    """A checkpoint folder: the whole tensors, or the tensors of one rank.
+
+    With ``is_plain`` the linears are to be quantized as ``config`` says, and the tensors are whole: the scales of a
+    linear that is cut by columns come from all ranks. ``is_exact`` is whether the files hold exactly these tensors,
+    with no other beside them and each in its dtype.
+    """
 
     config: ModelConfig
     mapping: Mapping
@@ -41,6 +50,8 @@ class StoredCheckpoint:
     tensors: dict[str, LazyTensor]
     source: str | None
     """Origin of the weights, None where the folder does not say."""
+    is_plain: bool
+    is_exact: bool
 
 
 def read_checkpoint(
@@ -62,12 +73,33 @@ def read_checkpoint(
     if rank is not None and rank not in mapping.ranks:
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
     check_rank_files(ckpt_dir, mapping, one=rank is not None)
-    ranks = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
-    check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks.values())))
-    ranks = without_buffers(ckpt_dir.name, config, ranks)
-    config = _with_dense_bias(config, ranks)
+    files = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
+    is_plain = config.quantization.has_plain_form and not _has_integers(config, files)
+    if config.quantization.has_plain_form and not is_plain and stored.trtlab is None:
+        raise _device_layout(ckpt_dir.name, config)
+    if is_plain:
+        files = {r: files.get(r) or open_safetensors(ckpt_dir / rank_file(r)) for r in mapping.ranks}
+    check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, files.values())))
+    config = _with_dense_bias(config, files)
+    in_files = plain_linears(config) if is_plain else config
+    ranks = _fitting_ranks(ckpt_dir.name, in_files, mapping, layout, files)
+    if rank is None or is_plain:
+        check_same_conversion(ckpt_dir.name, in_files, mapping, layout, ranks)
+    tensors = unshard(in_files, mapping, layout, ranks.__getitem__) if rank is None or is_plain else ranks[rank]
+    is_exact = not is_plain and all(_layout(files[r]) == _layout(ranks[r]) for r in ranks)
+    return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source, is_plain, is_exact)
+
+
+def _fitting_ranks(
+    folder: str, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, files: Ranks
+) -> dict[int, dict[str, LazyTensor]]:
+    """The tensors that each rank's file must hold, without buffers and in their dtypes.
+
+    Raises CheckpointError where they do not fit the config.
+    """
+    ranks = without_buffers(folder, config, files)
     for r, contents in ranks.items():
-        where = f"{ckpt_dir.name}/{rank_file(r)}"
+        where = f"{folder}/{rank_file(r)}"
         _check_scales(where, config, contents)
         shapes = rank_shapes(config, mapping, r, layout)
         contents = pad_short_tables(without_dummy_scales(contents, config), config, shapes, mapping.tp_rank(r))
@@ -75,11 +107,31 @@ def read_checkpoint(
         dtypes = rank_dtypes(config, mapping, r, layout)
         ranks[r] = {name: _with_dtype(config, tensor, dtypes[name]) for name, tensor in contents.items()}
         check_dtype(where, ranks[r], dtypes)
-    if rank is not None:
-        return StoredCheckpoint(config, mapping, layout, ranks[rank], stored.provenance.source)
-    check_same_conversion(ckpt_dir.name, config, mapping, layout, ranks)
-    tensors = unshard(config, mapping, layout, ranks.__getitem__)
-    return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source)
+    return ranks
+
+
+def _has_integers(config: ModelConfig, files: Ranks) -> bool:
+    """Whether a linear of the layers has a scale or is stored in integers."""
+    parts = [f".{part}" for part in layer_plan(config).parts]
+    return any(
+        name.endswith(f"{part}.per_channel_scale")
+        or (name.endswith(f"{part}.weight") and not tensor.dtype.is_floating_point)
+        for tensors in files.values()
+        for name, tensor in tensors.items()
+        for part in parts
+    )
+
+
+def _device_layout(folder: str, config: ModelConfig) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds the integers of {config.quantization.quant_algo} in the layout of one GPU's kernels, which "
+        "only TensorRT-LLM on such a GPU reads",
+        remedy="convert the model with unquantized weights and quantize it here, or from its Hugging Face folder",
+    )
+
+
+def _layout(tensors: abc.Mapping[str, LazyTensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _read_config(path: Path, hf_config: abc.Mapping[str, Any] | None) -> TrtllmConfig:
@@ -109,7 +161,7 @@ def _with_dtype(config: ModelConfig, tensor: LazyTensor, dtype: torch.dtype) -> 
     return LazyTensor(tensor.shape, dtype, lambda: tensor.read().view(dtype))
 
 
-def _with_dense_bias(config: ModelConfig, ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]]) -> ModelConfig:
+def _with_dense_bias(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     """Set ``dense_bias`` from the tensors: TensorRT-LLM's ``attn_bias`` does not cover the output projection."""
     has = any(layer_name(0, "attention.dense.bias") in tensors for tensors in ranks.values())
     return config if has == config.dense_bias else config.replace(dense_bias=has)

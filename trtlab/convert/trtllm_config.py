@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
+from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.mapping import MOST_RANKS, Mapping
 from trtlab.config.model import ModelConfig, PositiveFloat32, RotaryScaling
 from trtlab.convert.families import FAMILIES
@@ -246,6 +247,11 @@ def _fixed_parts(family: Family) -> dict[str, bool]:
     """The parts that every model of a family has, which the config.json of older versions leaves out."""
     parts = {"qk_layernorm": family.qk_layernorm}
     return parts if family.attn_bias is None else {**parts, "attn_bias": family.attn_bias}
+
+
+def provenance(source: str, weight_only: WeightOnlyForm | None) -> dict[str, Any]:
+    """The section ``trtlab`` of a checkpoint: where the weights come from, and the form of W8A16 and W4A16."""
+    return {"source": source} if weight_only is None else {"source": source, "weight_only": weight_only}
 
 
 def config_to_json(

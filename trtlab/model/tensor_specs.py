@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import GROUP_SIZES
@@ -39,6 +41,17 @@ def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
         if algorithm is not None:
             specs |= quantized_specs(config, layer, site, specs[f"{site.part}.weight"], algorithm)
     return specs | kv_scale_specs(config)
+
+
+def plain_linears(config: ModelConfig) -> ModelConfig:
+    """The same model with unquantized linears; its KV cache stays as it is."""
+    return config.replace(quantization=replace(config.quantization, quant_algo=None, exclude_modules=()))
+
+
+def quantized_linears(config: ModelConfig) -> list[str]:
+    """The full names of the linears that are quantized, without ``.weight``."""
+    names = (layer_name(i, part) for i in range(config.num_hidden_layers) for part in layer_plan(config).parts)
+    return [name for name in names if config.quantization.algorithm_of(name) is not None]
 
 
 def _plain_specs(config: ModelConfig) -> dict[str, TensorSpec]:

@@ -1,12 +1,23 @@
-"""Weight-only INT8 and INT4: one scale for each output channel, largest magnitude over 128 or 8. Reads no texts."""
+"""Weight-only INT8 and INT4: one scale for each output channel, largest magnitude over 128 or 8. Reads no texts.
+
+A folder stores it in one of two forms. ``plain`` has the unquantized weights, which TensorRT-LLM quantizes when it
+builds; ``integers`` has the integers and scales.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from trtlab.config.model import ModelConfig
+from trtlab.errors import CheckpointError
 from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
-from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
+from trtlab.model.tensor_specs import plain_linears, quantized_linears, tensor_specs
+from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer, require_finite
+from trtlab.storage.lazy import LazyTensor
 
 RANGES: dict[int, IntRange] = {8: INT8, 4: INT4}
 
@@ -28,10 +39,62 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     Integers are computed with the float32 scale; the stored scale is then rounded to the model's dtype.
     """
     tensors: dict[str, Tensor] = {}
-    algorithm = layer.config.quantization.algorithm
-    assert algorithm is not None, f"layer {layer.index} has no algorithm"
     for linear in layer.linears:
-        q, scale = weight_only(layer.weight(linear), algorithm.weight_bits)
-        tensors[f"{linear}.weight"] = pack_int4(q).view(torch.int8) if algorithm.packed else q
-        tensors[f"{linear}.per_channel_scale"] = scale.stored(layer.config.torch_dtype)
+        stored = _stored(layer.config, layer.weight(linear))
+        tensors[f"{linear}.weight"], tensors[f"{linear}.per_channel_scale"] = stored
     return QuantizedLayer(tensors)
+
+
+def _stored(config: ModelConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and scales of one linear as they are stored."""
+    algorithm = config.quantization.algorithm
+    assert algorithm is not None and algorithm.has_plain_form, config.quantization
+    q, scale = weight_only(weight, algorithm.weight_bits)
+    return pack_int4(q).view(torch.int8) if algorithm.packed else q, scale.stored(config.torch_dtype)
+
+
+def from_plain(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of a weight-only model from its plain form; a linear is quantized each time that it is read.
+
+    Args:
+        config: The weight-only model.
+        plain: Its tensors with unquantized linears.
+    """
+    specs = tensor_specs(config)
+    tensors = {name: plain[name] for name in specs if name in plain}
+    for name in quantized_linears(config):
+        for place, suffix in enumerate(("weight", "per_channel_scale")):
+            spec = specs[f"{name}.{suffix}"]
+            read = partial(_read_stored, config, f"{name}.weight", plain[f"{name}.weight"], place)
+            tensors[f"{name}.{suffix}"] = LazyTensor(spec.shape, spec.dtype or config.torch_dtype, read)
+    return {name: tensors[name] for name in specs}
+
+
+def _read_stored(config: ModelConfig, name: str, weight: LazyTensor, place: int) -> Tensor:
+    values = weight.read().float()
+    require_finite(name, values)
+    return _stored(config, values)[place]
+
+
+def to_plain(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], source: Mapping[str, LazyTensor] | None
+) -> dict[str, LazyTensor]:
+    """The plain form: the quantized linears as they are in ``source``, all else as in ``tensors``.
+
+    Dequantized integers would not do: quantized again they give other integers and other scales.
+
+    Args:
+        config: The weight-only model.
+        tensors: Its tensors, with integers.
+        source: The unquantized tensors; None where they are not at hand.
+
+    Raises:
+        CheckpointError: There is no source.
+    """
+    if source is None:
+        raise CheckpointError(
+            "the plain form needs the unquantized weights, and this checkpoint has integers alone",
+            remedy='quantize the source again, and save that with weight_only="plain"',
+        )
+    linears = {f"{name}.weight" for name in quantized_linears(config)}
+    return {name: (source if name in linears else tensors)[name] for name in tensor_specs(plain_linears(config))}
