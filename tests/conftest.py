@@ -18,7 +18,7 @@ from trtlab.tensorrt.library import library
 
 from .models import write_byte_level_tokenizer, write_random_model
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TRTLAB_TEST_THREADS", "1")))
 os.environ["TRTLAB_BACKEND"] = "torch"
 QUIET = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
 for name, examples in (("quick", 50), ("thorough", 1000)):

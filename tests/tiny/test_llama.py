@@ -13,7 +13,6 @@ from trtlab.tiny.train import OUTLIER_CHANNELS, Training, learning_rate
 
 @pytest.fixture(scope="module")
 def loaded():
-    torch.set_num_threads(1)
     return evaluate.load()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numba
 import numpy as np
 import pytest
@@ -158,9 +160,17 @@ def test_a_token_that_is_not_finite_spoils_no_other_and_is_not_hidden(loops):
 
 
 def test_loops_leave_torch_its_number_of_threads(loops):
-    assert torch.get_num_threads() == 1  # what conftest.py set, before Numba started threads of its own
-    assert loops_on_torchs_threads() is loops
-    assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)
+    before = torch.get_num_threads()  # what conftest.py set, before Numba started threads of its own
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert loops_on_torchs_threads() is loops
+            ours = min(threads, numba.config.NUMBA_NUM_THREADS)
+            assert (torch.get_num_threads(), numba.get_num_threads()) == (threads, ours)
+    finally:
+        torch.set_num_threads(before)
+        loops_on_torchs_threads()
+    assert before == int(os.environ.get("TRTLAB_TEST_THREADS", "1"))
 
 
 # --- weights as a CPU reads them
