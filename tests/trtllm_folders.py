@@ -105,6 +105,8 @@ class UpstreamFolder:
         return {"model": [""], "layer": each_layer, None: []}[self.buffers]
 
     def _cut(self, name: str, tensor: torch.Tensor, hf: dict[str, Any], place: int) -> torch.Tensor:
+        if self.tp == 1:
+            return tensor
         if "qkv" in name:
             size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
             q_rows, kv_rows = hf["num_attention_heads"] * size, hf["num_key_value_heads"] * size
