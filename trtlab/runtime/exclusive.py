@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from trtlab.errors import RequestError
 from trtlab.interrupts import deliver_interrupt, hold_interrupts
@@ -16,10 +16,9 @@ ABANDONED_S = 5.0  # a lock is taken over if its holder has not said for so long
 
 
 class Exclusive:
-    """Context manager that holds a loop's lock. An interrupt is held back inside, and messages are carried out.
+    """A loop's lock. Whoever holds it carries out the messages that arrive meanwhile, at the latest at its end.
 
-    Messages that arrive while the lock is held are carried out when it is entered and left, by the thread that holds
-    it. The process is part of it: a fork copies the lock as it was, perhaps held by a thread that the child lacks.
+    The process is part of it: a fork copies the lock as it was, perhaps held by a thread that the child lacks.
 
     Args:
         inbox: The messages.
@@ -36,18 +35,12 @@ class Exclusive:
         self._lock = threading.RLock()
         self._holder: int | None = None  # the thread that changes the state, set and cleared with the lock held
         self._depth = 0  # above 0 the holder is changing the state: a message that its own thread posts must wait
-        self._holds: list[hold_interrupts] = []
         self._process = os.getpid()
 
     @property
     def in_own_process(self) -> bool:
         """Whether this is the process that opened the session, and no fork of it."""
         return os.getpid() == self._process
-
-    @property
-    def nested(self) -> bool:
-        """Whether this thread is already inside; only the lock's holder may ask."""
-        return self._depth > 1
 
     def require_own_process(self) -> None:
         """Raise RequestError in a forked child of the process that opened the session."""
@@ -58,40 +51,34 @@ class Exclusive:
                 remedy='open it in the child, started by multiprocessing.get_context("spawn")',
             )
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def changes(self) -> Iterator[None]:
+        """Hold the lock in a block. An interrupt is held back in it, and messages are carried out before and after."""
         self.require_own_process()
-        hold = hold_interrupts()
-        hold.__enter__()
-        try:
+        error: BaseException | None = None
+        with hold_interrupts():
             self._acquire()
-        except BaseException:
-            hold.__exit__(None, None, None)
-            raise
-        self._holder = threading.get_ident()
-        self._holds.append(hold)
-        self._depth += 1
-        if self._depth == 1 and self._inbox.messages:
+            before = self._depth
             try:
-                self.drain()
-            except BaseException as error:
-                self.__exit__(type(error), error, error.__traceback__)
+                self._depth = before + 1
+                self._holder = threading.get_ident()
+                if not before and self._inbox.messages:
+                    self.drain()
+                yield
+            except BaseException as raised:
+                error = raised
                 raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if self._depth == 1:
-                self._leave(error)
-        finally:
-            self._depth -= 1
-            if not self._depth:
-                self._holder = None
-            hold = self._holds.pop()
-            self._lock.release()
-            if self._inbox.messages:
-                self.attend()
-            hold.__exit__(kind, error, trace)
+            finally:
+                try:
+                    if not before:
+                        self._leave(error)
+                finally:
+                    if not before:
+                        self._holder = None
+                    self._depth = before
+                    self._lock.release()
+                    if self._inbox.messages:
+                        self.attend()
 
     def _acquire(self) -> None:
         """Wait for the lock; meanwhile interrupts are delivered.
@@ -104,7 +91,7 @@ class Exclusive:
             deliver_interrupt()
             idle = idle + POLL_S if self._holder is None else 0.0
             if idle > ABANDONED_S:
-                self._lock, self._depth, self._holds = threading.RLock(), 0, []
+                self._lock, self._depth = threading.RLock(), 0
 
     def drain(self) -> None:
         """Carry out all messages; the caller holds the lock."""
@@ -116,7 +103,7 @@ class Exclusive:
             try:
                 if self._depth:
                     return
-                with self:
+                with self.changes():
                     pass
             finally:
                 self._lock.release()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from trtlab.card import Shown
 from trtlab.runtime.blocks import BlockManager
 from trtlab.runtime.events import Block
+from trtlab.runtime.exclusive import Exclusive
 from trtlab.runtime.pool_size import PoolSize
 from trtlab.runtime.scheduler import Scheduler
 
@@ -14,9 +13,7 @@ from trtlab.runtime.scheduler import Scheduler
 class KvCache(Shown):
     """A live view of the pool: every property gives the present state."""
 
-    def __init__(
-        self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler, exclusive: AbstractContextManager[None]
-    ) -> None:
+    def __init__(self, pool: PoolSize, blocks: BlockManager, scheduler: Scheduler, exclusive: Exclusive) -> None:
         self.pool = pool
         self._blocks = blocks
         self._scheduler = scheduler
@@ -104,7 +101,7 @@ class KvCache(Shown):
 
     def clear(self) -> int:
         """Drop the cached blocks that no request uses; returns their number."""
-        with self._exclusive:
+        with self._exclusive.changes():
             dropped = self._blocks.cached
             self._blocks.forget()
             return dropped

@@ -151,13 +151,13 @@ class Loop:
 
     def step(self) -> StepEvent | None:
         """Run one step; None when there is nothing to do. An error of one request ends that request alone."""
-        with self.exclusive:
+        with self.exclusive.changes():
             self.require_open()
             return self._step()
 
     def advance(self, request: RequestState) -> None:
         """Run one step, unless the request has ended: another thread may have run the steps that it needed."""
-        with self.exclusive:
+        with self.exclusive.changes():
             if request in self._listeners:
                 event = self._step()
                 assert event is not None or request not in self._listeners, f"request {request.number} never runs"
@@ -276,7 +276,7 @@ class Loop:
         Raises:
             RequestError: when no slot is free, or too few blocks.
         """
-        with self.exclusive:
+        with self.exclusive.changes():
             self.require_open()
             with self.scheduler.borrowed_slot(len(token_ids)) as (slot, blocks):
                 return self.backend.ranks.run_prompt(slot, blocks, token_ids, self._max_num_tokens)
@@ -294,7 +294,7 @@ class Loop:
 
         Called by a step's own thread within the step, it takes effect at the step's end.
         """
-        with self.exclusive:
+        with self.exclusive.changes():
             self._closing = True
 
     def _leave(self, error: BaseException | None) -> None:
