@@ -1,0 +1,61 @@
+"""What a kind of input is: whole folders to start from, and edits that damage them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from .folder import Files
+from .journeys import Journey
+from .json_edits import JsonEdits, broken_text
+
+Edit = Callable[[Files, Random], str]  # changes the files, and says what it did
+
+
+@dataclass(frozen=True)
+class Base:
+    """A whole folder, and how a user opens it; ``at`` is where in ``files`` the model lies, ``ends`` the stage it reaches."""
+
+    name: str
+    files: Files
+    use: Callable[[Journey], None]
+    at: str = ""
+    ends: str = "ran"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of input; of the cases, the share ``deep`` goes the whole way where the folder opens."""
+
+    make_bases: Callable[[], list[Base]]
+    edits: Sequence[tuple[float, Edit]]
+    deep: float = 0.5
+    most_edits: int = 3
+
+
+def json_edit(name: str, edits: JsonEdits) -> Edit:
+    """An edit of the JSON file ``name`` of a folder that has it."""
+
+    def edit(files: Files, rng: Random) -> str:
+        text = files.get(name)
+        if not isinstance(text, bytes):
+            return "nothing"
+        files[name], what = edits.change_text(text, rng)
+        return f"{name}: {what}"
+
+    return edit
+
+
+def bytes_edit(*names: str) -> Edit:
+    """An edit of the bytes of one of the named files."""
+
+    def edit(files: Files, rng: Random) -> str:
+        present = [name for name in names if isinstance(files.get(name), bytes)]
+        if not present:
+            return "nothing"
+        name = rng.choice(present)
+        files[name], what = broken_text(files[name], rng)  # type: ignore[arg-type]
+        return f"{name}: {what}"
+
+    return edit
