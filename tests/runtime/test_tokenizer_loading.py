@@ -109,6 +109,22 @@ def test_an_unreadable_file_is_a_request_error_and_the_end_ids_stay(file, text, 
     assert Tokenizer(byte_level).end_ids == {7, 8}
 
 
+def test_a_tokenizer_that_does_not_know_its_own_tokens_is_told_when_it_is_opened(byte_level):
+    """transformers looks for the id of an unknown unknown token without end, and only when it is asked for one."""
+    stored = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    (byte_level / "tokenizer.json").unlink()
+    (byte_level / "vocab.json").write_text(json.dumps(stored["model"]["vocab"]), encoding="utf-8")
+    (byte_level / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    edit(byte_level / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    edit(byte_level / "special_tokens_map.json", unk_token={"</s>": "</s>"})
+    tokenizer = Tokenizer(byte_level)
+    assert isinstance(tokenizer.problem, RequestError) and "recursion" in str(tokenizer.problem)
+    for use in (lambda: tokenizer.special_texts, lambda: tokenizer.special_ids, lambda: tokenizer.ends_open([1])):
+        with pytest.raises(RequestError, match=r"cannot be read.*give token ids"):
+            use()
+    assert tokenizer.end_ids == frozenset()
+
+
 def test_vocabulary_and_merges_without_tokenizer_json(byte_level, tmp_path):
     stored = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
     (byte_level / "tokenizer.json").unlink()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -36,8 +35,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
@@ -117,12 +114,10 @@ class Tokenizer:
         """Ids without text of their own: begin, end, padding, unknown, the marks of a conversation."""
         return frozenset(self.special_texts.values())
 
-    @cached_property
+    @property
     def special_texts(self) -> dict[str, int]:
         """The special tokens' texts, which ``decode`` leaves out, with their ids."""
-        named = zip(self._inner.all_special_tokens, self._inner.all_special_ids, strict=True)
-        added = self._inner.added_tokens_decoder.items()
-        return dict(named) | {token.content: number for number, token in added if token.special}
+        return self._loaded.special_texts
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer adds.
@@ -162,9 +157,10 @@ class Tokenizer:
         """The ids of a conversation by the tokenizer's chat template, ready for the answer; ``most``: as for encode."""
         with _wrapped("this tokenizer has no chat template to use", "give the prompt as text"):
             template = self._inner.get_chat_template() if self._inner.chat_template else None
+            special_tokens = self._inner.special_tokens_map
         if not isinstance(template, str):
             raise RequestError("this tokenizer has no chat template", remedy="give the prompt as text")
-        text = self._chat.render(template, messages, self._inner.special_tokens_map)
+        text = self._chat.render(template, messages, special_tokens)
         return self._ids(text, most, special=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -182,11 +178,8 @@ class Tokenizer:
 
         Such a tokenizer decodes consecutive bytes together. Byte-level tokenizers have no such ids.
         """
-        return next((i in self._byte_ids for i in reversed(token_ids) if i not in self.special_ids), False)
-
-    @cached_property
-    def _byte_ids(self) -> frozenset[int]:
-        return frozenset(i for token, i in self._inner.get_vocab().items() if BYTE_TOKEN.fullmatch(token))
+        byte_ids = self._loaded.byte_ids
+        return next((i in byte_ids for i in reversed(token_ids) if i not in self.special_ids), False)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from trtlab.errors import RequestError
 from trtlab.storage.json_files import read_object
 
 REPAIR = "give token ids, or copy the model's tokenizer files again"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 UNLIMITED = 1 << 62  # the engine's bounds hold, not the length that a tokenizer was trained with
 
@@ -27,10 +28,26 @@ LLAMA3_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 @dataclass(frozen=True)
 class Loaded:
-    """transformers' tokenizer of a folder, and the ids by which it ends an answer."""
+    """transformers' tokenizer of a folder, and what is asked of it while tokens become text.
+
+    It is asked when the folder is opened: of damaged files transformers may recurse without end, or have no vocabulary.
+    """
 
     inner: Any
     end_ids: frozenset[int]
+    """The ids by which it ends an answer."""
+    special_texts: dict[str, int]
+    """The special tokens' texts, which its ``decode`` leaves out, with their ids."""
+    byte_ids: frozenset[int]
+    """The ids of single bytes, in a tokenizer with byte fallback."""
+
+    @classmethod
+    def of(cls, inner: Any, end_ids: frozenset[int]) -> Loaded:
+        """Ask a tokenizer for its special tokens and its bytes."""
+        named = zip(inner.all_special_tokens, inner.all_special_ids, strict=True)
+        added = {token.content: number for number, token in inner.added_tokens_decoder.items() if token.special}
+        bytes_ = (number for token, number in inner.get_vocab().items() if BYTE_TOKEN.fullmatch(token))
+        return cls(inner, end_ids, dict(named) | added, frozenset(bytes_))
 
 
 def load_tokenizer(folder: Path) -> Loaded:
@@ -70,7 +87,7 @@ def _by_transformers(folder: Path, config: dict[str, Any]) -> Loaded:
         model_max_length=UNLIMITED,
         **more,
     )
-    return Loaded(inner, frozenset({inner.eos_token_id} - {None}))
+    return Loaded.of(inner, frozenset({inner.eos_token_id} - {None}))
 
 
 def _model_config(folder: Path) -> Any:
@@ -115,7 +132,7 @@ def _meta_llama3(path: Path) -> Loaded:
     tokenizer.post_processor = Sequence([tokenizer.post_processor, first])
     make: Any = PreTrainedTokenizerFast
     inner = make(tokenizer_object=tokenizer, bos_token=begin, eos_token=LLAMA3_ENDS[0])
-    return Loaded(inner, frozenset(inner.convert_tokens_to_ids(list(LLAMA3_ENDS))))
+    return Loaded.of(inner, frozenset(inner.convert_tokens_to_ids(list(LLAMA3_ENDS))))
 
 
 def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
