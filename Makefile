@@ -5,7 +5,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # a file, or a noteboo
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TRANSFORMERS_VERBOSITY ?= error
 
-.PHONY: demo test notebooks lab check venv bench clean
+.PHONY: demo test notebooks fuzz lab check venv bench clean
 
 demo: venv
 	$(BIN)/trtlab demo --output_dir build/demo_engine
@@ -17,6 +17,10 @@ test: venv
 # Each notebook in a browser: all cells at once and one by one, on a quick and a slow page; screenshots in build/notebooks.
 notebooks: venv
 	TRTLAB_REQUIRE_BROWSER=1 TRTLAB_NOTEBOOKS=build/notebooks $(BIN)/python -m pytest tests/widgets/test_notebooks.py
+
+# 10,000 damaged inputs of each kind; the last line has their number, the rate and the seed. SEED=2 make fuzz: others.
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --count 10000 --seed $(or $(SEED),1)
 
 lab: venv
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_llama.ipynb

@@ -1,4 +1,4 @@
-"""Runs cases in processes that may die, gathers what failed, and reduces each failure to the edits that cause it."""
+"""Runs cases in processes that may die, and counts what became of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from .results import Job, Limits, Result
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -23,9 +24,7 @@ ENVIRONMENT = {
     "TRTLAB_BACKEND": "torch",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONHASHSEED": "0",
-    "PYTHONUNBUFFERED": "1",
 }
-Line = dict[str, Any]
 
 
 @dataclass
@@ -36,109 +35,107 @@ class Tally:
     cases: int = 0
     seconds: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    slowest: Line = field(default_factory=lambda: {"seconds": 0.0})
-    largest: Line = field(default_factory=lambda: {"peak": 0})
-    failures: dict[str, Line] = field(default_factory=dict)
-    failed: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    failed: int = 0
+    slowest: float = 0.0
+    largest: int = 0
+    failures: dict[str, Result] = field(default_factory=dict)
 
-    def add(self, result: Line) -> None:
-        """Count one result."""
+    def add(self, result: Result) -> bool:
+        """Count one result; returns whether it is the first of a failure."""
         self.cases += 1
-        self.stages.update(set(result["stages"]))
-        self.slowest = max(self.slowest, result, key=lambda line: line["seconds"])
-        self.largest = max(self.largest, result, key=lambda line: line["peak"])
-        if result["failure"]:
-            signature = re.sub(r"\d+", "N", result["failure"].split(":")[0][:80]) + f" at {result['where']}"
-            self.failed[signature] += 1
-            self.failures.setdefault(signature, result)
-        elif result["refused"]:
-            self.refused[result["refused"].split(":")[0]] += 1
+        self.stages.update(set(result.stages))
+        self.slowest, self.largest = max(self.slowest, result.seconds), max(self.largest, result.peak)
+        self.failed += bool(result.failure)
+        self.refused += bool(result.refused) and not result.failure
+        signature = f"{re.sub('[0-9]+', 'N', result.failure)[:60]} at {result.where}"
+        first = bool(result.failure) and signature not in self.failures
+        if first:
+            self.failures[signature] = result
+        return first
 
-    def __str__(self) -> str:
-        """One line of the table."""
-        opened, ran = self.stages["opened"], self.stages["ran"]
-        return (
-            f"{self.kind:<12} {self.cases:>7,} {self.cases / max(self.seconds, 1e-9):>7.0f}/s "
-            f"{opened / max(self.cases, 1):>7.0%} {ran:>7,} {sum(self.refused.values()):>8,} "
-            f"{sum(self.failed.values()):>7,} {self.slowest['seconds']:>7.2f} s {self.largest['peak'] / 2**20:>6.0f} MiB"
-        )
-
-
-HEAD = f"{'kind':<12} {'cases':>7} {'rate':>9} {'opened':>7} {'ran':>7} {'refused':>8} {'failed':>7} {'slowest':>9} {'largest':>10}"  # noqa: E501
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The cells under ``HEADS``."""
+        opened, rate = self.stages["opened"] / max(self.cases, 1), self.cases / max(self.seconds, 1e-9)
+        numbers = (self.kind, f"{self.cases:,}", f"{rate:.0f}/s", f"{opened:.0%}", f"{self.stages['ran']:,}")
+        limits = (f"{self.slowest:.2f} s", f"{self.largest / 2**20:.0f} MiB")
+        return (*numbers, f"{self.refused:,}", f"{self.failed:,}", *limits)
 
 
-def run_kind(kind: str, seed: int, first: int, count: int, on_failure: Callable[[Line], None] | None = None) -> Tally:
-    """Run ``count`` cases of a kind from number ``first``; a process that dies is replaced after its case."""
-    tally, number, stop, began = Tally(kind), first, first + count, time.monotonic()
-    while number < stop:
-        for result in _lines(kind, seed, number, stop):
-            seen = set(tally.failures)
-            tally.add(result)
-            number = result["number"] + 1
-            for signature in tally.failures.keys() - seen:
-                if on_failure is not None:
-                    on_failure(tally.failures[signature])
-    tally.seconds = time.monotonic() - began
-    return tally
+HEADS = ("kind", "cases", "rate", "opened", "ran", "refused", "failed", "slowest", "largest")
 
 
-def _lines(kind: str, seed: int, first: int, stop: int, only: Sequence[int] | None = None) -> Iterator[Line]:
-    """The results of one process; its death is the result of the case in which it died."""
-    command = [sys.executable, "-m", "tests.fuzz.worker", kind, str(seed), str(first), str(stop)]
-    command += [] if only is None else [",".join(map(str, only))]
+def line(cells: Sequence[str]) -> str:
+    """One line of the table."""
+    return f"{cells[0]:<12}" + "".join(f"{cell:>10}" for cell in cells[1:])
+
+
+def results(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Iterator[Result]:
+    """The results of all jobs in order; a process that dies is replaced, and its death is the result of its case."""
+    left = list(jobs)
+    while left:
+        died = None
+        for result in _of_one_process(left, seed, limits or Limits()):
+            died = result if not result.edits else None
+            while left and left[0].kind != result.kind:
+                left.pop(0)
+            left[0] = Job(result.kind, result.number + 1, left[0].stop, left[0].only)
+            yield result
+        left = [job for job in left if job.first < job.stop] if died else []
+
+
+def _of_one_process(jobs: Sequence[Job], seed: int, limits: Limits) -> Iterator[Result]:
+    task = {"jobs": [asdict(job) for job in jobs], "seed": seed, "limits": asdict(limits)}
+    command = [sys.executable, "-m", "tests.fuzz.worker", json.dumps(task)]
+    environment, nothing = {**os.environ, **ENVIRONMENT}, subprocess.DEVNULL
     started = None
     with tempfile.TemporaryFile("w+") as errors:
-        environment, nothing = {**os.environ, **ENVIRONMENT}, subprocess.DEVNULL
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=nothing, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for text in process.stdout:
-                line = json.loads(text)
-                if "started" in line:
-                    started = line["started"]
-                else:
-                    started = None
-                    yield line
+                values = json.loads(text)
+                started = values.get("started")
+                if started is None:
+                    yield Result(**values)
             process.wait()
         finally:
             process.kill()  # where the reader stopped before the end
+            process.stdout.close()
             process.wait()
         errors.seek(0)
         said = errors.read()[-3000:]
     if started is not None:
-        hung = "Timeout (" in said
-        yield {
-            "kind": kind, "number": started, "seconds": 0.0, "wall": 0.0, "peak": 0, "stages": [], "refused": "", "edits": [],
-            "failure": "hangs" if hung else f"the process died: {process.returncode}", "where": _last_line_of_trtlab(said),
-            "trace": said,
-        }  # fmt: skip
+        failure = "it hangs" if "Timeout (" in said else f"the process died: {process.returncode}"
+        yield Result(*started, failure=failure, where=_last_line_of_trtlab(said), trace=said)
     elif process.returncode != 0:
-        raise RuntimeError(f"the worker of {kind} ended with {process.returncode}:\n{said}")
+        raise RuntimeError(f"no case ran: the process ended with {process.returncode}:\n{said}")
 
 
 def _last_line_of_trtlab(said: str) -> str:
     """The innermost place in trtlab of a stack that faulthandler printed, newest call first."""
-    for line in said.splitlines():
-        if "/trtlab/" in line and "site-packages" not in line:
-            return line.strip().removeprefix(f'File "{ROOT}/').replace('", line ', ":").split(" ")[0]
-    return ""
+    place = re.search(rf'File "{re.escape(str(ROOT))}/(trtlab/[^"]+)", line (\d+)', said)
+    return f"{place[1]}:{place[2]}" if place else ""
 
 
-def case_command(result: Line, seed: int) -> str:
+def run(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Iterator[tuple[Tally, Result | None]]:
+    """Count results: gives the first of each failure as it comes, and each kind's tally, with None, when it is done."""
+    tally, began = Tally(jobs[0].kind), time.monotonic()
+    for result in results(jobs, seed, limits):
+        if result.kind != tally.kind:
+            tally.seconds = time.monotonic() - began
+            yield tally, None
+            tally, began = Tally(result.kind), time.monotonic()
+        if tally.add(result):
+            yield tally, result
+    tally.seconds = time.monotonic() - began
+    yield tally, None
+
+
+def case_command(result: Result, seed: int) -> str:
     """The command that runs one case again."""
-    parts = [
-        "python",
-        "-m",
-        "tests.fuzz",
-        "--kind",
-        result["kind"],
-        "--seed",
-        str(seed),
-        "--case",
-        str(result["number"]),
-    ]
-    only = result.get("only")
-    return shlex.join(parts + ([] if only is None else ["--edits", ",".join(map(str, only))]))
+    words = ["python", "-m", "tests.fuzz", "--kind", result.kind, "--seed", str(seed), "--case", str(result.number)]
+    return shlex.join(words + (["--edits", ",".join(map(str, result.only))] if result.only else []))

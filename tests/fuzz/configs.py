@@ -36,6 +36,10 @@ ARCHITECTURES = [
     "LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "GPT2LMHeadModel", "MixtralForCausalLM", "LlamaForSequenceClassification", "",
 ]  # fmt: skip
+COUNTS = """
+    num_hidden_layers num_attention_heads num_key_value_heads hidden_size intermediate_size vocab_size
+    max_position_embeddings
+""".split()
 HUGGING_FACE_VALUES: dict[str, Any] = {
     "architectures": [*[[name] for name in ARCHITECTURES], [], None, ["LlamaForCausalLM", "GPT2LMHeadModel"]],
     "model_type": ["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "", None],
@@ -56,13 +60,7 @@ HUGGING_FACE_VALUES: dict[str, Any] = {
     "partial_rotary_factor": [1.0, 0.5, None],
     "quantization_config": [None, {}, {"quant_method": "gptq", "bits": 4}, {"bits": 4}],
     "eos_token_id": [None, 2, [2, 3], "2", ["</s>"], [[1]], True, -1, 10**9],
-    **{
-        key: SIZES
-        for key in (
-            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
-            "vocab_size", "max_position_embeddings",
-        )
-    },
+    **dict.fromkeys(COUNTS, SIZES),
 }  # fmt: skip
 HUGGING_FACE_EXTRA = {
     "_name_or_path": "x/y",
@@ -126,14 +124,8 @@ CHECKPOINT_VALUES: dict[str, Any] = {
     "dense_bias": [True, False],
     "mlp_bias": [True, False],
     "sliding_window": [None, 1, 16],
-    "trtlab": [None, {}, {"format": 2}, {"format": 10**30}, {"source": None}, {"kv_cache_scales": "x"}, {"source": "\ud800"}],
-    **{
-        key: SIZES
-        for key in (
-            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size",
-            "vocab_size", "max_position_embeddings", "head_size",
-        )
-    },
+    "trtlab": [None, {}, {"format": 2}, {"format": 10**30}, {"kv_cache_scales": "x"}, {"source": "\ud800"}],
+    **dict.fromkeys([*COUNTS, "head_size"], SIZES),
 }  # fmt: skip
 CHECKPOINT_EXTRA = {
     "architectures": ["LlamaForCausalLM"],
@@ -179,7 +171,7 @@ PARAMS_EXTRA = {"lora_args": {"rank": 8}, "quantization_args": {"group_size": 32
 INDEX_EXTRA = {"weight_map": {}, "metadata": None, "model.rotary.inv_freq": "model-00001-of-00002.safetensors"}
 SHARDS = [
     "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors", "config.json", "",
-    ".", "..", "../model", "/etc/passwd", "{outside}/secret.json", "x" * 300, "a\0b", "\ud800", "C:\\x", "a/b", "-", " ",
+    ".", "..", "../model", "/etc/passwd", "{outside}/secret.json", "x" * 300, "a\0b", "\ud800", "C:\\x", "a/b", " ",
 ]  # fmt: skip
 REPORT_VALUES: dict[str, Any] = {
     key: [0, -1.0, 1e300, float("inf"), float("nan"), None, "x", 10**400]
@@ -259,7 +251,7 @@ def _report_bases() -> list[Base]:
 
 
 def _index_values() -> dict[str, Any]:
-    return {name: SHARDS for name in json.loads(bases.sharded()["model.safetensors.index.json"])["weight_map"]}  # type: ignore[arg-type]
+    return dict.fromkeys(json.loads(bases.sharded()["model.safetensors.index.json"])["weight_map"], SHARDS)  # type: ignore[arg-type]
 
 
 def kinds() -> dict[str, Kind]:

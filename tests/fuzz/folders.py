@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from random import Random
 
 from trtlab import Mapping
@@ -14,18 +13,25 @@ from .journeys import Journey, open_engine
 from .kinds import Base, Kind
 from .tokenizers import with_tokenizer
 
-TARGETS = (
-    "{outside}/secret.json", "../outside/secret.json", "{outside}", "nowhere", "/dev/zero", "/dev/null", "/etc/hostname", ".",
-    "..", "config.json", "tokenizer.json", "/proc/self/mem", "{outside}/model.safetensors", "", "x" * 250,
-)  # fmt: skip
-NAMES = (
-    "config.json", "params.json", "report.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json", "consolidated.00.pth", "consolidated.01.pth", "rank0.safetensors", "rank1.safetensors",
-    "rank7.safetensors", "rank0.engine", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "added_tokens.json", "merges.txt",
-    "adapter_config.json", "model-00001-of-00002.safetensors", ".hidden", "a b\n.json", "ä.json", "x" * 255, "tekken.json",
-    "preprocessor_config.json", "configuration_evil.py", "chat_templates/default.jinja", "hf_quant_config.json",
-)  # fmt: skip
+TARGETS = [
+    "x" * 250,
+    *"""
+    {outside}/secret.json ../outside/secret.json {outside} {outside}/model.safetensors nowhere . .. /dev/zero /dev/null
+    /etc/hostname /proc/self/mem config.json tokenizer.json
+    """.split(),
+]
+NAMES = [
+    "x" * 255,
+    "a b\n.json",
+    *"""
+    config.json params.json report.json model.safetensors model.safetensors.index.json model-00001-of-00002.safetensors
+    pytorch_model.bin pytorch_model.bin.index.json consolidated.00.pth consolidated.01.pth rank0.safetensors
+    rank1.safetensors rank7.safetensors rank0.engine tokenizer.json tokenizer.model tokenizer_config.json vocab.json
+    special_tokens_map.json generation_config.json chat_template.jinja chat_templates/default.jinja added_tokens.json
+    merges.txt tekken.json adapter_config.json preprocessor_config.json hf_quant_config.json configuration_evil.py
+    .hidden ä.json
+    """.split(),
+]
 CONTENTS = (
     b"",
     b"{}",

@@ -1,8 +1,7 @@
-"""What a user does with a folder: open it, look at it, save it, build it, generate. Each step may end in a TrtlabError."""
+"""What a user does with a folder: open it, look at it, save it, build it, generate. Each may end in a TrtlabError."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -53,7 +52,7 @@ class Journey:
         now = state(self.scratch)
         changed = [name for name, entry in self._before.items() if now.get(name) != entry]
         require(not changed, f"changed the model's folder: {changed[:3]}")
-        surplus = {name.split(os.sep)[0] for name in now.keys() - self._before.keys()} - self._saved
+        surplus = {Path(name).parts[0] for name in now.keys() - self._before.keys()} - self._saved
         require(not surplus, f"left over: {sorted(surplus)[:3]}")
 
 

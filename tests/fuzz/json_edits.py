@@ -33,7 +33,7 @@ ODD_OTHERS: tuple[Any, ...] = (
     {"a": {"b": [1]}},
     [0, 0],
     [1, 2, 3],
-)  # noqa: E501
+)
 NESTED = 200  # levels of a deep value
 VERY_NESTED = 100_000
 
@@ -69,7 +69,7 @@ def near_value(value: Any, rng: Random) -> Any:
     """A value that a person might have written in place of this one."""
     if isinstance(value, bool):
         return rng.choice((not value, int(value), str(value).lower(), None))
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not abs(value) > 1e300:
         near = [value + 1, value - 1, value * 2, -value, float(value), str(value), [value], {"value": value}, value / 2]
         return rng.choice([*near, value * 10, value * 1000, value // 2, value * 1e-6, None])
     if isinstance(value, str):

@@ -15,7 +15,10 @@ Edit = Callable[[Files, Random], str]  # changes the files, and says what it did
 
 @dataclass(frozen=True)
 class Base:
-    """A whole folder, and how a user opens it; ``at`` is where in ``files`` the model lies, ``ends`` the stage it reaches."""
+    """A whole folder, and how a user opens it.
+
+    ``at`` is where in ``files`` the model lies, ``ends`` a stage that it reaches when nothing is damaged.
+    """
 
     name: str
     files: Files

@@ -85,7 +85,7 @@ def _odd_object(tensors: Tensors, rng: Random) -> Any:
         lambda: {key: value for key, value in tensors.items() if key != name},
         lambda: {**tensors, 7: tensors[name]},
         lambda: {**tensors, "x" * 5000: tensors[name]},
-        lambda: {**tensors, "rope.freqs": torch.ones(4), "layers.0.attention.inner_attention.rope.freqs": torch.ones(2)},
+        lambda: {**tensors, "rope.freqs": torch.ones(4), "layers.0.attention.inner_attention.rope.freqs": name},
         lambda: {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
         lambda: {**tensors, name: tensors[name], "surplus": 3, "nothing": None},
         lambda: {**tensors, "code": RunsCode(open, "canary", "w")},
@@ -94,7 +94,7 @@ def _odd_object(tensors: Tensors, rng: Random) -> Any:
         lambda: {**tensors, name: RunsCode(getattr, torch, "ones")},
         lambda: itself,
         lambda: torch.nn.Linear(2, 2),
-        lambda: {name: 1 for name in tensors},
+        lambda: dict.fromkeys(tensors, 1),
     ]  # fmt: skip
     return rng.choice(forms)()
 

@@ -19,10 +19,12 @@ from .journeys import open_engine
 from .json_edits import JsonEdits, broken_text, odd_value
 from .kinds import Base, Edit, Kind
 
-DTYPES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F4": 1, "F6_E2M3": 1, "X": 1, "f32": 4, "": 1,
-}  # fmt: skip
+DTYPES = {  # and bytes of one number
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32", "f32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL", "F4", "F6_E2M3", "X", ""), 1),
+}
 HEADER_VALUES: dict[str, Any] = {
     "dtype": list(DTYPES),
     "shape": [[], [0], [1], [40, 16], [16, 40], [-1], [2**63], [2**32, 2**32], [0, 2**63], [1] * 70, [1.5], None, "x"],

@@ -1,4 +1,4 @@
-"""Damaged tokenizer files, and chat templates that loop, swell, reach for Python, or make no sense."""
+"""Damaged tokenizer files, in each layout, and code that they ask for."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import json
 from random import Random
 from typing import Any
 
-from trtlab import BuildConfig, Checkpoint, TrtlabError
+from trtlab import BuildConfig, Checkpoint
 
 from . import bases
 from .configs import hugging_face
 from .folder import Files
-from .journeys import Journey, check_error, require, use_text
+from .journeys import Journey, require, use_text
 from .json_edits import JsonEdits, broken_text
 from .kinds import Base, Edit, Kind, json_edit
 
 VOCAB = 600  # of the model: more than any tokenizer here has
-EVIL = b"open('canary', 'w')\nclass Tokenizer:\n    def __init__(self, *a, **k): open('canary', 'w')\n    from_pretrained = classmethod(lambda cls, *a, **k: cls())\n"  # noqa: E501
+EVIL = b"""
+open("canary", "w")
+class Tokenizer:
+    from_pretrained = classmethod(lambda cls, *arguments, **options: open("canary", "w"))
+"""
 CLASSES = [
-    "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "BertTokenizer",
-    "T5Tokenizer", "TokenizersBackend", "MistralCommonTokenizer", "Tokenizer", "", "evil", "../evil", "os.system", None, 1,
-]  # fmt: skip
+    *(None, 1, "", "../evil", "os.system"),
+    *"LlamaTokenizer LlamaTokenizerFast PreTrainedTokenizerFast GPT2Tokenizer Qwen2Tokenizer BertTokenizer".split(),
+    *"T5Tokenizer TokenizersBackend MistralCommonTokenizer Tokenizer evil".split(),
+]
 AUTO_MAPS: list[Any] = [
     {"AutoTokenizer": ["evil.Tokenizer", None]},
     {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
@@ -73,24 +78,40 @@ TOKENIZER_CONFIG_EXTRA = {
     "split_special_tokens": True,
     "response_schema": {"type": "object"},
 }
+SLOW_SPLIT = {"type": "Split", "pattern": {"Regex": "(a|a)*b"}, "behavior": "Isolated", "invert": False}
+SWELLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+FIXED = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
 TOKENIZER: dict[str, Any] = {
-    "type": ["BPE", "WordPiece", "WordLevel", "Unigram", "ByteLevel", "Whitespace", "Sequence", "Replace", "Split", "X", ""],
+    "type": "BPE WordPiece WordLevel Unigram ByteLevel Whitespace Sequence Replace Split X".split(),
     "content": ["", "a", "<s>", " ", "\0", "x" * 300],
     "id": [0, -1, 1, 319, 320, 10**6, 2**32 - 1, 2**32],
-    "pattern": [{"Regex": "(a+)+$"}, {"Regex": "("}, {"Regex": ""}, {"String": ""}, {"Regex": "(?=(.*))" * 20}],
-    "pre_tokenizer": [None, {"type": "Split", "pattern": {"Regex": "(a|a)*b"}, "behavior": "Isolated", "invert": False}, {"type": "Whitespace"}],  # noqa: E501
-    "normalizer": [None, {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}, {"type": "NFKC"}, {"type": "Prepend", "prepend": ""}],  # noqa: E501
-    "decoder": [None, {"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"type": "Strip", "content": " ", "start": 10**9, "stop": 0}, {"type": "ByteFallback"}],  # noqa: E501
-    "post_processor": [None, {"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}],
-    "padding": [None, {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a", "pad_to_multiple_of": None}],  # noqa: E501
-    "truncation": [None, {"max_length": 0, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}, {"max_length": 1, "strategy": "OnlyFirst", "stride": 5, "direction": "Left"}],  # noqa: E501
+    "pattern": [{"Regex": regex} for regex in ("(a+)+$", "(", "", "(?=(.*))" * 20)] + [{"String": ""}],
+    "pre_tokenizer": [None, SLOW_SPLIT, {"type": "Whitespace"}],
+    "normalizer": [None, SWELLING, {"type": "NFKC"}, {"type": "Prepend", "prepend": ""}],
+    "decoder": [
+        None,
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+        {"type": "Strip", "content": " ", "start": 10**9, "stop": 0},
+        {"type": "ByteFallback"},
+    ],
+    "post_processor": [
+        None,
+        {"type": "ByteLevel"},
+        {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+    ],
+    "padding": [None, FIXED | {"pad_to_multiple_of": None}, FIXED | {"pad_to_multiple_of": 0}],
+    "truncation": [
+        None,
+        {"max_length": 0, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        {"max_length": 1, "strategy": "OnlyFirst", "stride": 5, "direction": "Left"},
+    ],
     "version": ["1.0", "9.9", 1, None],
     "merges": [[], ["a b"], [["a", "b"]], ["a"], [["a"]], [1], None],
     "vocab": [{}, {"a": 0}, {"a": -1}, {"a": 2**40}, [["a", 0.0]], [], None],
     "dropout": [0.5, 1.0, 2.0, None],
     "byte_fallback": [True, False],
     "unk_token": [None, "nothing", ""],
-}  # fmt: skip
+}
 GENERATION: dict[str, Any] = {
     "eos_token_id": [None, 2, [2, 3], [], "2", ["</s>"], [[1]], True, -1, 10**9, 2**63, 1.0, [None], {}],
     "bos_token_id": [None, 1, "x"],
@@ -189,126 +210,6 @@ def _tokenizer_bases() -> list[Base]:
     ]
 
 
-def _template_bases() -> list[Base]:
-    files = with_tokenizer()
-    files["chat_template.jinja"] = b"{{ messages[0].content }}"
-    return [Base("byte level", files, _chat, ends="answered")]
-
-
-def _chat(journey: Journey) -> None:
-    """One conversation through the folder's template."""
-    checkpoint = Checkpoint.from_hugging_face(journey.folder)
-    engine = checkpoint.build(BuildConfig(max_batch_size=1, max_num_tokens=64), plan=False)
-    journey.done("opened")
-    with engine, engine.session(backend="torch", device="cpu") as session:
-        conversation = [{"role": "user", "content": "hello"}]
-        try:
-            answer = session.generate(conversation)
-            require(isinstance(answer.text, str), "an answer without text")
-            journey.done("answered")
-        except TrtlabError as error:
-            check_error(error)
-            journey.done("refused")
-        require(session.running == session.waiting == 0, "a request is left over")
-        require(len(session.generate([1, 2]).token_ids) > 0, "no token from token ids")
-        journey.done("ran")
-
-
-class Grammar:
-    """Random templates of Jinja: loops over the conversation, and what makes a program run long, swell or escape."""
-
-    VALUES = (
-        "messages", "messages[0].content", "1", "10**9", "'x'", "'ab' * 10**9", "range(10**10)", "range(10**6)", "none", "x",
-        "lipsum(10**7)", "lipsum(1)", "[0] * 10**9", "(1,) * 10**8", "9**9**9", "10**10**8", "'%09999999999d' % 1", "ns.t",
-        "'{:9999999999}'.format(1)", "''.__class__.__mro__", "cycler.__init__.__globals__.os.popen('touch canary').read()",
-        "self.__init__.__globals__", "lipsum.__globals__['os'].system('touch canary')", "dict(a=1)", "bos_token", "tools",
-        "strftime_now('%Y')", "raise_exception('no')", "namespace(t='a')", "joiner(',')", "cycler('a', 'b')", "true", "{}",
-        "messages[99].content", "messages | length", "loop.index", "caller()", "1 / 0", "'a' ~ 'b'", "undefined_name.x",
-        "add_generation_prompt", "'\\ud800'", "'a' is mapping", "1e308 * 10", "-1", "['a'] | sum", "8192**8192**2", "config",
-        "''.join(messages | map(attribute='content'))", "'x'.ljust(10**9)", "'x'.zfill(10**10)", "'a'.replace('', 'b' * 10**9)",
-        "1 << 10**10", "'<s>' * 100", "'a'.encode()", "messages[0].__dict__", "range(5) | list", "range(10**8) | list", "ns",
-    )  # fmt: skip
-    FILTERS = (
-        "upper", "list", "length", "center(10**9)", "indent(10**9)", "replace('', 'x' * 10**6)", "join", "tojson", "string",
-        "batch(2) | list", "batch(10**9, 'x') | list", "format", "int", "float", "pprint", "sort", "unique | list", "sum", "e",
-        "wordwrap(1)", "urlize", "xmlattr", "reverse | list", "random", "map('upper') | join", "map(attribute='a.b') | list",
-        "tojson(indent=10**9)", "truncate(10**9)", "slice(10**9) | list", "slice(3) | list", "trim", "striptags", "dictsort",
-        "attr('__class__')", "map('attr', '__class__') | list", "groupby(0) | list", "default('x')", "select | list", "nope",
-        "filesizeformat", "round(10**9)", "first", "last", "items | list", "safe", "min", "max", "title", "wordcount",
-    )  # fmt: skip
-
-    def __init__(self, rng: Random) -> None:
-        self.rng = rng
-
-    def value(self, depth: int = 0) -> str:
-        """An expression."""
-        value = self.rng.choice(self.VALUES)
-        if depth < 3 and self.rng.random() < 0.3:
-            value = f"({value}) {self.rng.choice(('+', '~', '*', '-', '%', '**', '//', 'in', '==', 'and', 'or', '<', '/'))} ({self.value(depth + 1)})"  # noqa: E501
-        if self.rng.random() < 0.3:
-            value = f"({value}) | {self.rng.choice(self.FILTERS)}"
-        return value
-
-    def block(self, depth: int = 0) -> str:
-        """A few statements."""
-        return "".join(self.statement(depth) for _ in range(self.rng.choice((1, 1, 2, 3))))
-
-    def statement(self, depth: int) -> str:
-        """One statement, with others in it."""
-        if depth > 3 or self.rng.random() < 0.35:
-            return self.rng.choice(("text ", "{{ %s }}" % self.value(), "{{ messages[0].content }}", "{# a #}", "\n"))
-        inner, value = self.block(depth + 1), self.value()
-        forms = (
-            "{%% for x in %s %%}%s{%% endfor %%}" % (value, inner),
-            "{%% for x in range(10**%d) %%}%s{%% endfor %%}" % (self.rng.choice((1, 2, 5, 10)), inner),
-            "{%% for m in messages %%}%s{%% endfor %%}" % inner,
-            "{%% for m in messages recursive %%}{{ loop(messages) }}{%% endfor %%}",
-            "{%% if %s %%}%s{%% else %%}%s{%% endif %%}" % (value, inner, inner),
-            "{%% set x = %s %%}%s" % (value, inner),
-            "{%% set ns = namespace(t='ab') %%}{%% for i in range(%d) %%}{%% set ns.t = ns.t ~ ns.t %%}{%% endfor %%}%s"
-            % (self.rng.choice((3, 40, 10**6)), inner),
-            "{%% set ns = namespace(t=[0]) %%}{%% for i in range(60) %%}{%% set ns.t = ns.t + ns.t %%}{%% endfor %%}%s"
-            % inner,
-            "{%% macro f(a) %%}%s{{ f(a) }}{%% endmacro %%}{{ f(1) }}" % inner,
-            "{%% macro f() %%}%s{%% endmacro %%}{{ f() }}" % inner,
-            "{%% filter %s %%}%s{%% endfilter %%}" % (self.rng.choice(self.FILTERS[:8]), inner),
-            "{%% call lipsum() %%}%s{%% endcall %%}" % inner,
-            "{%% generation %%}%s{%% endgeneration %%}" % inner,
-            "{%% for x in range(9) %%}{%% break %%}{%% endfor %%}%s" % inner,
-            "{%% for x in range(10**9) %%}{%% continue %%}{%% endfor %%}%s" % inner,
-            "{%% include '/etc/passwd' %%}%s" % inner,
-            "{%% import 'evil' as evil %%}%s" % inner,
-            "{%% extends 'evil' %%}%s" % inner,
-            "{%% block a %%}%s{%% endblock %%}" % inner,
-            "{%% raw %%}%s{%% endraw %%}" % inner,
-            "{%% with a = %s %%}%s{%% endwith %%}" % (value, inner),
-            "{%% do messages.append(messages) %%}%s" % inner,
-            "{{ %s%s%s }}" % ("(" * 5000, value, ")" * 5000),
-            "{%% if 1 %%}" * 200 + inner + "{%% endif %%}" * 200,
-            "{{ %s }}" % ("a+" * 5000 + "1"),
-            "{%% for x in %s %%}" % value,
-            "{%% set messages = messages * 10**9 %%}%s" % inner,
-            "{%% set _ = messages.clear() %%}%s" % inner,
-            "{%% set l = [] %%}{%% for x in range(10**8) %%}{%% set _ = l.append('a' * 10000) %%}{%% endfor %%}%s"
-            % inner,
-        )
-        return self.rng.choice(forms).replace("%%", "%")
-
-
-def _template(files: Files, rng: Random) -> str:
-    template = Grammar(rng).block()
-    if rng.random() < 0.2:
-        del files["chat_template.jinja"]
-        config = json.loads(files["tokenizer_config.json"])  # type: ignore[arg-type]
-        config["chat_template"] = rng.choice(
-            (template, [{"name": "default", "template": template}], {"default": template})
-        )
-        files["tokenizer_config.json"] = json.dumps(config).encode()
-    else:
-        files["chat_template.jinja"] = template.encode()
-    return f"template {template[:300]}"
-
-
 def kinds() -> dict[str, Kind]:
     """The kinds of this file by name."""
     changed: list[tuple[float, Edit]] = [
@@ -321,7 +222,4 @@ def kinds() -> dict[str, Kind]:
         (1, _plant),
         (1, _lost),
     ]
-    return {
-        "tokenizer": Kind(_tokenizer_bases, changed, deep=0.2),
-        "template": Kind(_template_bases, [(1, _template)], most_edits=1),
-    }
+    return {"tokenizer": Kind(_tokenizer_bases, changed, deep=0.2)}

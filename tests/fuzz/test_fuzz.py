@@ -1,0 +1,47 @@
+"""A short run of the fuzzers with a fixed seed, and the faults that they must find."""
+
+from __future__ import annotations
+
+import pytest
+
+from .campaign import case_command, results
+from .faults import FAULTS
+from .registry import KINDS
+from .results import Job, Limits
+
+FEW = {"folder": 20, "tokenizer": 10, "template": 5}  # those whose cases take longest
+QUICK = Limits(seconds=0.15, nbytes=2**25, hanging_s=8.0)
+
+
+@pytest.fixture(scope="module")
+def short_run():
+    """The results of a few cases of each kind, all in one process; two of them run again at the end."""
+    jobs = [Job(kind, 0, FEW.get(kind, 30)) for kind in KINDS]
+    return list(results([*jobs, Job("config", 7, 8), Job("folder", 7, 8)], seed=1))
+
+
+def test_damaged_inputs_are_opened_or_refused(short_run):
+    failures = [f"{case_command(r, 1)}\n{r.failure}\n{r.trace}" for r in short_run if r.failure]
+    assert not failures, "\n".join(failures)
+    assert {result.kind for result in short_run if "opened" in result.stages} == set(KINDS)
+    assert sum("ran" in result.stages for result in short_run) > 20
+    assert sum(bool(result.refused) for result in short_run) > 100
+
+
+def test_a_case_depends_on_nothing_but_its_kind_seed_and_number(short_run):
+    *before, config, folder = short_run
+    for again in (config, folder):
+        (first,) = (result for result in before if (result.kind, result.number) == (again.kind, again.number))
+        assert (first.edits, first.stages) == (again.edits, again.stages)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The failure of each fault. The two that end their process come last; after each another one goes on."""
+    jobs = [Job(f"fault: {name}", 0, 1) for name in FAULTS]
+    return {result.kind: result.failure for result in results(jobs, seed=1, limits=QUICK)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(found, name):
+    assert found[f"fault: {name}"].startswith(FAULTS[name][1])
