@@ -252,6 +252,14 @@ FAULTS = {
         lambda m: every(m, lambda t: t.update({"layers.0.attention.wq.weight": torch.tensor(1.0)})),
         r"wq.weight is \[\]",
     ),
+    "a tensor that tells a size, without dimensions": (
+        lambda m: every(m, lambda t: t.update({"layers.0.feed_forward.w1.weight": torch.tensor(1.0)})),
+        r"w1.weight is \[\], expected two dimensions",
+    ),
+    "a tensor that tells a size, without rows": (
+        lambda m: every(m, lambda t: t.update({"tok_embeddings.weight": torch.ones(0, 64)})),
+        r"tok_embeddings.weight is \[0, 64\], expected two dimensions",
+    ),
     "a sparse tensor": (
         lambda m: every(m, lambda t: t.update({"norm.weight": torch.ones(64).to_sparse()})),
         "norm.weight in consolidated.00.pth is sparse",

@@ -105,6 +105,11 @@ def _read_config(file: Path, params: Params, tensors: Mapping[str, LazyTensor]) 
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     if any(name not in tensors for name in needed):
         raise CheckpointError("the weights are not those of a LLaMA", expected=", ".join(needed))
+    for name in needed:
+        if len(tensors[name].shape) != 2 or 0 in tensors[name].shape:
+            raise CheckpointError(
+                f"{name} is {list(tensors[name].shape)}, expected two dimensions", remedy="copy the folder again"
+            )
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
     stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == tensors[needed[0]].dtype), "float32")
