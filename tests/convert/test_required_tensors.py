@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trtlab import Checkpoint, CheckpointError, Mapping, QuantConfig
+from trtlab.config.model import RotaryScaling
 
-from ..models import loud_checkpoint, random_texts, small_config
+from ..models import loud_checkpoint, normal_checkpoint, random_texts, small_config
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, VOCAB, GROUP = 256, 4, 2, 64, 384, 99, 64
 SIZES = {"hidden_size": HIDDEN, "head_size": SIZE, "intermediate_size": INNER}
@@ -181,3 +182,52 @@ def test_int8_weights_stored_as_uint8_are_refused(checkpoint, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"is torch.uint8, expected torch.int8"):
         Checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"), [("FP8", []), ("W8A16", ["*.mlp.proj.weight", "*.0.attention.*.weight"])]
+)
+def test_a_list_of_exclusions_holds_tensorrt_llms_own_because_it_replaces_them(checkpoint, tmp_path, algorithm, more):
+    quant = QuantConfig(quant_algo=algorithm, exclude_modules=("*.mlp.proj", "*.0.attention.*", "lm_head"))
+    folder = quantized(checkpoint, quant).save(tmp_path / "ckpt")
+    listed = json.loads((folder / "config.json").read_text())["quantization"]["exclude_modules"]
+    default = [
+        "lm_head",
+        "*router",
+        "*vocab_embedding",
+        "*position_embedding",
+        "*block_embedding",
+        "*shared_expert_gate",
+    ]
+    assert listed == ["*.mlp.proj", "*.0.attention.*", *more, *default]
+    assert Checkpoint.load(folder).config.quantization.exclude_modules == ("*.mlp.proj", "*.0.attention.*")
+
+
+@pytest.mark.parametrize("exclude", [(), ("lm_head",)])
+def test_without_exclusions_of_its_own_the_list_is_empty_and_the_default_stands(checkpoint, tmp_path, exclude):
+    quant = QuantConfig(quant_algo="FP8", exclude_modules=exclude)
+    folder = quantized(checkpoint, quant).save(tmp_path / "ckpt")
+    assert json.loads((folder / "config.json").read_text())["quantization"]["exclude_modules"] == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "qwen_type"),
+    [
+        ("LlamaForCausalLM", None),
+        ("MistralForCausalLM", None),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+    ],
+)
+def test_config_json_has_the_keys_that_the_family_needs(tmp_path, architecture, qwen_type):
+    config = small_config(
+        architecture=architecture,
+        attn_bias=architecture == "Qwen2ForCausalLM",
+        qk_layernorm=architecture == "Qwen3ForCausalLM",
+        rotary_scaling=RotaryScaling("linear", 2.0),
+    )
+    folder = normal_checkpoint(config).save(tmp_path / "ckpt")
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw.get("qwen_type") == qwen_type
+    assert raw["rotary_scaling"]["type"] == raw["rotary_scaling"]["rope_type"] == "linear"
+    assert Checkpoint.load(folder).config == config

@@ -79,10 +79,11 @@ class StoredQuantization(StoredObject):
                 "not supported yet",
                 remedy='add "lm_head" to the list',
             )
+        twins = {_of_weight(pattern) for pattern in patterns}
         return tuple(
             f"*.{pattern}" if pattern in LINEARS and not own else pattern
             for pattern in patterns
-            if pattern.rpartition(".")[2].lstrip("*") not in NEVER_QUANTIZED
+            if pattern not in twins and not _is_never_quantized(pattern)
         )
 
 
@@ -91,12 +92,34 @@ def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
     algorithm = quant.algorithm
     stored: dict[str, Any] = {"quant_algo": quant.quant_algo, "kv_cache_quant_algo": quant.kv_cache_quant_algo}
     if algorithm is not None:
-        stored["exclude_modules"] = list(quant.exclude_modules)
+        stored["exclude_modules"] = _exclusions_to_json(quant)
         if algorithm.grouped:
             stored |= {"group_size": quant.group_size, "has_zero_point": False, "pre_quant_scale": True}
         if algorithm.family.startswith("smoothquant"):
             stored["smoothquant_val"] = quant.smoothquant_val
     return stored
+
+
+def _exclusions_to_json(quant: QuantConfig) -> list[str]:
+    """The patterns, and TensorRT-LLM's default, which a list that is not empty replaces.
+
+    W8A16 and W4A16 are quantized when TensorRT-LLM loads them; there its later versions compare the patterns with the
+    names of weights, so that each pattern stands there for the weight too.
+    """
+    patterns = [pattern for pattern in quant.exclude_modules if not _is_never_quantized(pattern)]
+    if not patterns:
+        return []
+    weights = [_of_weight(pattern) for pattern in patterns] if quant.has_plain_form else []
+    head, *others = NEVER_QUANTIZED  # the head stands at the top, where its name is its path
+    return [*patterns, *weights, head, *(f"*{name}" for name in others)]
+
+
+def _of_weight(pattern: str) -> str:
+    return f"{pattern}.weight"
+
+
+def _is_never_quantized(pattern: str) -> bool:
+    return pattern.rpartition(".")[2].lstrip("*") in NEVER_QUANTIZED
 
 
 def quantization_extras(quant: QuantConfig) -> dict[str, Any]:

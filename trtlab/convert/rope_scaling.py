@@ -29,6 +29,11 @@ class StoredScaling(ForeignObject):
 
 
 def scaling_to_json(scaling: RotaryScaling) -> dict[str, Any]:
-    """The keys of a scaling in config.json, without the fields that are None."""
+    """The keys of a scaling in config.json, without the fields that are None.
+
+    The oldest versions of TensorRT-LLM read the kind of a linear scaling, which they have, from ``type``.
+    """
     fields = dataclasses.asdict(scaling)
-    return {"rope_type": fields.pop("kind"), **{key: value for key, value in fields.items() if value is not None}}
+    kind = fields.pop("kind")
+    kinds = {"type": kind, "rope_type": kind} if kind == "linear" else {"rope_type": kind}
+    return {**kinds, **{key: value for key, value in fields.items() if value is not None}}

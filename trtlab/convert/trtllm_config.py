@@ -258,9 +258,10 @@ def config_to_json(
     config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, provenance: abc.Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json in TensorRT-LLM's layout; its section ``trtlab`` holds our format number and ``provenance``."""
-    scaling = config.rotary_scaling
+    scaling, family = config.rotary_scaling, FAMILIES.get(config.architecture)
     return {
         **{name: getattr(config, name) for name in ModelFields.model_fields},
+        **({} if family is None else family.trtllm_keys),
         "logits_dtype": "float32",
         "rotary_scaling": None if scaling is None else scaling_to_json(scaling),
         "use_parallel_embedding": layout.use_parallel_embedding,

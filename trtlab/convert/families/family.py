@@ -53,7 +53,8 @@ class Family:
     ``attention_bias`` decides, also for the output projection. ``mlp_bias`` is whether the config's key is read.
     ``model_type`` is Hugging Face's short name. ``window`` is where the attention window comes from: no key, the key
     ``sliding_window``, or also the keys that switch it on and choose its layers. ``settings`` are the fields of
-    ModelConfig that are fixed for the family, such as its norm.
+    ModelConfig that are fixed for the family, such as its norm. ``trtllm_keys`` are the keys that TensorRT-LLM's
+    config.json needs for this family alone.
     """
 
     names: NameTable
@@ -64,6 +65,7 @@ class Family:
     model_type: str | None = None
     window: Literal["none", "every layer", "by layer"] = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trtllm_keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 def source_shapes(config: ModelConfig, name: str) -> tuple[tuple[int, ...], ...]:

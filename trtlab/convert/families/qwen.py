@@ -14,5 +14,19 @@ QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 
-QWEN2 = Family(NAMES, QWEN_DEFAULTS, attn_bias=True, model_type="qwen2", window="by layer")
-QWEN3 = Family(NAMES, {**QWEN_DEFAULTS, "head_dim": 128}, qk_layernorm=True, model_type="qwen3", window="by layer")
+QWEN2 = Family(
+    NAMES,
+    QWEN_DEFAULTS,
+    attn_bias=True,
+    model_type="qwen2",
+    window="by layer",
+    trtllm_keys={"qwen_type": "qwen2"},
+)
+QWEN3 = Family(
+    NAMES,
+    {**QWEN_DEFAULTS, "head_dim": 128},
+    qk_layernorm=True,
+    model_type="qwen3",
+    window="by layer",
+    trtllm_keys={"qwen_type": "qwen3"},
+)
