@@ -77,7 +77,10 @@ def test_an_error_and_its_remedy_name_flags(engine_dir, capsys):
         ([*convert, "--tp_size", "3"], "cannot be split over --tp_size 3; use 1, 2 or 4"),
         ([*convert, "--use_embedding_sharing"], "; leave --use_embedding_sharing out"),
         ([*run, "--max_output_len", "0"], "--max_output_len is not valid; got 0"),
-        (["bench", "--engine_dir", str(engine_dir), "--num_runs", "0"], "--num_runs must be at least 1"),
+        (
+            ["bench", "--engine_dir", str(engine_dir), "--num_runs", "0"],
+            "--num_runs is not valid; got 0; expected an int of at least 1",
+        ),
     ):
         assert main(command) == 2
         error = capsys.readouterr().err

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from typing_extensions import TypedDict
 
 from trtlab import CheckpointError, ConfigError
-from trtlab.validation import combine, describe, did_you_mean, problems, require, shorten
+from trtlab.validation import combine, describe, did_you_mean, problems, shorten
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -150,9 +150,3 @@ def test_a_value_is_shown_on_one_short_line_whatever_it_is():
 def test_a_name_that_is_near_none_has_no_proposal():
     assert did_you_mean("max_bach_size", ("max_batch_size",)) == "did you mean max_batch_size?"
     assert did_you_mean("zebra", ("max_batch_size",)) is None
-
-
-def test_another_class_than_the_expected_is_refused_with_an_example():
-    assert require(int, 5, "5") == 5
-    with pytest.raises(ConfigError, match="expected a File, got dict; File\\(size=1\\)"):
-        require(File, {}, "File(size=1)")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trtlab.card import Shown
+from trtlab.config.base import NotNegativeInt, PositiveInt
 from trtlab.config.build import compute_dtype
 from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
@@ -94,17 +95,15 @@ class Benchmark(Shown):
 @public
 def benchmark(
     session: Session,
-    batch_size: Sequence[int] = (1, 8),
-    input_output_len: Sequence[tuple[int, int]] = ((128, 32),),
-    warm_up: int = 1,
-    num_runs: int = 5,
+    batch_size: Sequence[PositiveInt] = (1, 8),
+    input_output_len: Sequence[tuple[PositiveInt, PositiveInt]] = ((128, 32),),
+    warm_up: NotNegativeInt = 1,
+    num_runs: PositiveInt = 5,
 ) -> Benchmark:
     """Time every batch size with every (input, output) length in tokens; random prompts, greedy, no early end.
 
     Raises ConfigError for a cell that exceeds the engine's bounds, before anything is measured.
     """
-    if num_runs < 1 or warm_up < 0:
-        raise ConfigError("num_runs must be at least 1 and warm_up at least 0", got=(num_runs, warm_up))
     build = session.engine.build_config
     cells = list(itertools.product(input_output_len, batch_size))
     for (inputs, outputs), batch in cells:

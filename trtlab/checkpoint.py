@@ -44,7 +44,7 @@ from trtlab.storage.files import TensorFile
 from trtlab.storage.lazy import LazyTensor, in_memory
 from trtlab.storage.opening import Opening, Reopenable
 from trtlab.storage.paths import PathLike, absolute_path
-from trtlab.validation import require
+from trtlab.validation import shorten
 
 
 @public
@@ -124,6 +124,9 @@ class Checkpoint(Shown, Reopenable):
 
         Raises CheckpointError listing every missing, surplus and mis-shaped tensor with the shape expected.
         """
+        for name, tensor in weights.items():
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"the weight {name} is no tensor", got=shorten(tensor), expected="a torch.Tensor")
         tensors = {name: in_memory(tensor) for name, tensor in weights.items()}
         check_tensors("the weights", tensors, {name: spec.shape for name, spec in tensor_specs(config).items()})
         check_floating("the weights", tensors.items())
@@ -194,7 +197,7 @@ class Checkpoint(Shown, Reopenable):
             CheckpointError: The plain form is asked for, and the unquantized weights are not at hand.
         """
         self.require_whole("saved")
-        mapping = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
+        mapping = Mapping() if mapping is None else mapping
         layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
         config = tied_config(self.config, self.tensors) if use_embedding_sharing else self.config
         form, tensors = self._companions.in_form(config, self.tensors, weight_only)
@@ -227,7 +230,6 @@ class Checkpoint(Shown, Reopenable):
                 has too little memory free. Nothing is written then.
         """
         self.require_whole("quantized")
-        require(QuantConfig, quant_config, 'QuantConfig(quant_algo="W8A16")')
         if output_dir is None:
             quantization = self._prepare(quant_config, calibration, in_memory=True)
             tensors: dict[str, LazyTensor] = {}
@@ -267,10 +269,8 @@ class Checkpoint(Shown, Reopenable):
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
     ) -> Engine:
         """An engine with these bounds; ``plan=False`` builds no TensorRT plan. The checkpoint does not change."""
-        bounds = require(
-            BuildConfig, BuildConfig() if build_config is None else build_config, "BuildConfig(max_seq_len=2048)"
-        )
-        ranks = require(Mapping, Mapping() if mapping is None else mapping, "mapping=Mapping(tp_size=2)")
+        bounds = BuildConfig() if build_config is None else build_config
+        ranks = Mapping() if mapping is None else mapping
         return build(self, bounds, ranks, plan=plan)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from trtlab.card import Shown
+from trtlab.config.base import PositiveInt
 from trtlab.config.build import BuildConfig
 from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
@@ -33,6 +34,7 @@ from trtlab.model.tensor_specs import tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.session.open import open_session
+from trtlab.session.prompts import as_ids
 from trtlab.session.session import Session
 from trtlab.storage.files import replacing
 from trtlab.storage.fingerprint import fingerprint
@@ -45,7 +47,6 @@ from trtlab.tensorrt.compare import NetworkComparison, compare
 from trtlab.tensorrt.emit.emission import Emission, emit
 from trtlab.tensorrt.emit.ops import TensorRTOps
 from trtlab.tensorrt.read.interpreter import LayerTable, Network
-from trtlab.validation import require
 from trtlab.version import VERSION
 from trtlab.weight_source import WeightSource, require_same_model
 
@@ -87,7 +88,6 @@ class Engine(Shown):
     ) -> Session:
         """A session that generates with this engine; ``backend`` is auto, tensorrt, torch or interpreter."""
         config = SessionConfig() if session_config is None else session_config
-        require(SessionConfig, config, "SessionConfig(enable_block_reuse=True), and the backend as backend=...")
         return open_session(self, config, backend, device)
 
     def network(self, rank: int = 0) -> Network:
@@ -102,7 +102,7 @@ class Engine(Shown):
         """Every layer of rank 0 as emitted, for one generated token: name, kind, precision, shape, bytes, FLOPs."""
         return self.layer_table()
 
-    def layer_table(self, rank: int = 0, batch: int = 1, tokens: int = 1) -> LayerTable:
+    def layer_table(self, rank: int = 0, batch: PositiveInt = 1, tokens: PositiveInt = 1) -> LayerTable:
         """``layers`` of any rank, for ``batch`` rows of ``tokens`` tokens; only shapes are computed."""
         return self.emission(rank).table(batch=batch, tokens=tokens)
 
@@ -133,7 +133,7 @@ class Engine(Shown):
                 raise EngineError("this engine has no tokenizer", remedy="give token ids")
             prompt = Tokenizer(self.tokenizer_dir).encode(prompt)
         weights = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
-        ids = [int(token) for token in prompt]
+        ids = list(as_ids(prompt))
         return compare(self.emission(0, op_set), checkpoint.config, weights, ids, steps=steps, recipes=recipes)
 
     def emission(self, rank: int = 0, op_set: type[TensorRTOps] = TensorRTOps) -> Emission:

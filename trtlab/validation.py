@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from trtlab.errors import ConfigError, TrtlabError
+from trtlab.errors import TrtlabError
 
 T = TypeVar("T")
 E = TypeVar("E", bound=TrtlabError)
@@ -80,13 +80,6 @@ def combine(kind: type[E], listed: Sequence[Problem], owner: str, separator: str
     (problem,) = listed
     place = f"{owner}{separator}{problem.field}" if problem.field else owner
     return kind(f"{place} {problem.what}", got=problem.got, expected=problem.expected, remedy=problem.remedy)
-
-
-def require(kind: type[T], value: object, example: str) -> T:
-    """The value itself; ConfigError with an example to type when it is of another class."""
-    if not isinstance(value, kind):
-        raise ConfigError(f"expected {with_article(kind.__name__)}, got {type(value).__name__}", remedy=example)
-    return value
 
 
 def describe(hint: Any, whole: bool = False) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import trtlab
-from trtlab import BuildConfig, Checkpoint, ConfigError, evaluate
+from trtlab import BuildConfig, Checkpoint, ConfigError, TrtlabError, evaluate
 from trtlab.config.calls import _call, public
 from trtlab.tiny import llama_dir
 
@@ -135,7 +135,7 @@ def refusal(call, objects):
         ),
         (
             "estimate(checkpoint.config, tp_size=2)",
-            "estimate has no argument tp_size; use mapping=Mapping(world_size=2, tp_size=2)",
+            "estimate has no argument tp_size; use mapping=Mapping(tp_size=2)",
         ),
         ("benchmark(session, warmup=1)", "benchmark has no argument warmup; did you mean warm_up?"),
     ],
@@ -219,3 +219,78 @@ def test_every_public_function_is_checked(function):
     assert _call(function.__wrapped__).name == function.__name__
     with pytest.raises(ConfigError, match="has no argument zebra"):
         function(zebra=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        ("session.fork(3)", "Session.fork: request is not valid; got 3; expected a Request"),
+        ("benchmark(checkpoint)", "benchmark: session is not valid; got Checkpoint"),
+        ("benchmark(session, batch_size=[0])", "benchmark: batch_size[0] is not valid; got 0; expected an int"),
+        ("benchmark(session, input_output_len=[(8,)])", "benchmark: input_output_len"),
+        ("benchmark(session, num_runs=0)", "benchmark: num_runs is not valid; got 0; expected an int of at least 1"),
+        ("engine.layer_table(tokens=10**400)", "Engine.layer_table: tokens is not valid"),
+        ("engine.compare(3, prompt)", "Engine.compare: checkpoint is not valid; got 3; expected"),
+        ("engine.compare(checkpoint, prompt, op_set=int)", "Engine.compare: op_set is not valid; got <class 'int'>"),
+        ("Checkpoint.from_weights(checkpoint.config, 3)", "Checkpoint.from_weights: weights is not valid; got 3"),
+        (
+            "Checkpoint.from_weights(3, {})",
+            "Checkpoint.from_weights: config is not valid; got 3; expected a ModelConfig",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_argument(call, line, objects):
+    assert refusal(call, objects).startswith(line)
+
+
+JUNK = [3, -1, 10**400, 1.5, float("nan"), "x", "", b"x", None, True, object(), [], [3.5], {}, {"a": 1}, {1, 2}, int]
+CALLS = {  # a call with one argument left open
+    "checkpoint.build({}, plan=False)",
+    "checkpoint.build(mapping={}, plan=False)",
+    "checkpoint.build(plan={})",
+    "checkpoint.quantize({})",
+    "checkpoint.quantize(QuantConfig('W8A16'), calibration={})",
+    "checkpoint.save('nowhere', mapping={})",
+    "Checkpoint.from_weights(checkpoint.config, {})",
+    "Checkpoint.from_weights({}, weights)",
+    "Checkpoint.load('nowhere', rank={})",
+    "engine.session({}, device='cpu')",
+    "engine.session(backend={}, device='cpu')",
+    "engine.compare({}, prompt)",
+    "engine.compare(checkpoint, {})",
+    "engine.layer_table(rank={})",
+    "engine.save('nowhere', weights={})",
+    "session.generate({}, short)",
+    "session.generate(prompt, {})",
+    "session.submit(prompt, short, priority={})",
+    "session.submit(prompt, short, allotted_time_ms={})",
+    "session.stream({}, short)",
+    "session.fork({})",
+    "session.logits({})",
+    "session.encode({})",
+    "session.decode({})",
+    "estimate({})",
+    "benchmark({})",
+    "benchmark(session, {}, num_runs=1)",
+    "benchmark(session, [1], {}, num_runs=1)",
+    "evaluate.perplexity({}, ['a b c'])",
+    "evaluate.perplexity(session, {})",
+    "evaluate.accuracy(session, {})",
+}
+
+
+@pytest.mark.no_gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("call", sorted(CALLS))
+def test_whatever_is_given_is_taken_or_refused_by_an_error_of_trtlab(call, objects, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {**objects, "short": trtlab.SamplingParams(max_new_tokens=1), "evaluate": evaluate}
+    names["weights"] = {name: tensor.read() for name, tensor in objects["checkpoint"].tensors.items()}
+    for junk in JUNK:
+        try:
+            result = eval(call.replace("{}", "junk"), vars(trtlab), {**names, "junk": junk})
+        except TrtlabError as error:
+            assert len(str(error)) < 2000
+            continue
+        if isinstance(result, (trtlab.Session, trtlab.Engine)):
+            result.close()

@@ -90,13 +90,21 @@ def normalize(value: Any, depth: int = DEEPEST_LIST) -> Any:
 
 
 def python_code(chosen: Settings) -> str:
-    """The Python expression that makes these settings, without the fields at their defaults."""
+    """The Python expression that makes these settings, without the fields at their defaults or derived from others."""
     arguments = [
         f"{field.name}={getattr(chosen, field.name)!r}"
         for field in dataclasses.fields(chosen)
-        if getattr(chosen, field.name) != default_of(field)
+        if getattr(chosen, field.name) != default_of(field) and not _is_derived(chosen, field)
     ]
     return f"{type(chosen).__name__}({', '.join(arguments)})"
+
+
+def _is_derived(chosen: Settings, field: dataclasses.Field[Any]) -> bool:
+    """Whether the other fields give a field its value, such as ``world_size``."""
+    try:
+        return default_of(field) is None and dataclasses.replace(chosen, **{field.name: None}) == chosen
+    except ConfigError:
+        return False
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

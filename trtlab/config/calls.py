@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from trtlab.errors import ConfigError
 from trtlab.validation import choices, combine, describe, did_you_mean, fields_of, options, problems, shorten
 
 Item = TypeVar("Item", bound=Callable[..., Any])
+MISSING = object()
 SIMPLE = (bool, int, float, str, NoneType)  # types whose values are checked, besides Literal and settings
 
 
 def public(item: Item) -> Item:
     """Check the arguments of each call of a function, or of a class's constructor and public methods.
 
-    A name that is not in the signature, a missing argument and a value of another type are ConfigErrors. Only types
-    made of bool, int, float, str, ``Literal`` and settings are checked; they take scalars of numpy and torch too.
+    A name that is not in the signature, a missing argument and a value of another type are ConfigErrors. Values of
+    bool, int, float, str and ``Literal`` are checked strictly, and may be scalars of numpy and torch; of any other
+    value only the outer type is checked: paths, and items without bounds, are the function's to check.
     """
     if not isinstance(item, type):
         return cast(Item, _checked(item))
@@ -57,10 +60,15 @@ def _call(function: Callable[..., Any]) -> Call:
     checks = {name: hints[name] for name in signature.parameters if name in hints and _is_simple(hints[name])}
     kinds = {name: kind for name, hint in checks.items() for kind in options(hint) if _is_settings(kind)}
     adapters = {name: TypeAdapter(hint, config=STRICT) for name, hint in checks.items() if name not in kinds}
-    return Call(function.__qualname__.removesuffix(".__init__"), signature, checks, kinds, adapters)
+    outer = {name: hints[name] for name in signature.parameters if name in hints and name not in checks}
+    outer = {name: hint for name, hint in outer.items() if not _has_protocol(hint) or len(options(hint)) == 1}
+    return Call(function.__qualname__.removesuffix(".__init__"), signature, {**outer, **checks}, kinds, adapters)
 
 
 def _is_simple(hint: Any) -> bool:
+    """Whether an adapter checks all of a value: plain types, settings, and sequences of items with bounds."""
+    if get_origin(hint) in (Sequence, tuple):
+        return all(get_origin(item) is not None and _is_simple(item) for item in get_args(hint))
     plain = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options(hint)]
     return all(kind in SIMPLE or get_origin(kind) is Literal or _is_settings(kind) for kind in plain)
 
@@ -69,9 +77,26 @@ def _is_settings(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Settings)
 
 
+def _has_protocol(hint: Any) -> bool:
+    return any(getattr(kind, "_is_protocol", False) and kind.__module__.startswith("trtlab.") for kind in options(hint))
+
+
+def _admits(kind: Any, value: object) -> bool:
+    """Whether a value may be of a type, as far as its outside shows."""
+    base = get_origin(kind) or kind
+    if base is type:
+        return isinstance(value, type) and issubclass(value, get_args(kind))
+    if not isinstance(base, type) or base in (Sequence, os.PathLike):  # arrays and tensors serve as a Sequence
+        return True
+    if _has_protocol(base):
+        members = [name for name in vars(base) if not name.startswith("_")]
+        return all(inspect.getattr_static(value, name, MISSING) is not MISSING for name in members)
+    return isinstance(value, base)
+
+
 @dataclass(frozen=True)
 class Call:
-    """The signature of a public function, with the types that are checked: settings, and types with an adapter."""
+    """The signature of a public function, its types, and of these the settings and those that an adapter checks."""
 
     name: str
     signature: inspect.Signature
@@ -91,6 +116,9 @@ class Call:
                 self._check_settings(name, value)
             elif name in self.adapters:
                 bound.arguments[name] = self._value(name, value)
+            elif name in self.hints and not any(_admits(option, value) for option in options(self.hints[name])):
+                what, expected = f"{self.name}: {name} is not valid", describe(self.hints[name])
+                raise ConfigError(what, got=shorten(value), expected=expected)
         return bound
 
     def _value(self, name: str, value: object) -> object:
@@ -99,9 +127,8 @@ class Call:
         except ValidationError as error:
             meant = value_meant(self.hints[name], value)
             remedy = None if meant is None else f"did you mean {meant!r}?"
-            listed = [
-                dataclasses.replace(problem, field=name, remedy=remedy) for problem in problems(error, self.hints[name])
-            ]
+            found = problems(error, self.hints[name])
+            listed = [dataclasses.replace(each, field=name + each.field, remedy=remedy) for each in found]
             raise combine(ConfigError, listed, self.name) from error
 
     def _check_settings(self, name: str, value: object) -> None:

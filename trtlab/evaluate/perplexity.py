@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -16,7 +17,9 @@ from trtlab.config.calls import public
 from trtlab.config.sampling import SamplingParams
 from trtlab.errors import RequestError
 from trtlab.session.session import Session
+from trtlab.validation import shorten
 
+QUESTIONS = "trtlab.tiny.corpus.questions() makes some"
 SPARE_TOKENS = 8  # after the longest expected answer
 Model = Session | Checkpoint
 Texts = Sequence[str] | Sequence[Sequence[int]]
@@ -79,8 +82,11 @@ def accuracy(model: Model, questions: Sequence[Question], max_new_tokens: int | 
 
     ``max_new_tokens=None`` allows the length of the longest expected answer and a few tokens more.
     """
+    for question in questions if isinstance(questions, Sequence) else (questions,):
+        if not (hasattr(question, "prompt") and hasattr(question, "answer")):
+            raise RequestError("a question has no prompt and answer", got=shorten(question), remedy=QUESTIONS)
     if not questions:
-        raise RequestError("there are no questions", remedy="trtlab.tiny.corpus.questions() makes some")
+        raise RequestError("there are no questions", remedy=QUESTIONS)
     with open_model(model) as session:
         if max_new_tokens is None:
             max_new_tokens = SPARE_TOKENS + max(len(session.encode(question.answer)) for question in questions)
@@ -103,8 +109,17 @@ def token_rows(session: Session, texts: Texts) -> list[list[int]]:
     """The token ids of each text with two or more tokens; RequestError when there is none."""
     if isinstance(texts, str):
         raise RequestError("expected a list of texts, got a str", remedy="put the text into a list")
-    rows = [session.encode(text) if isinstance(text, str) else list(text) for text in texts]
+    if not isinstance(texts, Sequence):
+        raise RequestError("expected a list of texts", got=shorten(texts))
+    rows = [session.encode(text) if isinstance(text, str) else _token_ids(text) for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise RequestError("no text has two tokens", remedy="give longer texts")
     return rows
+
+
+def _token_ids(text: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in text]
+    except TypeError as error:
+        raise RequestError("a text is neither a str nor token ids", got=shorten(text)) from error

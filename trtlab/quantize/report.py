@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trtlab.card import Shown
+from trtlab.config.calls import public
 from trtlab.config.quant import QuantConfig
 from trtlab.model.blocks import SITES
 from trtlab.model.names import layer_name
@@ -65,6 +66,7 @@ class CacheReport:
     v_bits: float | None
 
 
+@public
 @dataclass(frozen=True, repr=False)
 class QuantizationReport(Shown):
     """One row for each quantized linear and one for each layer's cache, in the model's order."""

@@ -74,7 +74,7 @@ def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfi
         raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
     if device.type != "cuda":
         raise EngineError(
-            "a TensorRT plan runs on an NVIDIA GPU, and none is here",
+            f"a TensorRT plan runs on an NVIDIA GPU, not on {device}",
             remedy='use backend="interpreter" for the same network, or "torch"',
         )
     plan = engine.plans.read(0)

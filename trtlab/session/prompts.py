@@ -14,7 +14,7 @@ from trtlab.errors import RequestError
 from trtlab.runtime.chat_template import Message
 from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.session.runnable_engine import RunnableEngine
-from trtlab.validation import require, shorten
+from trtlab.validation import shorten
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -121,7 +121,7 @@ class Prompts:
     def known_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """The ids as a tuple of int; RequestError for what is none, or outside the vocabulary."""
         _refuse_other_kinds(token_ids)
-        ids = _as_ints(token_ids)
+        ids = as_ids(token_ids)
         self._refuse_outside(ids, "token id")
         return ids
 
@@ -134,11 +134,6 @@ class Prompts:
                 expected=f"0 to {vocab - 1}",
                 remedy="use this engine's own tokenizer: session.encode(text)",
             )
-
-
-def checked_params(params: SamplingParams | None) -> SamplingParams:
-    """The params, or the defaults for None; ConfigError for anything else."""
-    return require(SamplingParams, SamplingParams() if params is None else params, "SamplingParams(max_new_tokens=32)")
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
@@ -175,7 +170,8 @@ def _is_array(value: object) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "ndim") and hasattr(value, "tolist")
 
 
-def _as_ints(token_ids: Any) -> tuple[int, ...]:
+def as_ids(token_ids: Any) -> tuple[int, ...]:
+    """Token ids as ints; RequestError for anything else."""
     try:
         if not _is_array(token_ids) and bool in set(map(type, token_ids)):
             raise TypeError("a bool is no token id")

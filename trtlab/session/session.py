@@ -24,7 +24,7 @@ from trtlab.runtime.request_state import RequestState
 from trtlab.runtime.step_thread import StepThread
 from trtlab.runtime.text_stream import TextStream
 from trtlab.runtime.tokenizer import Tokenizer
-from trtlab.session.prompts import Prompt, Prompts, checked_params, is_single
+from trtlab.session.prompts import Prompt, Prompts, is_single
 from trtlab.session.request import Completion, Request, cancel_all
 from trtlab.session.runnable_engine import RunnableEngine
 
@@ -111,7 +111,7 @@ class Session(Shown):
             RequestError: before anything runs, for an empty prompt, an id outside the vocabulary, or a request beyond
                 the engine's bounds or the KV pool.
         """
-        params = checked_params(params)
+        params = SamplingParams() if params is None else params
         single = is_single(prompts)
         batch: Sequence[Any] = [prompts] if single else prompts
         token_ids = [self._checked(prompt, params) for prompt in batch]
@@ -134,7 +134,7 @@ class Session(Shown):
         Raises:
             RequestError: as ``generate``, and for an engine without a tokenizer.
         """
-        params = checked_params(params)
+        params = SamplingParams() if params is None else params
         ids = self._checked(prompt, params)
         self._prompts.require_tokenizer()
         return self._pieces(ids, params)
@@ -168,7 +168,7 @@ class Session(Shown):
         Raises:
             RequestError: as ``generate``.
         """
-        params = checked_params(params)
+        params = SamplingParams() if params is None else params
         state = self._state(self._checked(prompt, params), params)
         state.priority = priority
         if allotted_time_ms is not None:
@@ -188,7 +188,7 @@ class Session(Shown):
             RequestError: for a request that has ended, or params that it cannot go on with.
         """
         parent = request.state
-        params = parent.params if params is None else checked_params(params)
+        params = parent.params if params is None else params
         if request.done:
             raise RequestError(
                 f"request {request.number} has ended ({request.status})", remedy="fork a request that is under way"
