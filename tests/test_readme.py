@@ -70,6 +70,7 @@ def test_the_install_lines_name_this_project_s_extras_and_files():
 
 
 def title(notebook: Path) -> str:
+    """The heading of a notebook: its number and its question."""
     first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
     return "".join(first).splitlines()[0].removeprefix("# ")
 
@@ -77,23 +78,14 @@ def title(notebook: Path) -> str:
 def test_a_notebook_has_one_name_everywhere():
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     rows = re.findall(r"^\| \[(\d+)\]\(notebooks/([\w.]+)\) \| (.*) \|$", TEXT, re.MULTILINE)
-    assert rows == [(notebook.name[:2], notebook.name, title(notebook)) for notebook in notebooks]
+    assert [(file, f"{number}: {question}") for number, file, question in rows] == [
+        (n.name, title(n)) for n in notebooks
+    ]
     for notebook in notebooks:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
         for words, target in re.findall(r"\[([^]]+)\]\((\d\d_\w+\.ipynb)\)", text):
             assert words in (title(notebook.parent / target), f"notebook {target[:2]}"), f"{notebook.name}: {words}"
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|benchmarks)/[\w/.]+)`", TEXT))))
-def test_a_named_file_exists(path):
-    assert (ROOT / path).exists()
-
-
-def test_the_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`?make (\w+)`?", TEXT)) - {"is", "sure"}:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_no_remedy_installs_trtlab_from_an_index_that_does_not_have_it():
