@@ -7,7 +7,9 @@ import base64
 import builtins
 import io
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -258,6 +260,19 @@ def test_a_changed_tiktoken_model_is_read_again(tmp_path):
     longer = Tokenizer(tmp_path).encode("the cat")
     (tmp_path / "tokenizer.model").write_text("".join(lines[:256]))
     assert Tokenizer(tmp_path).encode("the cat") == [256, *b"the cat"] != longer
+
+
+@pytest.mark.parametrize("class_name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_changed_tiktoken_model_is_read_again_by_transformers_too(class_name, tmp_path, monkeypatch):
+    """transformers reads it through tiktoken, which would leave a copy for the next reader of the same path."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "model").mkdir()
+    edit(tmp_path / "model" / "tokenizer_config.json", tokenizer_class=class_name)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in bpe_ranks().items()]
+    for number in (len(lines), 256):
+        (tmp_path / "model" / "tokenizer.model").write_text("".join(lines[:number]))
+        assert (Tokenizer(tmp_path / "model").encode("the cat") == list(b"the cat")) == (number == 256)
+    assert not (tmp_path / "temporary").exists() and "TIKTOKEN_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"aGk= 0\nnot base64\n", b"aGk= 0\n\xff\xff 1\n", b"aGk= x\n"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from trtlab.errors import RequestError
 from trtlab.storage.json_files import read_object
 
 REPAIR = "give token ids, or copy the model's tokenizer files again"
+TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"  # tiktoken caches nothing where this is empty
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 UNLIMITED = 1 << 62  # the engine's bounds hold, not the length that a tokenizer was trained with
@@ -79,15 +83,33 @@ def _by_transformers(folder: Path, config: dict[str, Any]) -> Loaded:
     from transformers import AutoTokenizer
 
     more = {} if config or not (folder / "tokenizer.model").is_file() else {"add_bos_token": True}  # as Meta's code
-    inner = AutoTokenizer.from_pretrained(
-        folder,
-        config=_model_config(folder),
-        trust_remote_code=False,
-        local_files_only=True,
-        model_max_length=UNLIMITED,
-        **more,
-    )
+    with _without_tiktokens_cache():
+        inner = AutoTokenizer.from_pretrained(
+            folder,
+            config=_model_config(folder),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_max_length=UNLIMITED,
+            **more,
+        )
     return Loaded.of(inner, frozenset({inner.eos_token_id} - {None}))
+
+
+@contextlib.contextmanager
+def _without_tiktokens_cache() -> Iterator[None]:
+    """Keep tiktoken from copying a vocabulary into the temporary folder, where it finds it again by its path alone.
+
+    A folder whose tokenizer has changed would get the old one, even in another process.
+    """
+    before = os.environ.get(TIKTOKEN_CACHE)
+    os.environ[TIKTOKEN_CACHE] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TIKTOKEN_CACHE]
+        else:
+            os.environ[TIKTOKEN_CACHE] = before
 
 
 def _model_config(folder: Path) -> Any:
