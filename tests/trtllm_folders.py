@@ -57,7 +57,11 @@ class UpstreamFolder:
         for rank in range(self.tp * self.pp):
             save_file(self._rank(whole, hf, rank), folder / f"rank{rank}.safetensors")
         (folder / "config.json").write_text(json.dumps(self._config(hf)))
-        model = getattr(transformers, self.architecture).from_pretrained(source, dtype=torch.float32).eval()
+        model = (
+            getattr(transformers, self.architecture)
+            .from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+            .eval()
+        )
         for path in sorted(source.iterdir()):
             path.unlink()
         source.rmdir()
