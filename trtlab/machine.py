@@ -10,6 +10,7 @@ import torch
 
 from trtlab import hardware
 from trtlab.card import Shown
+from trtlab.config.calls import public
 from trtlab.errors import TrtlabError
 from trtlab.hardware import Gpu
 from trtlab.tensorrt.library import library
@@ -30,6 +31,7 @@ class Machine(Shown):
     mpi: bool
 
 
+@public
 def machine() -> Machine:
     """Describe this machine: processor cores, memory in bytes, CUDA devices, the TensorRT library, MPI."""
     gpus = hardware.gpus()

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from ipywidgets import HTML, IntSlider, ToggleButtons, VBox
 
 from trtlab.card import Card, Table, bar, count, html, size
+from trtlab.config.calls import public
 from trtlab.engine import Engine
 from trtlab.tensorrt.bindings import profiles
 from trtlab.tensorrt.read.interpreter import LayerTable
@@ -114,6 +115,7 @@ def _share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else "< 1%"
 
 
+@public
 class EngineLayers(Dashboard):
     """Shows the layers of one rank of an engine as bars; a click selects a bar, ``selection`` holds its layers.
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from ipywidgets import HTML, HBox, IntSlider, Label, Play, ToggleButton, VBox, link
 
 from trtlab.card import Card, Table, bar, html
+from trtlab.config.calls import public
 from trtlab.errors import ConfigError
 from trtlab.runtime.events import Block, StepEvent
 from trtlab.session.session import Session
@@ -36,6 +37,7 @@ class Selection:
     text: str
 
 
+@public
 class KVBlocks(Dashboard):
     """Shows a session's KV blocks: the requests that use them, shared blocks, blocks cached for reuse, at any step.
 

@@ -15,6 +15,7 @@ from trtlab.card import Card, Table, bar, html, size
 from trtlab.checkpoint import QuantizedCheckpoint
 from trtlab.config.algorithms import KvScales
 from trtlab.config.base import python_code
+from trtlab.config.calls import public
 from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError, QuantizeError
 from trtlab.evaluate.quantization import recipe_title
@@ -39,6 +40,7 @@ def recipe_of(study: Study, alpha: float | None, scales: KvScales, excluded: Ite
     )
 
 
+@public
 class ScaleExplorer(Dashboard):
     """Shows the effect of each setting of a quantization; ``recipe`` is the QuantConfig of the present controls.
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from trtlab.widgets import EngineLayers, KVBlocks, ScaleExplorer
 
 import trtlab
 from trtlab import BuildConfig, Checkpoint, ConfigError, TrtlabError, evaluate
@@ -15,7 +16,9 @@ from trtlab.config.calls import _call, public
 from trtlab.tiny import llama_dir
 
 OBJECTS = (trtlab.Checkpoint, trtlab.QuantizedCheckpoint, trtlab.Engine, trtlab.Session)
-FUNCTIONS = (trtlab.benchmark, trtlab.estimate, evaluate.accuracy, evaluate.compare_recipes, evaluate.perplexity)
+WIDGETS = (EngineLayers, KVBlocks, ScaleExplorer)
+NAMES = [getattr(module, name) for module in (trtlab, evaluate) for name in module.__all__]
+FUNCTIONS = [item for item in NAMES if inspect.isfunction(item) and item is not trtlab.card]  # card takes any value
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +215,14 @@ def test_every_public_method_is_checked_and_keeps_its_signature(kind):
             assert inspect.signature(function) == inspect.signature(function.__wrapped__)
             call = _call(function.__wrapped__)  # the annotations can be read
             assert set(call.hints) <= set(call.signature.parameters)
+
+
+@pytest.mark.parametrize("widget", WIDGETS)
+def test_a_widget_of_another_object_is_refused_by_its_argument(widget, objects):
+    with pytest.raises(ConfigError, match=rf"{widget.__name__}: \w+ is not valid; got Checkpoint"):
+        widget(objects["checkpoint"])
+    with pytest.raises(ConfigError, match=rf"{widget.__name__} has no argument zebra"):
+        widget(zebra=1)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
