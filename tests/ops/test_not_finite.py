@@ -122,7 +122,7 @@ def test_a_projection_that_is_not_finite_gives_nan_as_in_transformers(
 
     ids = [(7 * token) % 99 for token in range(length)]
     model = AutoModelForCausalLM.from_pretrained(  # torch's kernel, which "sdpa" uses, loses NaN of short prompts
-        random_model(), dtype=torch.float32, attn_implementation="eager"
+        random_model(), dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
     )
     with torch.no_grad():
         getattr(model.model.layers[0].self_attn, f"{part}_proj").weight.fill_(bad)

@@ -16,6 +16,7 @@ import pytest
 
 from trtlab import RequestError
 from trtlab.runtime import tokenizer_loading
+from trtlab.runtime.sentencepiece_model import read_sentencepiece
 from trtlab.runtime.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer
 
 from ..models import TRAINING_TEXT
@@ -169,25 +170,33 @@ def test_a_class_that_only_the_kind_of_model_tells_is_found_in_a_saved_folder(wr
         assert Tokenizer(byte_level).encode(text) == Tokenizer(copy).encode(text) == expected(text)["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model():
-    """A model of Llama 2's kind: BPE with bytes, a dummy space in front, no normalization."""
+LLAMA2 = {  # BPE with bytes, a dummy space in front, no normalization
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+
+
+def train_sentencepiece(**options):
+    """A sentencepiece model of 400 pieces."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*TRAINING_TEXT, "it's 12345 two  spaces"] * 2),
         model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         split_digits=True,
         allow_whitespace_only_pieces=True,
         minloglevel=2,
+        **{"vocab_size": 400, **options},
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model():
+    return train_sentencepiece(**LLAMA2)
 
 
 @pytest.mark.parametrize("config", [None, {"architecture": "LlamaForCausalLM"}], ids=["Meta's folder", "saved"])
@@ -205,6 +214,81 @@ def test_metas_sentencepiece_model_gives_the_ids_of_metas_code(config, sentencep
         assert tokenizer.encode(text) == [reference.bos_id(), *ids], text
         assert tokenizer.decode(ids) == reference.decode(ids)
     assert tokenizer.end_ids == {reference.eos_id()}
+    assert tokenizer.special_texts == {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+SETTINGS = {
+    "text is normalized": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "no space in front": {"add_dummy_prefix": False, "vocab_size": 390},
+    "no bytes": {"byte_fallback": False, "vocab_size": 150},
+    "words of its own": {"user_defined_symbols": ["<sep>", "cat sat"]},
+    "a special token more": {"control_symbols": ["<end of turn>"], "pad_id": 3},
+    "no first token": {"bos_id": -1},
+    "unigram": {"model_type": "unigram", "hard_vocab_limit": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_of_a_sentencepiece_model_are_kept(settings, tmp_path):
+    import sentencepiece
+
+    stored = train_sentencepiece(**LLAMA2 | SETTINGS[settings])
+    (tmp_path / "tokenizer.model").write_bytes(stored)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=stored)
+    tokenizer = Tokenizer(tmp_path)
+    first = [reference.bos_id()] * (reference.bos_id() >= 0)
+    for text in [*TEXTS, "a cat sat.<sep> the catcat sat"]:
+        ids = reference.encode(text)
+        assert tokenizer.encode(text) == [*first, *ids], text
+        known = [number for number in ids if number != reference.unk_id()]
+        assert tokenizer.decode(known) == reference.decode(known)
+
+
+REFUSED = {
+    "spaces at the end of words": ({"treat_whitespace_as_suffix": True}, "tokenizers library cannot follow"),
+    "single characters": ({"model_type": "char", "vocab_size": 330}, "model type 4 is neither BPE nor unigram"),
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED)
+def test_settings_that_cannot_be_kept_are_refused(settings, tmp_path):
+    options, words = REFUSED[settings]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**LLAMA2 | options))
+    with pytest.raises(RequestError, match=words):
+        Tokenizer(tmp_path).encode("a")
+
+
+@pytest.mark.parametrize("legacy", [{}, {"legacy": True}, {"legacy": False}], ids=str)
+@pytest.mark.parametrize("class_name", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_a_sentencepiece_model_with_a_config_gives_its_ids(
+    model_type, class_name, legacy, sentencepiece_model, tmp_path
+):
+    """transformers 5.17 leaves out the space in front of a text, and no version reads one as Qwen2's tokenizer."""
+    import sentencepiece
+
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    edit(tmp_path / "tokenizer_config.json", eos_token="</s>", **legacy, **{"tokenizer_class": class_name or ...})
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    tokenizer = Tokenizer(tmp_path)
+    for text in TEXTS:
+        if not text.startswith((" ", "▁")):  # transformers counts a space that is there as the one in front
+            ids = reference.encode(text)
+            assert [i for i in tokenizer.encode(text) if i != reference.bos_id()] == ids, text
+            assert tokenizer.decode(ids) == reference.decode(ids)
+    assert tokenizer.end_ids == {reference.eos_id()}
+
+
+@pytest.mark.parametrize(("legacy", "pieces"), [(True, "▁the▁cat"), (False, "the▁cat")])
+def test_text_behind_a_special_token_begins_with_a_space_unless_legacy_is_off(
+    legacy, pieces, sentencepiece_model, tmp_path
+):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    tokenizer, _ = read_sentencepiece(tmp_path / "tokenizer.model", legacy=legacy)
+    tokens = tokenizer.encode("the cat</s>the cat").tokens
+    end = tokens.index("</s>")
+    assert "".join(tokens[:end]) == "▁the▁cat" and "".join(tokens[end + 1 :]) == pieces
 
 
 @pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])

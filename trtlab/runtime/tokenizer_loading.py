@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trtlab.errors import RequestError
+from trtlab.runtime.sentencepiece_model import read_sentencepiece, splits_as, take_over
 from trtlab.storage.json_files import read_object
 
 REPAIR = "give token ids, or copy the model's tokenizer files again"
@@ -65,11 +66,11 @@ def load_tokenizer(folder: Path) -> Loaded:
     _refuse_own_code(folder, config)
     model = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").is_file() and model.is_file():
-        if not config and is_tiktoken(model):
-            return _meta_llama3(model)
-        if not is_tiktoken(model):
-            _require("sentencepiece", model)
-            _require("google.protobuf", model)
+        if is_tiktoken(model):
+            return _by_transformers(folder, config) if config else _meta_llama3(model)
+        _require("sentencepiece", model)
+        _require("google.protobuf", model)
+        return _by_sentencepiece(folder, config) if config else _meta_llama2(model)
     return _by_transformers(folder, config)
 
 
@@ -112,6 +113,16 @@ def _without_tiktokens_cache() -> Iterator[None]:
             os.environ[TIKTOKEN_CACHE] = before
 
 
+def _by_sentencepiece(folder: Path, config: dict[str, Any]) -> Loaded:
+    """transformers' tokenizer; where this version of transformers converts the model wrongly, by our conversion."""
+    loaded, model = _by_transformers(folder, config), folder / "tokenizer.model"
+    backend = getattr(loaded.inner, "backend_tokenizer", None)  # without one it runs sentencepiece's own code
+    if backend is not None and not splits_as(backend, model):
+        tokenizer, _ = read_sentencepiece(model, legacy=config.get("legacy") is not False)
+        take_over(backend, tokenizer)
+    return loaded
+
+
 def _model_config(folder: Path) -> Any:
     """The model's config for transformers, which chooses a tokenizer's class by it: the kind of model, nothing else.
 
@@ -128,10 +139,30 @@ def _model_config(folder: Path) -> Any:
     return config
 
 
-def _meta_llama3(path: Path) -> Loaded:
-    """The tokenizer of Meta's Llama 3 folders: tiktoken's ranks, and special tokens that only Meta's program names."""
+def _meta_llama2(path: Path) -> Loaded:
+    """The tokenizer of Meta's folders up to Llama 2: a sentencepiece model, and a first token before each text."""
+    tokenizer, model = read_sentencepiece(path)
+    spec, pieces = model.trainer_spec, model.pieces
+    ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
+    special = {name: pieces[number].piece for name, number in ids.items() if number >= 0}
+    return Loaded.of(_with_first(tokenizer, special), frozenset({spec.eos_id} - {-1}))
+
+
+def _with_first(tokenizer: Any, special: dict[str, str]) -> Any:
+    """transformers' tokenizer around one of the tokenizers library, with ``bos_token`` before each text."""
     from tokenizers.processors import Sequence, TemplateProcessing
     from transformers import PreTrainedTokenizerFast
+
+    if begin := special.get("bos_token"):
+        first = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+        earlier = [tokenizer.post_processor] if tokenizer.post_processor else []
+        tokenizer.post_processor = Sequence([*earlier, first])
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_object=tokenizer, **special)
+
+
+def _meta_llama3(path: Path) -> Loaded:
+    """The tokenizer of Meta's Llama 3 folders: tiktoken's ranks, and special tokens that only Meta's program names."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
@@ -149,11 +180,7 @@ def _meta_llama3(path: Path) -> Loaded:
     special = [*LLAMA3_SPECIAL, *reserved][:LLAMA3_RESERVED]
     convert: Any = Converter
     tokenizer = convert(vocab_file=str(path), extra_special_tokens=special).converted()
-    begin = LLAMA3_SPECIAL[0]
-    first = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
-    tokenizer.post_processor = Sequence([tokenizer.post_processor, first])
-    make: Any = PreTrainedTokenizerFast
-    inner = make(tokenizer_object=tokenizer, bos_token=begin, eos_token=LLAMA3_ENDS[0])
+    inner = _with_first(tokenizer, {"bos_token": LLAMA3_SPECIAL[0], "eos_token": LLAMA3_ENDS[0]})
     return Loaded.of(inner, frozenset(inner.convert_tokens_to_ids(list(LLAMA3_ENDS))))
 
 
