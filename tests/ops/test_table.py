@@ -242,7 +242,9 @@ def test_the_peak_of_activations_is_what_torch_allocates(spans: list[Span]) -> N
 def allocated_peak(config: ModelConfig, weights: ModelWeights, spans: list[Span]) -> int:
     ops = torch_ops(config, weights, spans, Solo(), False)
     tokens = torch.zeros(sum(s.length for s in spans), dtype=torch.int64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:  # acc_events: without it, some versions of torch warn that a second profile drops the first one's
         decoder(ops, config, weights, tokens)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live, peak = 0, 0

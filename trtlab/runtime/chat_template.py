@@ -46,7 +46,8 @@ class ChatRenderer:
 
         Args:
             template: A jinja2 template.
-            messages: The conversation, oldest message first.
+            messages: The conversation, oldest message first. Values that are None are left out, and a message's
+                reasoning stands under ``reasoning_content`` and ``thinking``, with every version of transformers.
             special_tokens: Further variables of the template: ``bos_token``, ``eos_token``, ...
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,8 @@ def _loaded(path: Path, stamp: Stamp, value: Tensor) -> Tensor:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    with _explained(path):
+    with _explained(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on kinds of tensors: those that are not plain are refused below
         try:
             loaded = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         except pickle.UnpicklingError as error:
