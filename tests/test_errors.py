@@ -61,6 +61,20 @@ def test_functions_of_the_user_are_shown_and_those_of_libraries_are_not(kernel):
     assert not [line for line in lines if "pydantic" in line or "trtlab/" in line or "IPython" in line]
 
 
+@pytest.mark.parametrize("module", ["given.py", "given/__init__.py", "given/deep/inner.py"])
+def test_a_library_is_known_wherever_pip_put_it(kernel, module, tmp_path):
+    """``pip install --target`` takes any folder."""
+    (tmp_path / "given-1.0.dist-info").mkdir()
+    (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / module).write_text("def call(function):\n    return function()\n", encoding="utf-8")
+    name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    path = f"import sys, importlib\nsys.path.insert(0, {str(tmp_path)!r})\nfor n in [n for n in sys.modules if "
+    errors_of(kernel, path + f"n.partition('.')[0] == 'given']: del sys.modules[n]\nimport {name} as library")
+    lines = errors_of(kernel, "library.call(lambda: BuildConfig(max_batch_size=0))")
+    call = "    library.call(lambda: BuildConfig(max_batch_size=0))"
+    assert lines[:5] == ["Cell, line 1", call, "", "Cell, line 1", call] and len(lines) == 7
+
+
 def test_an_awaited_call_is_shown_as_any_other(kernel):
     errors_of(kernel, "import asyncio\nasync def wait():\n    await asyncio.sleep(0)\n    BuildConfig(4, zebra=1)")
     lines = errors_of(kernel, "await asyncio.wait_for(wait(), 5)")

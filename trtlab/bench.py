@@ -141,7 +141,7 @@ def _measure(
     try:
         for run in range(warm_up + num_runs):
             session.kv_cache.clear()  # every run computes its prompts
-            seconds = timed(lambda: session.generate(prompts, params))
+            seconds = timed(lambda: session.generate(prompts, params), device)
             bar.update(1)
             if run >= warm_up:
                 times.append(seconds)
@@ -176,12 +176,12 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds that a call takes, including the GPU's work."""
+def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that a call takes, including what a GPU still has to do when it returns."""
     start = time.perf_counter()
     call()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -228,7 +228,7 @@ def against_transformers(
         session.kv_cache.clear()  # every run computes its prompts
         session.generate(prompts, params)
 
-    rounds = [(timed(ours), timed(theirs)) for _ in range(num_runs + 1)]
+    rounds = [(timed(ours, session.device), timed(theirs, model.device)) for _ in range(num_runs + 1)]
     return Duel(
         f"batch {batch_size}, {inputs} tokens in, {outputs} out, greedy",
         batch_size * outputs,

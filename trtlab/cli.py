@@ -40,7 +40,6 @@ SAME_NAME = (*BUILD_FLAGS, *MAPPING_FLAGS, *EMBEDDING_FLAGS, *SESSION_FLAGS, "ba
 FLAG_OF_ARGUMENT = {**{name: name for name in SAME_NAME}, "max_new_tokens": "max_output_len"}
 FLAG_OF_CALL = {  # what an error tells a Python user to call
     "plan=False": "--no_plan",
-    "plan=True": "without --no_plan",
     "Checkpoint.from_hugging_face": "trtlab convert --model_dir",
     "Checkpoint.from_meta_ckpt": "trtlab convert --meta_ckpt_dir",
     "checkpoint.save": "trtlab convert",
@@ -58,9 +57,9 @@ REFUSED = rf"(?=(?:{NAMES}|{WORDS}) is not valid)"
 REFUSING_CALL = re.compile(rf"^(?:[A-Z]\w*\.)?\w+: {REFUSED}")
 ARGUMENT = re.compile(
     rf"(?<![-\w.])(?<!: )(?:[A-Z]\w*\.)?(?P<name>(?:{NAMES})\b|(?:{WORDS})(?==)|{REFUSED}(?:{WORDS}))"
-    r"(?P<value>=(?:\"[^\"]*\"|'[^']*'|True\b)?)?"
+    r"(?P<value>=(?:\"[^\"]*\"|'[^']*'|\([^()]*\)|True\b)?)?"
 )
-CALL = re.compile(rf"\b(?P<call>{'|'.join(map(re.escape, FLAG_OF_CALL))})\b(?:\([^()]*\))?")
+CALL = re.compile(rf"\b(?P<call>{'|'.join(map(re.escape, FLAG_OF_CALL))})\b(?P<inside>\([^()]*\))?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,13 +96,22 @@ def _fail(status: int, message: str) -> int:
 def with_flags(message: str) -> str:
     """An error's text for the command line: ``--max_seq_len 64`` for ``max_seq_len=64``, commands for calls."""
     message = ARGUMENT.sub(_flag, REFUSING_CALL.sub("", message))
-    return CALL.sub(lambda match: FLAG_OF_CALL[match["call"]], message)
+    return CALL.sub(_command, message)
 
 
 def _flag(match: re.Match[str]) -> str:
-    """The flag with its value; a switch has none."""
+    """The flag with its value; a switch has none, and of a tuple the items follow."""
     flag, value = f"--{FLAG_OF_ARGUMENT[match['name']]}", match["value"]
-    return flag if value in (None, "=True") else f"{flag} {value[1:].strip(QUOTES)}"
+    if value in (None, "=True"):
+        return flag
+    items = (item.strip().strip(QUOTES) for item in value[1:].strip("()").split(","))
+    return " ".join([flag, *filter(None, items)]) if value.startswith("=(") else f"{flag} {value[1:].strip(QUOTES)}"
+
+
+def _command(match: re.Match[str]) -> str:
+    """The command of a call; of its arguments ``plan=False`` alone is a flag of one that takes a folder."""
+    words = FLAG_OF_CALL[match["call"]]
+    return f"{words} FOLDER --no_plan" if "plan=False" in (match["inside"] or "") and "_dir" in words else words
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -146,7 +146,7 @@ class Engine(Shown):
         if not self.ranks:
             raise EngineError(
                 "this engine was saved without weights",
-                remedy='only its plan on a GPU runs: build it again and save it with weights="link"',
+                remedy="only its plan on a GPU runs: build it again and save it with its weights",
             )
         if rank not in range(len(self.ranks)):
             raise EngineError(f"there is no rank {rank}", expected=f"0 to {len(self.ranks) - 1}")

@@ -9,7 +9,7 @@ import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from traceback import FrameSummary
 
@@ -89,13 +89,25 @@ def callers_frames(error: BaseException) -> list[FrameSummary]:
     return [
         summary
         for frame, summary in zip(frames, summaries, strict=True)
-        if frame.f_globals.get("__name__", "").partition(".")[0] != "trtlab" and not _is_library(summary.filename)
+        if not _is_library(str(frame.f_globals.get("__name__", "")), summary.filename)
     ]
 
 
-def _is_library(file: str) -> bool:
-    inside = bool({"site-packages", "dist-packages"} & set(Path(file).parts))
-    return inside or file.startswith((sysconfig.get_path("stdlib"), "<frozen"))
+def _is_library(module: str, file: str) -> bool:
+    """Whether a frame's code is trtlab's, the standard library's or an installed package's."""
+    if module.partition(".")[0] == "trtlab" or file.startswith((sysconfig.get_path("stdlib"), "<frozen")):
+        return True
+    path = Path(file)
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return True
+    depth = module.count(".") + (path.name == "__init__.py")
+    return path.is_file() and depth < len(path.parents) and _has_installed_packages(path.parents[depth])
+
+
+@lru_cache(maxsize=64)
+def _has_installed_packages(folder: Path) -> bool:
+    """Whether an installer put packages into a folder, wherever it is: ``pip install --target`` takes any name."""
+    return next(folder.glob("*.dist-info"), None) is not None
 
 
 def _described(frame: FrameSummary) -> list[str]:

@@ -71,7 +71,10 @@ def _interpreter(engine: RunnableEngine, device: torch.device, config: SessionCo
 
 def _tensorrt(engine: RunnableEngine, device: torch.device, config: SessionConfig) -> Backend:
     if engine.plans is None:
-        raise EngineError("this engine has no TensorRT plan", remedy='build it with plan=True, or use backend="torch"')
+        raise EngineError(
+            "this engine has no TensorRT plan",
+            remedy='use backend="torch", or build and open it again without plan=False',
+        )
     if device.type != "cuda":
         raise EngineError(
             f"a TensorRT plan runs on an NVIDIA GPU, not on {device}",

@@ -20,7 +20,7 @@ from trtlab.tensorrt.emit.layers import NetworkLayers
 
 # Families of algorithms that no TensorRT layer expresses.
 REFUSED = {"awq_fp8": "TensorRT has no product of INT4 weights, read as FP8, with FP8 activations"}
-IN_TORCH = 'build(plan=False) and run it with backend="torch"'
+IN_TORCH = 'build with plan=False, and run it with backend="torch"'
 SMALLEST = 1e-6  # lower bound of a token's largest magnitude, so that its scale is not zero
 
 
