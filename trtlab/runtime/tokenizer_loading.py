@@ -117,10 +117,11 @@ def _by_sentencepiece(folder: Path, config: dict[str, Any]) -> Loaded:
     """transformers' tokenizer; where this version of transformers converts the model wrongly, by our conversion."""
     loaded, model = _by_transformers(folder, config), folder / "tokenizer.model"
     backend = getattr(loaded.inner, "backend_tokenizer", None)  # without one it runs sentencepiece's own code
-    if backend is not None and not splits_as(backend, model):
-        tokenizer, _ = read_sentencepiece(model, legacy=config.get("legacy") is not False)
-        take_over(backend, tokenizer)
-    return loaded
+    if backend is None or splits_as(backend, model):
+        return loaded
+    tokenizer, _ = read_sentencepiece(model, legacy=config.get("legacy") is not False)
+    take_over(backend, tokenizer)
+    return Loaded.of(loaded.inner, loaded.end_ids)
 
 
 def _model_config(folder: Path) -> Any:
