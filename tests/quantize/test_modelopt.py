@@ -5,8 +5,17 @@ import sys
 import pytest
 import torch
 
-from trtlab import Checkpoint, CheckpointError, MissingDependency, QuantConfig, QuantizedCheckpoint, QuantizeError
+from trtlab import (
+    Checkpoint,
+    CheckpointError,
+    Mapping,
+    MissingDependency,
+    QuantConfig,
+    QuantizedCheckpoint,
+    QuantizeError,
+)
 from trtlab.model.scales import unpack_int4
+from trtlab.quantize import modelopt
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 
 from ..models import write_fresh_model
@@ -139,6 +148,31 @@ def test_a_bare_export_says_that_it_lacks_the_rotary_base(folder, texts, tmp_pat
     with pytest.raises(CheckpointError, match=r"leaves rotary_base out.*hf_config="):
         Checkpoint.load(tmp_path)
     assert Checkpoint.load(tmp_path, hf_config=folder).config.rotary_base == config.rotary_base
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_export_for_two_ranks_is_the_one_for_one_rank_when_joined(folder, texts, tmp_path, monkeypatch, algorithm):
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is the other route: pip install trtlab[modelopt]")
+    quantizers, export = modelopt._modelopt()
+    quant = QuantConfig(quant_algo=algorithm, group_size=64, smoothquant_val=1.0)
+    config = Checkpoint.from_hugging_face(folder).config
+    exported = []
+    for ranks in (1, 2):
+
+        def export_for(*model, inference_tensor_parallel, ranks=ranks, **where):
+            export(*model, inference_tensor_parallel=ranks, **where)
+
+        monkeypatch.setattr(modelopt, "_modelopt", lambda export_for=export_for: (quantizers, export_for))
+        target = tmp_path / str(ranks)
+        target.mkdir()
+        export_with_modelopt(folder, config, quant, texts, target)
+        exported.append(Checkpoint.load(target, hf_config=folder))
+    one, two = exported
+    assert two.mapping == Mapping(tp_size=2)
+    assert one.config == two.config
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor.read().view(torch.uint8), two.tensors[name].read().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize(
