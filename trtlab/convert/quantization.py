@@ -100,15 +100,17 @@ def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
     return stored
 
 
-def _exclusions_to_json(quant: QuantConfig) -> list[str]:
-    """The patterns, and TensorRT-LLM's default, which a list that is not empty replaces.
+def _exclusions_to_json(quant: QuantConfig) -> list[str] | None:
+    """The patterns, and TensorRT-LLM's default, which a list replaces; None is the default itself.
+
+    An empty list is the default in its older versions, and excludes nothing in the later ones.
 
     W8A16 and W4A16 are quantized when TensorRT-LLM loads them; there its later versions compare the patterns with the
     names of weights, so that each pattern stands there for the weight too.
     """
     patterns = [pattern for pattern in quant.exclude_modules if not _is_never_quantized(pattern)]
     if not patterns:
-        return []
+        return None
     weights = [_of_weight(pattern) for pattern in patterns] if quant.has_plain_form else []
     head, *others = NEVER_QUANTIZED  # the head stands at the top, where its name is its path
     return [*patterns, *weights, head, *(f"*{name}" for name in others)]
