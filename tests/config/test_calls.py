@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,3 +306,12 @@ def test_whatever_is_given_is_taken_or_refused_by_an_error_of_trtlab(call, objec
             continue
         if isinstance(result, (trtlab.Session, trtlab.Engine)):
             result.close()
+
+
+def test_a_parameter_that_takes_anything_takes_anything():
+    @public
+    def show(value: Any, other: Any | None = None) -> Any:
+        return value
+
+    thing = object()
+    assert show(thing) is thing and show(value=3, other=thing) == 3

@@ -86,7 +86,7 @@ def _admits(kind: Any, value: object) -> bool:
     base = get_origin(kind) or kind
     if base is type:
         return isinstance(value, type) and issubclass(value, get_args(kind))
-    if not isinstance(base, type) or base in (Sequence, os.PathLike):  # arrays and tensors serve as a Sequence
+    if not isinstance(base, type) or base in (Any, Sequence, os.PathLike):  # arrays and tensors serve as a Sequence
         return True
     if _has_protocol(base):
         members = [name for name in vars(base) if not name.startswith("_")]
