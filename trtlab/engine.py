@@ -30,7 +30,7 @@ from trtlab.engine_config import read_engine_file
 from trtlab.engine_weights import Digests, save_weights, verify_weights
 from trtlab.errors import EngineError, MissingDependency
 from trtlab.memory.fits import require_room_to_build
-from trtlab.model.tensor_specs import tensor_specs
+from trtlab.model.tensor_specs import check_runnable, tensor_specs
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, find_tokenizer
 from trtlab.session.open import open_session
@@ -283,6 +283,7 @@ def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping,
     checkpoint.require_whole("built")
     resolved = build_config.resolve(checkpoint.config)
     config = checkpoint.config.replace(dtype=resolved.dtype)
+    check_runnable(config, mapping)
     layout = shared_where_possible(config, mapping)
     specs = tensor_specs(config)
     tensors = {

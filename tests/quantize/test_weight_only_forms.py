@@ -17,6 +17,8 @@ from trtlab import (
     QuantizedCheckpoint,
     QuantizeError,
 )
+from trtlab.model.scales import pack_int4
+from trtlab.quantize.weight_only import weight_only
 
 from ..models import loud_checkpoint, random_texts, small_config
 
@@ -206,3 +208,49 @@ def test_weights_that_overflow_are_named_when_they_are_read(tmp_path):
     loaded = Checkpoint.load(folder)
     with pytest.raises(QuantizeError, match=r"layers.1.mlp.fc.weight holds 1 values that are NaN or infinite"):
         loaded.tensors["transformer.layers.1.mlp.fc.per_channel_scale"].read()
+
+
+# --- scales of each rank
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("form", ["plain", "integers"])
+def test_scales_of_two_ranks_are_those_of_the_parts_that_the_ranks_hold(checkpoint, tmp_path, algorithm, form):
+    """TensorRT-LLM quantizes the part of each rank, also where a rank holds some of the columns."""
+    quantized = quantize(checkpoint, algorithm, scale_ranks=2)
+    loaded = Checkpoint.load(quantized.save(tmp_path / form, Mapping(tp_size=2), weight_only=form))
+    assert_same(quantized, loaded)
+    parts = checkpoint.save(tmp_path / "parts", Mapping(tp_size=2))
+    bits = 8 if algorithm == "W8A16" else 4
+    with loaded.build(mapping=Mapping(tp_size=2), plan=False) as engine:
+        for rank in (0, 1):
+            weights, stored = load_file(parts / f"rank{rank}.safetensors"), engine.weights(rank)
+            for name in (n.removesuffix(".weight") for n in weights if ".layers." in n and "norm" not in n):
+                q, scale = weight_only(weights[f"{name}.weight"].float(), bits)
+                expected = pack_int4(q).view(torch.int8) if bits == 4 else q
+                assert torch.equal(stored[f"{name}.weight"], expected), name
+                own = stored[f"{name}.per_channel_scale"].flatten()
+                assert torch.equal(own, scale.stored(checkpoint.config.torch_dtype)), name
+
+
+def test_scales_of_two_ranks_err_less_and_run_on_two_ranks_alone(tmp_path):
+    checkpoint = loud_checkpoint(small_config(hidden_size=128, head_size=32, intermediate_size=256))
+    whole, cut = quantize(checkpoint, "W4A16"), quantize(checkpoint, "W4A16", scale_ranks=2)
+    noise = {
+        name: {row.name: row.snr_db for row in one.report.linears} for name, one in (("whole", whole), ("cut", cut))
+    }
+    for name, snr in noise["whole"].items():
+        if name.endswith(("dense", "proj")):
+            assert noise["cut"][name] > snr, name
+        else:
+            assert noise["cut"][name] == snr, name
+    with cut.build(mapping=Mapping(tp_size=2), plan=False).session(backend="torch", device="cpu") as session:
+        assert torch.isfinite(session.logits(TEXTS[0])).all()
+    for refused in (lambda: cut.build(plan=False), lambda: cut.save(tmp_path / "ckpt", Mapping(tp_size=4))):
+        with pytest.raises(ConfigError, match=r"scales are those of 2 ranks.*Mapping\(tp_size=2\)"):
+            refused()
+
+
+def test_ranks_that_do_not_divide_a_row_are_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"attention.dense has 32 inputs, which scale_ranks=3 does not divide"):
+        quantize(checkpoint, "W8A16", scale_ranks=3)

@@ -6,7 +6,7 @@ import fnmatch
 from typing import Literal, get_args
 
 from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, Algorithm, KvCacheAlgorithm, KvScales
-from trtlab.config.base import Settings, Share, settings
+from trtlab.config.base import PositiveInt, Settings, Share, settings
 
 GroupSize = Literal[64, 128]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
@@ -61,6 +61,13 @@ class QuantConfig(Settings):
     """
     exclude_modules: tuple[str, ...] = ()
     """Linears that stay as they are: shell patterns over names such as ``transformer.layers.3.mlp.proj``."""
+
+    scale_ranks: PositiveInt = 1
+    """Ranks that each have their own W8A16 or W4A16 scales where a linear's input is cut; 1: a scale for the whole row.
+
+    TensorRT-LLM quantizes the part of each rank, which is finer: set it to ``tp_size`` to get the same numbers. The
+    checkpoint then runs on that many ranks only.
+    """
 
     @property
     def active(self) -> bool:

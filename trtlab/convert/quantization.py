@@ -35,11 +35,12 @@ class StoredQuantization(StoredObject):
     smoothquant_val: float | None = None
     exclude_modules: Listed[str] | None = None
 
-    def to_quant_config(self, kv_cache_scales: str, *, own: bool) -> QuantConfig:
+    def to_quant_config(self, kv_cache_scales: str, scale_ranks: int, *, own: bool) -> QuantConfig:
         """The inverse of ``quantization_to_json``.
 
         Args:
             kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not say.
+            scale_ranks: How many scales a row of a weight-only linear has where its input is cut over ranks.
             own: Whether trtlab wrote the file.
 
         Raises:
@@ -51,6 +52,8 @@ class StoredQuantization(StoredObject):
             values.pop("group_size", None)
         if self.kv_cache_quant_algo is not None:
             values["kv_cache_scales"] = kv_cache_scales
+        if algorithm is not None and algorithm.has_plain_form:
+            values["scale_ranks"] = scale_ranks
         try:
             quant = QuantConfig(**{**values, "exclude_modules": self._excluded_linears(own=own)})
             check_supported(quant.algorithm)
@@ -125,5 +128,6 @@ def _is_never_quantized(pattern: str) -> bool:
 
 
 def quantization_extras(quant: QuantConfig) -> dict[str, Any]:
-    """The settings that TensorRT-LLM has no key for: how many scales a layer's cache has."""
-    return {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}
+    """The settings that TensorRT-LLM has no key for: how many scales a layer's cache and a cut row have."""
+    cache = {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}
+    return cache | ({"scale_ranks": quant.scale_ranks} if quant.has_plain_form else {})

@@ -139,6 +139,7 @@ class Provenance(OpenObject):
 
     source: str | None = None
     kv_cache_scales: str = "merged"
+    scale_ranks: int = 1
 
 
 class TrtllmConfig(ModelFields):
@@ -221,7 +222,7 @@ class TrtllmConfig(ModelFields):
             **values,
             rotary_scaling=scaling,
             quantization=(self.quantization or StoredQuantization()).to_quant_config(
-                self.provenance.kv_cache_scales, own=self.trtlab is not None
+                self.provenance.kv_cache_scales, self.provenance.scale_ranks, own=self.trtlab is not None
             ),
         )
         self._check_rotary_size(config)

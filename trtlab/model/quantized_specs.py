@@ -87,8 +87,19 @@ def quantized_specs(
 def _weight_only(linear: _Linear, plain: TensorSpec) -> Specs:
     return {
         f"{linear.part}.weight": linear.integers(),
-        f"{linear.part}.per_channel_scale": linear.by_row((linear.out,)),
+        f"{linear.part}.per_channel_scale": _weight_only_scale(linear),
     }
+
+
+def _weight_only_scale(linear: _Linear) -> TensorSpec:
+    """``[out]``, or ``[out, ranks]`` where each rank's part of the input has its own scales."""
+    ranks = weight_only_ranks(linear.config, linear.site)
+    return linear.by_row((linear.out,)) if ranks == 1 else linear.by_column((linear.out, ranks), 1)
+
+
+def weight_only_ranks(config: ModelConfig, site: LinearSite) -> int:
+    """How many scales a row of a weight-only linear has, one for each rank that holds a part of its input."""
+    return config.quantization.scale_ranks if site.cuts_input else 1
 
 
 def _smoothquant(linear: _Linear, plain: TensorSpec) -> Specs:

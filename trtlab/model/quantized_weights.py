@@ -148,8 +148,9 @@ def quantized_linear(
 
 
 def _weight_only(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:
-    scale = ToOriginal(tensors.own("per_channel_scale")[:, None])
-    return WeightOnly(tensors.name, tensors.integers(algorithm), scale, tensors.bias)
+    scale = tensors.own("per_channel_scale")
+    by_group = ToOriginal(scale[:, None] if scale.dim() == 1 else scale)  # [out, groups]: a group a rank
+    return WeightOnly(tensors.name, tensors.integers(algorithm), by_group, tensors.bias)
 
 
 def _smoothquant(algorithm: Algorithm, tensors: _LinearTensors) -> Quantized:

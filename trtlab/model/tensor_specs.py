@@ -19,6 +19,7 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     Raises ConfigError when quantization groups do not divide the inputs of a linear.
     """
     _check_groups(config)
+    _check_scale_ranks(config)
     table_shape = (config.vocab_size, config.hidden_size)
     specs = {EMBEDDING: TensorSpec(table_shape, "embedding")}
     if not config.uses_rotary:
@@ -99,6 +100,7 @@ def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
     algorithm, tp = config.quantization.algorithm, mapping.tp_size
     if algorithm is None or tp == 1:
         return
+    check_runnable(config, mapping)
     if algorithm.packed and config.intermediate_size % (2 * tp):
         raise ConfigError(
             f"intermediate size {config.intermediate_size} over tp_size={tp} leaves an odd number of rows on a rank; "
@@ -106,6 +108,30 @@ def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
             remedy="use a smaller tp_size",
         )
     _check_groups(config, tp)
+
+
+def _check_scale_ranks(config: ModelConfig) -> None:
+    """Raise ConfigError when the ranks that have scales do not divide the inputs of a linear that they cut."""
+    ranks = config.quantization.scale_ranks
+    if not config.quantization.has_plain_form or ranks == 1:
+        return
+    for site in layer_plan(config).linears:
+        width = linear_shape(config, site)[1]
+        if site.cuts_input and width % ranks:
+            raise ConfigError(
+                f"{site.part} has {width} inputs, which scale_ranks={ranks} does not divide",
+                remedy="use the tp_size that the model will run on, or 1",
+            )
+
+
+def check_runnable(config: ModelConfig, mapping: Mapping) -> None:
+    """Raise ConfigError when the linears have scales for another number of ranks."""
+    if config.quantization.has_plain_form and config.quantization.scale_ranks not in (1, mapping.tp_size):
+        ranks = config.quantization.scale_ranks
+        raise ConfigError(
+            f"the weight-only scales are those of {ranks} ranks, and tp_size={mapping.tp_size}",
+            remedy=f"use mapping=Mapping(tp_size={ranks}), or quantize the source again with scale_ranks=1",
+        )
 
 
 def _check_groups(config: ModelConfig, tp_size: int = 1) -> None:

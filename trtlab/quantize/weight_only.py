@@ -14,6 +14,9 @@ from torch import Tensor
 
 from trtlab.config.model import ModelConfig
 from trtlab.errors import CheckpointError
+from trtlab.model.blocks import SITES
+from trtlab.model.names import split_layer_name
+from trtlab.model.quantized_specs import weight_only_ranks
 from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
 from trtlab.model.tensor_specs import plain_linears, quantized_linears, tensor_specs
 from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer, require_finite
@@ -36,21 +39,25 @@ def weight_only(weight: Tensor, bits: int) -> tuple[Tensor, ToOriginal]:
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """Each linear as ``weight`` and ``per_channel_scale`` in the model's dtype.
 
-    Integers are computed with the float32 scale; the stored scale is then rounded to the model's dtype.
+    Integers are computed with the float32 scale; the stored scale is then rounded to the model's dtype. With
+    ``scale_ranks`` the parts of a row that ranks hold are quantized each on its own.
     """
     tensors: dict[str, Tensor] = {}
     for linear in layer.linears:
-        stored = _stored(layer.config, layer.weight(linear))
+        stored = _stored(layer.config, linear, layer.weight(linear))
         tensors[f"{linear}.weight"], tensors[f"{linear}.per_channel_scale"] = stored
     return QuantizedLayer(tensors)
 
 
-def _stored(config: ModelConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers and scales of one linear as they are stored."""
+def _stored(config: ModelConfig, linear: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and scales of one linear as they are stored; ``linear`` is its name within the layer."""
     algorithm = config.quantization.algorithm
     assert algorithm is not None and algorithm.has_plain_form, config.quantization
-    q, scale = weight_only(weight, algorithm.weight_bits)
-    return pack_int4(q).view(torch.int8) if algorithm.packed else q, scale.stored(config.torch_dtype)
+    ranks = weight_only_ranks(config, SITES[linear])
+    parts = [weight_only(part, algorithm.weight_bits) for part in weight.chunk(ranks, 1)]
+    q = torch.cat([integers for integers, _ in parts], 1)
+    scale = ToOriginal(torch.stack([scale.value for _, scale in parts], 1)).stored(config.torch_dtype)
+    return pack_int4(q).view(torch.int8) if algorithm.packed else q, scale[:, 0] if ranks == 1 else scale
 
 
 def from_plain(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -70,10 +77,17 @@ def from_plain(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str
     return {name: tensors[name] for name in specs}
 
 
+def _part(name: str) -> str:
+    """``mlp.fc`` of a linear's full name, or of its weight's."""
+    place = split_layer_name(name)
+    assert place is not None, name
+    return place[1].removesuffix(".weight")
+
+
 def _read_stored(config: ModelConfig, name: str, weight: LazyTensor, place: int) -> Tensor:
     values = weight.read().float()
     require_finite(name, values)
-    return _stored(config, values)[place]
+    return _stored(config, _part(name), values)[place]
 
 
 def to_plain(
