@@ -23,7 +23,7 @@ def clock(monkeypatch):
     """Runs that take 1, 2, 3 ... seconds."""
     ticks = iter(range(1, 1000))
 
-    def fake(call):
+    def fake(call, device):
         call()
         return float(next(ticks))
 
