@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_a_tied_model_that_stores_only_its_head_is_read(tied, hugging_face):
     tensors[HEAD] = tensors.pop(EMBEDDING)
     replace(folder, "model.safetensors", tensors)
     assert require_the_tensors_of_transformers(folder, hugging_face).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+def test_tables_that_cannot_be_compared_are_named(name, dtype, tied):
+    folder, tensors = tied
+    both = {**tensors, HEAD: tensors[EMBEDDING].clone()}
+    write(folder, "model.safetensors", {**both, name: both[name].to(dtype)})
+    with pytest.raises(CheckpointError, match=rf"holds quantized weights: {re.escape(name)} is {dtype}"):
+        Checkpoint.from_hugging_face(folder)
 
 
 def test_the_names_of_a_base_model_are_read(tied, hugging_face):

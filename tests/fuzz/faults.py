@@ -24,7 +24,7 @@ def _refuse(*arguments: object, **options: object) -> None:
 
 
 def _compute(journey: Journey) -> None:
-    end = time.process_time() + 0.2
+    end = time.process_time() + 0.1
     while time.process_time() < end:
         pass
 
@@ -49,7 +49,7 @@ def _leave_half(path: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Journey], object], str]] = {
     "another exception": (lambda journey: {}["x"], "KeyError: 'x'"),
     "a panic, which is no Exception": (lambda journey: exec("raise BaseException('panic')"), "BaseException: panic"),
-    "much computing": (_compute, "0.2 s"),
+    "much computing": (_compute, "0.1 s"),
     "much memory": (lambda journey: len(bytearray(2**26)), "0.1 GiB"),
     "memory that ran out": (_swallow_memory, "the error hides that memory ran out: the file is damaged"),
     "code of the folder": (lambda journey: Path("canary").touch(), "code of the folder ran"),

@@ -9,8 +9,8 @@ from .faults import FAULTS
 from .registry import KINDS
 from .results import Job, Limits
 
-FEW = {"folder": 20, "tokenizer": 10, "template": 5}  # those whose cases take longest
-QUICK = Limits(seconds=0.15, nbytes=2**25, hanging_s=8.0)
+FEW = {"folder": 20, "tokenizer": 8, "template": 4}  # those whose cases take longest
+QUICK = Limits(seconds=0.08, nbytes=2**25, hanging_s=2.5)
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,8 @@ class Worker:
             rng.setstate(state)
             self._measure(result, base, files, rng, deep=deep)
         with _described(result):
-            require(result.seconds < self.limits.seconds, f"{result.seconds:.1f} s")
             require(result.peak < self.limits.nbytes, f"{result.peak / 2**30:.1f} GiB")
+            require(result.seconds < self.limits.seconds, f"{result.seconds:.1f} s")
 
     def _measure(self, result: Result, base: Base, files: Files, rng: Random, *, deep: bool) -> None:
         folder, canary = self.scratch / "case", self.scratch / "canary"

@@ -91,6 +91,7 @@ def _fit(where: str, config: ModelConfig, tensors: dict[str, LazyTensor]) -> tup
     (table,), (head,) = (names.sources(untied)[name] for name in (EMBEDDING, HEAD))
     tensors = _with_prefix(tensors, names.shapes(untied), table.split(".")[0])
     if config.tie_word_embeddings:
+        check_floating(where, ((name, tensors[name]) for name in (table, head) if name in tensors))
         config = _tie(config, tensors, table, head)
     expected = names.shapes(config)
     needed = {name: tensor for name, tensor in tensors.items() if name in expected}
