@@ -350,6 +350,7 @@ def test_a_changed_tiktoken_model_is_read_again(tmp_path):
 def test_a_changed_tiktoken_model_is_read_again_by_transformers_too(class_name, tmp_path, monkeypatch):
     """transformers reads it through tiktoken, which would leave a copy for the next reader of the same path."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     (tmp_path / "model").mkdir()
     edit(tmp_path / "model" / "tokenizer_config.json", tokenizer_class=class_name)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in bpe_ranks().items()]

@@ -130,7 +130,7 @@ def check_runnable(config: ModelConfig, mapping: Mapping) -> None:
         ranks = config.quantization.scale_ranks
         raise ConfigError(
             f"the weight-only scales are those of {ranks} ranks, and tp_size={mapping.tp_size}",
-            remedy=f"use mapping=Mapping(tp_size={ranks}), or quantize the source again with scale_ranks=1",
+            remedy=f"use tp_size={ranks}, or quantize the source again with scale_ranks=1",
         )
 
 
