@@ -87,10 +87,10 @@ def results(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Ite
 
 def _of_one_process(jobs: Sequence[Job], seed: int, limits: Limits) -> Iterator[Result]:
     task = {"jobs": [asdict(job) for job in jobs], "seed": seed, "limits": asdict(limits)}
-    command = [sys.executable, "-m", "tests.fuzz.worker", json.dumps(task)]
     environment, nothing = {**os.environ, **ENVIRONMENT}, subprocess.DEVNULL
     started = None
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as errors, scratch_folder() as scratch:
+        command = [sys.executable, "-m", "tests.fuzz.worker", json.dumps({**task, "scratch": scratch})]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=nothing, stdout=subprocess.PIPE, stderr=errors, text=True
         )
@@ -113,6 +113,12 @@ def _of_one_process(jobs: Sequence[Job], seed: int, limits: Limits) -> Iterator[
         yield Result(*started, failure=failure, where=_last_line_of_trtlab(said), trace=said)
     elif process.returncode != 0:
         raise RuntimeError(f"no case ran: the process ended with {process.returncode}:\n{said}")
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the cases of a process that may die: in memory where it can be, for they write many small files."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="trtlab-fuzz-", dir=shared if os.access(shared, os.W_OK) else None)
 
 
 def _last_line_of_trtlab(said: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 
+from . import campaign
 from .campaign import case_command, results
 from .faults import FAULTS
 from .registry import KINDS
@@ -36,12 +39,24 @@ def test_a_case_depends_on_nothing_but_its_kind_seed_and_number(short_run):
 
 
 @pytest.fixture(scope="module")
-def found():
+def place(tmp_path_factory):
+    """The folder for the scratch folders of the planted faults."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def found(place):
     """The failure of each fault. The two that end their process come last; after each another one goes on."""
     jobs = [Job(f"fault: {name}", 0, 1) for name in FAULTS]
-    return {result.kind: result.failure for result in results(jobs, seed=1, limits=QUICK)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "scratch_folder", lambda: tempfile.TemporaryDirectory(dir=place))
+        return {result.kind: result.failure for result in results(jobs, seed=1, limits=QUICK)}
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(found, name):
     assert found[f"fault: {name}"].startswith(FAULTS[name][1])
+
+
+def test_nothing_is_left_of_a_process_that_died(found, place):
+    assert list(place.iterdir()) == []

@@ -139,50 +139,40 @@ def _described(result: Result) -> Iterator[None]:
         result.trace = "".join(traceback.format_exception(error))[-3000:]
 
 
-def _scratch_root() -> Path:
-    """A folder for cases: in memory where the system has one, for thousands of small files are written."""
-    shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="trtlab-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
-
-
-def run(jobs: Sequence[Job], seed: int, limits: Limits) -> Iterator[dict[str, object]]:
-    """Run cases; before each ``{"started": [kind, number]}``, after it its result."""
+def run(jobs: Sequence[Job], seed: int, limits: Limits, scratch: Path) -> Iterator[dict[str, object]]:
+    """Run cases in a folder; before each ``{"started": [kind, number]}``, after it its result."""
     torch.set_num_threads(1)
-    scratch = _scratch_root()
     os.chdir(scratch)  # planted code writes to the relative path "canary"
     tempfile.tempdir = str(scratch / TEMPORARY)
     (scratch / TEMPORARY).mkdir()
     failed = set[str]()
-    try:
-        worker = Worker(seed, scratch, limits)
-        for job in jobs:
-            worker.bases(job.kind)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + ADDRESS_SPACE
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        for job in jobs:
-            for number in range(job.first, job.stop):
-                yield {"started": [job.kind, number]}
-                faulthandler.dump_traceback_later(limits.hanging_s, exit=True)
-                result = worker.run(job.kind, number, job.only)
-                if result.failure and job.only is None and result.where not in failed:
-                    failed.add(result.where)
-                    result = worker.reduced(result)
-                faulthandler.cancel_dump_traceback_later()
-                yield asdict(result)
-                if number % 200 == 0:
-                    gc.collect()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    worker = Worker(seed, scratch, limits)
+    for job in jobs:
+        worker.bases(job.kind)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for job in jobs:
+        for number in range(job.first, job.stop):
+            yield {"started": [job.kind, number]}
+            faulthandler.dump_traceback_later(limits.hanging_s, exit=True)
+            result = worker.run(job.kind, number, job.only)
+            if result.failure and job.only is None and result.where not in failed:
+                failed.add(result.where)
+                result = worker.reduced(result)
+            faulthandler.cancel_dump_traceback_later()
+            yield asdict(result)
+            if number % 200 == 0:
+                gc.collect()
 
 
 def main() -> None:
-    """The argument is JSON: jobs, seed and limits."""
+    """The argument is JSON: jobs, seed, limits, and an empty folder."""
     task = json.loads(sys.argv[1])
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what trtlab and others print is not the result
     jobs = [Job(**job) for job in task["jobs"]]
-    for line in run(jobs, task["seed"], Limits(**task["limits"])):
+    for line in run(jobs, task["seed"], Limits(**task["limits"]), Path(task["scratch"])):
         lines.write(json.dumps(line) + "\n")
 
 
