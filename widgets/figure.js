@@ -1,6 +1,7 @@
 // Draws a LiveFigure of live.py, always from its whole state, and as wide as its place in the page.
 
 const PREFIX = "IPY_MODEL_".length;
+const HOVER_MS = 60; // plotly looks for the point under the pointer at most every 50 ms
 const copies = (window.trtlabPlotly ??= new Map()); // plotly by its text: one copy for all figures of a page
 
 function library(text) {
@@ -23,13 +24,24 @@ async function render({model, el}) {
     const state = await model.widget_manager.get_model(model.get("state").slice(PREFIX));
     const plotly = await library(state.get("plotly"));
     let frame = 0; // at most one picture for each of the screen's
+    let still = false; // while plotly looks for the point that was clicked
+    // A click comes with the point that plotly knew last: of quick hands, or on a busy page, the one before.
+    const tell = ({points}) => {
+        still = true;
+        setTimeout(() => {
+            const [{curveNumber, pointNumber}] = el._hoverdata ?? points;
+            still = false;
+            model.send([curveNumber, pointNumber]);
+        }, HOVER_MS);
+    };
+    el.addEventListener("mousemove", event => still && event.stopPropagation(), {capture: true});
     const draw = () => {
         const width = el.clientWidth; // 0 while the page does not show it
         if (width === 0) return;
         const {data, layout} = structuredClone(state.get("figure"));
         const isNew = !el.classList.contains("js-plotly-plot");
         plotly.react(el, data, {...layout, width, uirevision: "keep what the reader hid"});
-        if (isNew) el.on("plotly_click", ({points: [{curveNumber, pointNumber}]}) => model.send([curveNumber, pointNumber]));
+        if (isNew) el.on("plotly_click", tell);
     };
     const drawSoon = () => {
         cancelAnimationFrame(frame);
