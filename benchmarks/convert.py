@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 
 import trtlab
-from trtlab.convert.families.family import source_shapes
 from trtlab.convert.families.llama import NAMES
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
 from trtlab.storage.json_files import parse_model
@@ -57,13 +56,12 @@ def write_random(folder: Path, gigabytes: float) -> int:
         shard.clear()
         shard_bytes = 0
 
-    for ours, names in NAMES.sources(config).items():
-        for name, shape in zip(names, source_shapes(config, ours), strict=True):
-            shard[name] = torch.randn(shape).to(torch.bfloat16)
-            shard_bytes += shard[name].nbytes
-            total += shard[name].nbytes
-            if shard_bytes > SHARD_BYTES:
-                flush()
+    for name, shape in NAMES.shapes(config).items():
+        shard[name] = torch.randn(shape).to(torch.bfloat16)
+        shard_bytes += shard[name].nbytes
+        total += shard[name].nbytes
+        if shard_bytes > SHARD_BYTES:
+            flush()
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
     return total

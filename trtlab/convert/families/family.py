@@ -40,8 +40,8 @@ class NameTable:
         """The shape of every tensor that the source must hold, by the source's name."""
         return {
             source: shape
-            for name, sources in self.sources(config).items()
-            for source, shape in zip(sources, source_shapes(config, name), strict=True)
+            for name, spec in tensor_specs(config).items()
+            for source, shape in zip(self._source(name), _source_shapes(config, name, spec.shape), strict=True)
         }
 
 
@@ -68,9 +68,9 @@ class Family:
     trtllm_keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def source_shapes(config: ModelConfig, name: str) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the source tensors of ``name``: three for a fused projection, else one."""
-    shape, place = tensor_specs(config)[name].shape, split_layer_name(name)
+def _source_shapes(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the source tensors of ``name``, which has ``shape``: three for a fused projection, else one."""
+    place = split_layer_name(name)
     if place is None or place[1].rpartition(".")[0] != QKV.part:
         return (shape,)
     q_rows = config.num_attention_heads * config.head_size
