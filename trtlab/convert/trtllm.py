@@ -17,6 +17,7 @@ from trtlab.convert.modelopt_config import complete_config
 from trtlab.convert.trtllm_buffers import without_buffers
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
 from trtlab.convert.trtllm_ranks import (
+    Ranks,
     check_rank_files,
     check_same_conversion,
     pad_short_tables,
@@ -31,8 +32,6 @@ from trtlab.model.tensor_specs import plain_linears
 from trtlab.parallel.shard import EmbeddingLayout, rank_tensors, unshard
 from trtlab.storage.json_files import naming, parse_model, read_object
 from trtlab.storage.lazy import LazyTensor, open_safetensors
-
-Ranks = abc.Mapping[int, abc.Mapping[str, LazyTensor]]
 
 
 @dataclasses.dataclass(frozen=True)

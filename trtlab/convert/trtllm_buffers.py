@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from trtlab.config.model import ModelConfig
+from trtlab.convert.trtllm_ranks import Ranks, rank_file
 from trtlab.errors import CheckpointError
 from trtlab.model.rope import rotary_frequencies
 from trtlab.storage.lazy import LazyTensor
 
-Ranks = dict[int, dict[str, LazyTensor]]
 UNSCALED_BASE = 10000.0  # of embed_positions, whatever the config says: only attention without a plugin reads it
 POSITIONS_AT_ONCE = 16384
 NAME = re.compile(r"(?:transformer\.layers\.\d+\.attention\.)?(\w+)")
@@ -44,7 +43,7 @@ _OF_OTHER_EMBEDDINGS = {  # the position embedding that each belongs to
 }
 
 
-def without_buffers(folder: str, config: ModelConfig, ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]]) -> Ranks:
+def without_buffers(folder: str, config: ModelConfig, ranks: Ranks) -> dict[int, dict[str, LazyTensor]]:
     """The tensors of each rank without the buffers.
 
     Version 0.12 and later store one set a rank, 0.10 and 0.11 one set a layer (``attention.embed_positions``).
@@ -58,14 +57,14 @@ def without_buffers(folder: str, config: ModelConfig, ranks: abc.Mapping[int, ab
         CheckpointError: A buffer is not what the config gives: the model was converted with another position embedding.
     """
     buffers = dict[str, list[tuple[str, LazyTensor]]]()
-    weights: Ranks = {rank: {} for rank in ranks}
+    weights: dict[int, dict[str, LazyTensor]] = {rank: {} for rank in ranks}
     for rank, tensors in ranks.items():
         for name, tensor in tensors.items():
             kind = _kind(name)
             if kind is None:
                 weights[rank][name] = tensor
             else:
-                buffers.setdefault(kind, []).append((f"{folder}/rank{rank}.safetensors: {name}", tensor))
+                buffers.setdefault(kind, []).append((f"{folder}/{rank_file(rank)}: {name}", tensor))
     for kind in sorted(buffers, key=[*_OF_OTHER_EMBEDDINGS, *_EXPECTED].index):  # frequencies before their tables
         stored = buffers[kind]
         own = "rope_gpt_neox" if kind in _EXPECTED else _OF_OTHER_EMBEDDINGS[kind]

@@ -7,16 +7,16 @@ from collections import abc
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import CheckpointError
 from trtlab.model.names import EMBEDDING, HEAD, split_layer_name
 from trtlab.parallel.shard import EmbeddingLayout, copies
-from trtlab.storage.lazy import LazyTensor
+from trtlab.storage.lazy import LazyTensor, raw_bytes
 from trtlab.storage.paths import reading
 
+Ranks = abc.Mapping[int, abc.Mapping[str, LazyTensor]]  # the tensors of each rank's file
 RANK_FILE = re.compile(r"rank(0|[1-9]\d*)\.safetensors")
 CONVERT_AGAIN = "convert the model again, into an empty folder"
 COMPARED_ROWS = 16  # of each copy: other weights differ in the first row
@@ -56,11 +56,7 @@ def _files(ranks: abc.Set[int]) -> str:
 
 
 def check_same_conversion(
-    folder: str,
-    config: ModelConfig,
-    mapping: Mapping,
-    layout: EmbeddingLayout,
-    ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]],
+    folder: str, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, ranks: Ranks
 ) -> None:
     """Raise CheckpointError when ranks differ in a tensor that they hold alike.
 
@@ -88,21 +84,11 @@ def _is_compared(config: ModelConfig, mapping: Mapping, name: str) -> bool:
     return place[0] % each in (0, each - 1)
 
 
-def _rows(tensor: LazyTensor) -> bytes:
-    return _bytes(tensor.narrow(0, 0, min(COMPARED_ROWS, tensor.shape[0])).read())
+def _rows(tensor: LazyTensor) -> memoryview:
+    return raw_bytes(tensor.narrow(0, 0, min(COMPARED_ROWS, tensor.shape[0])).read())
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).numpy().data)
-
-
-def _check_tied_head(
-    folder: str,
-    config: ModelConfig,
-    mapping: Mapping,
-    layout: EmbeddingLayout,
-    ranks: abc.Mapping[int, abc.Mapping[str, LazyTensor]],
-) -> None:
+def _check_tied_head(folder: str, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, ranks: Ranks) -> None:
     """Raise CheckpointError when a tied model stores a head that is not its table, which alone is read."""
     if not config.tie_word_embeddings or layout.use_embedding_sharing:
         return
@@ -111,7 +97,7 @@ def _check_tied_head(
     table = torch.cat(tables, dim=1) if layout.cut == 1 else tables[0]
     last_stage = len(mapping.ranks) - mapping.tp_size
     head = ranks[last_stage][HEAD].narrow(0, 0, count).read()
-    if _bytes(table) != _bytes(head):
+    if raw_bytes(table) != raw_bytes(head):
         raise CheckpointError(
             f"{folder}: lm_head.weight differs from {EMBEDDING}, though config.json says that they are tied",
             remedy="set tie_word_embeddings to false in config.json, or convert the model again",
