@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from trtlab.card import Shown
-from trtlab.checkpoint_folder import Companions, tied_config, write_ranks, writing
+from trtlab.checkpoint_folder import Companions, tied_config, write_ranks, writing_checkpoint
 from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.build import BuildConfig
 from trtlab.config.calls import public
@@ -205,7 +205,7 @@ class Checkpoint(Shown, Reopenable):
         ranks = [shard(stored, mapping, rank, tensors, layout) for rank in mapping.ranks]
         folder = absolute_path(ckpt_dir)
         meta = config_to_json(config, mapping, layout, provenance(self.source, form))
-        with writing(folder, meta, self.tokenizer_dir, self._companions.report) as scratch:
+        with writing_checkpoint(folder, meta, self.tokenizer_dir, self._companions.report) as scratch:
             write_ranks(scratch, ranks, folder.name)
         return folder
 
@@ -256,7 +256,7 @@ class Checkpoint(Shown, Reopenable):
         layout = shared_where_possible(config, one_rank)
         form: WeightOnlyForm | None = "integers" if config.quantization.has_plain_form else None
         meta = config_to_json(config, one_rank, layout, provenance(self.source, form))
-        with writing(folder, meta, self.tokenizer_dir, None) as scratch:
+        with writing_checkpoint(folder, meta, self.tokenizer_dir, None) as scratch:
             specs = tensor_specs(config)
             shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
             with TensorFile(scratch / rank_file(0), shapes) as file:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.model import ModelConfig
-from trtlab.convert.trtllm_ranks import rank_file
+from trtlab.convert.trtllm_ranks import RANK_FILE, rank_file
 from trtlab.errors import CheckpointError, ConfigError
 from trtlab.model.names import EMBEDDING, HEAD
 from trtlab.progress import progress
@@ -58,7 +58,7 @@ class Companions:
 
 
 @contextlib.contextmanager
-def writing(
+def writing_checkpoint(
     folder: Path, meta: abc.Mapping[str, Any], tokenizer_dir: Path | None, report: QuantizationReport | None
 ) -> Iterator[Path]:
     """A new folder with config.json, tokenizer and report, which replaces ``folder`` when the block ends."""
@@ -96,5 +96,4 @@ def tied_config(config: ModelConfig, tensors: abc.Mapping[str, LazyTensor]) -> M
 
 
 def _is_ours(name: str) -> bool:
-    known = name in TOKENIZER_FILES or name in ("config.json", REPORT)
-    return known or (name.startswith("rank") and name.endswith(".safetensors"))
+    return name in TOKENIZER_FILES or name in ("config.json", REPORT) or RANK_FILE.fullmatch(name) is not None
