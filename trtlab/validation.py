@@ -23,6 +23,7 @@ NAMES: dict[Any, str] = {float: "number", Any: "value"}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotated_types names them
 EXTRA_ARGUMENT = "unexpected_positional_argument"
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+LISTED = 8  # problems that an error lists
 LONGEST_VALUE = 80  # characters of a refused value that an error repeats
 
 
@@ -116,6 +117,12 @@ def shorten(value: object) -> str:
     except Exception:  # noqa: BLE001 - a repr may raise anything; that of an int of 5000 digits does
         text = f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def listed(problems: Sequence[str], most: int = LISTED) -> str:
+    """The first few of many problems, and how many more there are."""
+    rest = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "; ".join([*problems[:most], *rest])
 
 
 def with_article(name: str) -> str:

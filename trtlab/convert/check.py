@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from trtlab.errors import CheckpointError
 from trtlab.storage.lazy import LazyTensor
-
-LISTED = 8  # differences that an error lists
+from trtlab.validation import LISTED, listed
 
 
 def check_layers(where: str, layers: int, tensors: int) -> None:
@@ -73,9 +72,3 @@ def check_dtype(where: str, tensors: Mapping[str, LazyTensor], expected: Mapping
     ]
     if refused:
         raise CheckpointError(f"{where} does not fit its config: {listed(refused)}", remedy="convert the model again")
-
-
-def listed(problems: Sequence[str], most: int = LISTED) -> str:
-    """The first few of many, and how many more there are."""
-    rest = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + rest

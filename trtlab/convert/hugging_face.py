@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
-from trtlab.convert.check import check_floating, check_layers, check_tensors, listed
+from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig, read_config
 from trtlab.errors import CheckpointError
@@ -18,6 +18,7 @@ from trtlab.model.names import EMBEDDING, HEAD
 from trtlab.storage.json_files import OpenObject, PlainName, naming, read_model
 from trtlab.storage.lazy import LazyTensor, cat, open_pickle, open_safetensors
 from trtlab.storage.paths import has_file
+from trtlab.validation import listed
 
 logger = logging.getLogger("trtlab")
 

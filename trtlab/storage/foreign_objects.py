@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import ConfigDict
 
 from trtlab.errors import CheckpointError
-from trtlab.storage.json_files import LISTED, StoredObject, read_model
-from trtlab.validation import did_you_mean, shorten
+from trtlab.storage.json_files import StoredObject, read_model
+from trtlab.validation import did_you_mean, listed, shorten
 
 logger = logging.getLogger("trtlab")
 
@@ -67,17 +67,17 @@ def check_unknown_keys(stored: ForeignObject, where: str, *, allow_unknown: bool
             unknown.append(f"{shorten_key(place)}={shorten(value)}{f' ({hint})' if hint else ''}")
     if unsupported:
         raise CheckpointError(
-            f"{where} has keys that change the model's numbers and are not supported: {_listed(unsupported)}",
+            f"{where} has keys that change the model's numbers and are not supported: {listed(unsupported)}",
             remedy="use a model without them, or take out those that its authors say have no effect",
         )
     if unknown and not allow_unknown:
         raise CheckpointError(
-            f"{where} has unknown keys: {_listed(unknown)}",
+            f"{where} has unknown keys: {listed(unknown)}",
             remedy="take out those that change no number, or leave allow_unknown_config=False out",
         )
     if unknown:
         _warn_once(
-            f"{where} has unknown keys, which are ignored: {_listed(unknown)}; "
+            f"{where} has unknown keys, which are ignored: {listed(unknown)}; "
             "allow_unknown_config=False makes this an error"
         )
 
@@ -90,8 +90,3 @@ def shorten_key(place: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _warn_once(text: str) -> None:
     logger.warning(text)
-
-
-def _listed(keys: list[str]) -> str:
-    rest = f"; and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return "; ".join(keys[:LISTED]) + rest

@@ -23,10 +23,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from trtlab.errors import CheckpointError, TrtlabError
-from trtlab.storage.paths import require_file
-from trtlab.validation import problems, shorten
+from trtlab.storage.paths import reading, require_file
+from trtlab.validation import LISTED, listed, problems, shorten
 
-LISTED = 8  # problems that an error lists
 LARGEST = 2**63 - 1  # of a 64-bit integer
 
 T = TypeVar("T")
@@ -142,9 +141,7 @@ def parse_model(
     try:
         return kind.model_validate(raw, context=where)
     except ValidationError as refusal:
-        lines = _lines(refusal, kind)
-        rest = f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-        raise error(f"{where} cannot be read: {'; '.join(lines[:LISTED])}{rest}", remedy=remedy) from refusal
+        raise error(f"{where} cannot be read: {listed(_lines(refusal, kind))}", remedy=remedy) from refusal
 
 
 @contextlib.contextmanager
@@ -161,10 +158,10 @@ def naming(path: Path | str, *, remedy: str) -> Iterator[None]:
 def read_object(path: Path, *, remedy: str, error: type[TrtlabError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object from a file without checking its keys; an error when there is no file or no JSON object."""
     require_file(path, remedy=remedy, error=error)
+    with reading(path, remedy=remedy, error=error):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}", remedy=remedy) from cause
+        value = json.loads(content.decode(), parse_int=_integer)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not JSON: {cause}", remedy=remedy) from cause
     if not isinstance(value, dict):
