@@ -42,6 +42,11 @@ def dtype_name(name: str) -> DtypeName:
     raise ConfigError("unknown dtype", got=repr(name), expected=" | ".join(DTYPES))
 
 
+def name_of_dtype(dtype: torch.dtype) -> DtypeName:
+    """The name of a torch dtype; ``float32`` for one that is none of the three."""
+    return next((name for name, known in DTYPES.items() if known == dtype), "float32")
+
+
 @settings
 class RotaryScaling(Settings):
     """How rotary frequencies are stretched beyond the trained length, named as in Hugging Face's ``rope_parameters``.

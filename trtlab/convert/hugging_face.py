@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name
+from trtlab.config.model import DTYPES, DtypeName, ModelConfig, dtype_name, name_of_dtype
 from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig, read_config
@@ -134,5 +134,4 @@ def _choose_dtype(stored: HuggingFaceConfig, dtype: str, tensors: Mapping[str, L
         return dtype_name(dtype)
     if stored.stored_dtype in DTYPES:
         return dtype_name(stored.stored_dtype)
-    first = next(iter(tensors.values())).dtype
-    return next((name for name, kind in DTYPES.items() if kind == first), "float32")
+    return name_of_dtype(next(iter(tensors.values())).dtype)

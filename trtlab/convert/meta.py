@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trtlab.config.model import DTYPES, DtypeName, ModelConfig, PositiveFloat32, RotaryScaling, dtype_name
+from trtlab.config.model import ModelConfig, PositiveFloat32, RotaryScaling, dtype_name, name_of_dtype
 from trtlab.convert.check import check_floating, check_layers, check_tensors
 from trtlab.convert.families.llama import META_NAMES
 from trtlab.errors import CheckpointError
@@ -112,11 +112,10 @@ def _read_config(file: Path, params: Params, tensors: Mapping[str, LazyTensor]) 
             )
     scaled = bool(params.use_scaled_rope)
     base = params.rope_theta or 10000.0
-    stored: DtypeName = next((name for name, kind in DTYPES.items() if kind == tensors[needed[0]].dtype), "float32")
     with naming(file, remedy=REMEDY):
         return ModelConfig(
             architecture="LlamaForCausalLM",
-            dtype=stored,
+            dtype=name_of_dtype(tensors[needed[0]].dtype),
             vocab_size=tensors[needed[0]].shape[0],
             hidden_size=params.dim,
             num_hidden_layers=params.n_layers,

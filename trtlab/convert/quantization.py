@@ -75,7 +75,7 @@ class StoredQuantization(StoredObject):
         """
         patterns = self.exclude_modules or ()
         algorithm = ALGORITHMS.get(self.quant_algo or "")
-        quantizes_later = algorithm is not None and algorithm.family == "weight_only"
+        quantizes_later = algorithm is not None and algorithm.has_plain_form
         if patterns and quantizes_later and not own and not any(fnmatch.fnmatchcase("lm_head", p) for p in patterns):
             raise CheckpointError(
                 f"exclude_modules {list(patterns)} leaves lm_head out: TensorRT-LLM would quantize the head, which is "
