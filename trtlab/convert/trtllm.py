@@ -12,7 +12,6 @@ import torch
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
-from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
 from trtlab.convert.modelopt_config import complete_config
 from trtlab.convert.trtllm_buffers import without_buffers
 from trtlab.convert.trtllm_config import REMEDY, TrtllmConfig
@@ -136,7 +135,6 @@ def _layout(tensors: abc.Mapping[str, LazyTensor]) -> dict[str, tuple[tuple[int,
 def _read_config(path: Path, hf_config: abc.Mapping[str, Any] | None) -> TrtllmConfig:
     raw = read_object(path, remedy=REMEDY)
     if hf_config is not None:
-        refuse_other_kind(raw, CHECKPOINT, str(path))
         raw = complete_config(raw, hf_config, str(path))
     return parse_model(raw, TrtllmConfig, str(path), remedy=REMEDY)
 
