@@ -20,8 +20,8 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.convert.check import check_floating, check_tensors
+from trtlab.convert.folder_kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.hugging_face import read_hugging_face
-from trtlab.convert.kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
 from trtlab.convert.meta import read_meta
 from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
 from trtlab.convert.trtllm import read_checkpoint
@@ -42,8 +42,8 @@ from trtlab.quantize.weight_only import from_plain
 from trtlab.runtime.tokenizer import Tokenizer, find_tokenizer
 from trtlab.storage.files import TensorFile
 from trtlab.storage.lazy import LazyTensor, in_memory
-from trtlab.storage.opening import Opening, Reopenable
 from trtlab.storage.paths import PathLike, absolute_path
+from trtlab.storage.pickle_by_path import Opening, Reopenable
 from trtlab.validation import shorten
 
 

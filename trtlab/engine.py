@@ -20,7 +20,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import BackendName, SessionConfig
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
-from trtlab.convert.kinds import ENGINE, open_folder
+from trtlab.convert.folder_kinds import ENGINE, open_folder
 from trtlab.convert.trtllm import rank_dtypes, rank_shapes
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.convert.trtllm_ranks import rank_file

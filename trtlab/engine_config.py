@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import ValidationInfo, model_validator
 
 from trtlab.config.build import BuildConfig
-from trtlab.convert.kinds import ENGINE, refuse_other_kind
+from trtlab.convert.folder_kinds import ENGINE, refuse_other_kind
 from trtlab.convert.trtllm_config import TrtllmConfig
 from trtlab.errors import EngineError
 from trtlab.storage.json_files import ByFields, Count, Listed, OpenObject, read_model

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from trtlab.config.model import DtypeName, ModelConfig, PositiveFloat32, RotaryKind, RotaryScaling
 from trtlab.convert.families import FAMILIES, find_architecture
 from trtlab.convert.families.family import Family
+from trtlab.convert.folder_kinds import HUGGING_FACE, refuse_other_kind
 from trtlab.convert.hugging_face_keys import IGNORED, IGNORED_ENDINGS, ROPE_UNSUPPORTED, SCALES, UNSUPPORTED
-from trtlab.convert.kinds import HUGGING_FACE, refuse_other_kind
 from trtlab.convert.rope_scaling import StoredScaling
 from trtlab.errors import CheckpointError
 from trtlab.ops.torch import ACTIVATIONS

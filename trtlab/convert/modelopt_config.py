@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from trtlab.config.model import ModelConfig, dtype_name
+from trtlab.convert.folder_kinds import HUGGING_FACE, open_folder
 from trtlab.convert.hugging_face_config import REMEDY, HuggingFaceConfig
-from trtlab.convert.kinds import HUGGING_FACE, open_folder
 from trtlab.convert.rope_scaling import scaling_to_json
 from trtlab.errors import CheckpointError
 from trtlab.storage.foreign_objects import check_unknown_keys

@@ -12,7 +12,7 @@ from trtlab.config.mapping import MOST_RANKS, Mapping
 from trtlab.config.model import ModelConfig, PositiveFloat32, RotaryScaling
 from trtlab.convert.families import FAMILIES
 from trtlab.convert.families.family import Family
-from trtlab.convert.kinds import CHECKPOINT, refuse_other_kind
+from trtlab.convert.folder_kinds import CHECKPOINT, refuse_other_kind
 from trtlab.convert.quantization import StoredQuantization, quantization_extras, quantization_to_json
 from trtlab.convert.rope_scaling import StoredScaling, scaling_to_json
 from trtlab.convert.trtllm_spellings import current_spelling
