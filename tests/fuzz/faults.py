@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -41,6 +42,11 @@ def _connect(journey: Journey) -> None:
         end.connect_ex(("127.0.0.1", 9))
 
 
+def _write_elsewhere(journey: Journey) -> None:
+    with contextlib.suppress(FileNotFoundError):  # to try is enough to be found, and leaves nothing behind
+        open("/elsewhere/file", "w").close()  # noqa: PTH123 - as any library might
+
+
 def _leave_half(path: Path) -> None:
     (path.parent / ".half.partial").mkdir()
     raise CheckpointError("cannot be written")
@@ -56,7 +62,7 @@ FAULTS: dict[str, tuple[Callable[[Journey], object], str]] = {
     "a question": (lambda journey: input(), "the user was asked a question"),
     "the network": (_connect, "not allowed: socket.connect"),
     "another program": (lambda journey: subprocess.run(["true"], check=True), "not allowed: subprocess.Popen"),
-    "a file elsewhere": (lambda journey: open("/tmp/elsewhere", "w").close(), "not allowed: wrote /tmp/elsewhere"),  # noqa: PTH123
+    "a file elsewhere": (_write_elsewhere, "not allowed: wrote /elsewhere/file"),
     "a changed model": (lambda journey: (journey.folder / "config.json").unlink(), "changed the model's folder"),
     "half a save": (lambda journey: journey.save(_leave_half), "left over: ['.half.partial']"),
     "a temporary folder": (lambda journey: tempfile.mkdtemp(), "temporary files are left"),
