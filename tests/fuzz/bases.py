@@ -22,7 +22,7 @@ from trtlab.tensorrt.library import library
 
 from ..models import random_texts, small_config, telling_weights, write_byte_fallback_tokenizer
 from ..models import write_byte_level_tokenizer as write_byte_level
-from .folder import Files, read
+from .folder import Files, Link, read
 
 TINY: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "head_size": 4, "intermediate_size": 24}
 HUGGING_FACE: dict[str, Any] = {
@@ -187,8 +187,6 @@ def tokenizer(kind: str = "byte level") -> Files:
 
 def in_a_hub_cache(files: Files) -> Files:
     """The same folder as huggingface_hub stores it: links into a folder of blobs."""
-    from .folder import Link
-
     blobs = {
         f"blobs/{hashlib.sha256(entry).hexdigest()}": entry for entry in files.values() if isinstance(entry, bytes)
     }

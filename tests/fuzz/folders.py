@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 
 from trtlab import Mapping
@@ -136,25 +137,20 @@ def _either(right: object) -> object:
     return use
 
 
-MADE: dict[str, Base] = {}
-
-
+@cache
 def _make_bases() -> list[Base]:
-    if not MADE:
-        folders = [
-            Base("hugging face", with_tokenizer(), hugging_face),
-            Base("vocab", {**with_tokenizer(), "special_tokens_map.json": b'{"bos_token": "<s>"}'}, hugging_face),
-            Base("shards", bases.sharded(), hugging_face),
-            Base("hub cache", bases.in_a_hub_cache(with_tokenizer()), hugging_face, at="snapshots/abc"),
-            Base("meta", bases.meta(), meta),
-            Base("two ranks", bases.checkpoint(Mapping(tp_size=2)), stored),
-            Base("quantized", bases.quantized("W8A16"), stored),
-            Base("engine", bases.engine(), open_engine),
-            Base("engine of two ranks", bases.engine(Mapping(pp_size=2)), open_engine),
-            Base("engine with a plan", bases.engine_with_plan(), open_engine),
-        ]
-        MADE.update({base.name: base for base in folders})
-    return list(MADE.values())
+    return [
+        Base("hugging face", with_tokenizer(), hugging_face),
+        Base("vocab", {**with_tokenizer(), "special_tokens_map.json": b'{"bos_token": "<s>"}'}, hugging_face),
+        Base("shards", bases.sharded(), hugging_face),
+        Base("hub cache", bases.in_a_hub_cache(with_tokenizer()), hugging_face, at="snapshots/abc"),
+        Base("meta", bases.meta(), meta),
+        Base("two ranks", bases.checkpoint(Mapping(tp_size=2)), stored),
+        Base("quantized", bases.quantized("W8A16"), stored),
+        Base("engine", bases.engine(), open_engine),
+        Base("engine of two ranks", bases.engine(Mapping(pp_size=2)), open_engine),
+        Base("engine with a plan", bases.engine_with_plan(), open_engine),
+    ]
 
 
 def kinds() -> dict[str, Kind]:

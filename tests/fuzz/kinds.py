@@ -8,7 +8,7 @@ from random import Random
 
 from .folder import Files
 from .journeys import Journey
-from .json_edits import JsonEdits, broken_text
+from .json_edits import JsonEdits
 
 Edit = Callable[[Files, Random], str]  # changes the files, and says what it did
 
@@ -45,20 +45,6 @@ def json_edit(name: str, edits: JsonEdits) -> Edit:
         if not isinstance(text, bytes):
             return "nothing"
         files[name], what = edits.change_text(text, rng)
-        return f"{name}: {what}"
-
-    return edit
-
-
-def bytes_edit(*names: str) -> Edit:
-    """An edit of the bytes of one of the named files."""
-
-    def edit(files: Files, rng: Random) -> str:
-        present = [name for name in names if isinstance(files.get(name), bytes)]
-        if not present:
-            return "nothing"
-        name = rng.choice(present)
-        files[name], what = broken_text(files[name], rng)  # type: ignore[arg-type]
         return f"{name}: {what}"
 
     return edit
