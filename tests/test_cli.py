@@ -241,6 +241,8 @@ def test_a_remedy_that_is_followed_works(mistake, remedy, followed, engine_dir, 
         ),
         ("run --engine_dir x --input_text y --max_new_tokens 3", "did you mean --max_output_len?"),
         ("run --engine_dir x --input_text y junk", "trtlab run: unknown argument junk; see trtlab run --help"),
+        ("run --engine_dir x --input_text y [(", "trtlab run: unknown argument [(; see trtlab run --help"),
+        ("run --engine_dir x --input_text y --comand", "trtlab run: unknown argument --comand; see trtlab run --help"),
     ],
 )
 def test_an_argument_that_is_not_understood_is_one_line_and_status_2(line, words, capsys):

@@ -204,14 +204,18 @@ class _Parser(argparse.ArgumentParser):
 def _unknown(flag: str, options: argparse.Namespace) -> str:
     """What is wrong with an argument that the command does not take, and what was meant."""
     name = flag.split("=")[0]
-    others = [other.prog for other in options.commands.values() if re.search(rf"{name}\b", other.format_usage())]
-    here = FLAG_OF_ARGUMENT.get(name.removeprefix("--"))
+    known, here = _flags(options.parser), f"--{FLAG_OF_ARGUMENT.get(name.removeprefix('--'))}"
+    others = [other.prog for other in options.commands.values() if name in _flags(other)]
     meant = (
-        (f"did you mean --{here}?" if here in vars(options) else None)
-        or (f"{others[0]} takes it" if name.startswith("--") and others else None)
-        or did_you_mean(name, [f"--{known}" for known in vars(options)])
+        (f"did you mean {here}?" if here in known else None)
+        or (f"{others[0]} takes it" if others else None)
+        or did_you_mean(name, known)
     )
     return f"unknown argument {flag}" + (f"; {meant}" if meant else "")
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--\w+", parser.format_usage())
 
 
 def _parser() -> argparse.ArgumentParser:
