@@ -24,15 +24,29 @@ def test_70_billion_parameters_need_a_fraction_of_the_usual_210_gigabytes():
     assert peak.total < 25e9
 
 
-def test_a_quantization_that_does_not_fit_is_refused_before_a_weight_is_read(checkpoint, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("algorithm", "on_disk", "remedy"),
+    [
+        ("W8A16", False, "give output_dir"),
+        ("W8A16", True, "free memory, or quantize on a machine that has more"),
+        ("FP8", False, "give output_dir, fewer texts or shorter ones"),
+        ("FP8", True, "give fewer texts or shorter ones"),
+    ],
+)
+def test_a_quantization_that_does_not_fit_is_refused_before_a_weight_is_read(
+    checkpoint, texts, monkeypatch, tmp_path, algorithm, on_disk, remedy
+):
     def refuse():
         raise AssertionError("a weight was read")
 
     unread = {name: LazyTensor(t.shape, t.dtype, refuse) for name, t in checkpoint.tensors.items()}
     monkeypatch.setattr("trtlab.quantize.peak.free_bytes", lambda: 10_000)
-    for where, words in (({}, "give output_dir, fewer texts"), ({"output_dir": tmp_path / "x"}, "give fewer texts")):
-        with pytest.raises(QuantizeError, match=rf"quantizing takes about .*this machine has free; {words}"):
-            type(checkpoint)(checkpoint.config, unread, "unread").quantize(QuantConfig("W8A16"), **where)
+    quant = QuantConfig(algorithm)
+    with pytest.raises(QuantizeError, match=r"quantizing takes about .*this machine has free; ") as caught:
+        type(checkpoint)(checkpoint.config, unread, "unread").quantize(
+            quant, texts if quant.reads_texts else None, tmp_path / "x" if on_disk else None
+        )
+    assert caught.value.remedy == remedy
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,8 +54,12 @@ class Peak(Shown):
                 f"quantizing takes about {size(self.total)}: {size(self.layer)} for one layer in both forms, "
                 f"{size(self.hidden + self.statistics)} for calibration, {size(self.kept)} for the result",
                 expected=f"at most {size(free)}, which this machine has free",
-                remedy=f"give {'output_dir, ' if self.kept else ''}fewer texts or shorter ones",
+                remedy=self._remedy(),
             )
+
+    def _remedy(self) -> str:
+        given = ["output_dir"] * bool(self.kept) + ["fewer texts or shorter ones"] * bool(self.hidden)
+        return f"give {', '.join(given)}" if given else "free memory, or quantize on a machine that has more"
 
 
 def predict(
