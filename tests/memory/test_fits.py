@@ -66,6 +66,16 @@ def test_a_smaller_pool_may_fit(random_model, memory):
         engine.session(SessionConfig(max_tokens_in_paged_kv_cache=256), backend="torch", device="cpu").close()
 
 
+def test_the_remedy_for_a_pool_that_was_asked_for_works(random_model, memory):
+    checkpoint = Checkpoint.from_hugging_face(random_model())
+    with checkpoint.build(BuildConfig(max_batch_size=2, max_num_tokens=64), plan=False) as engine:
+        memory(4 * 10**6)
+        with pytest.raises(EngineError, match=r"of KV for 1,000,000 tokens") as caught:
+            engine.session(SessionConfig(max_tokens_in_paged_kv_cache=10**6), backend="torch", device="cpu")
+        setting, _, tokens = caught.value.remedy.removeprefix("lower ").partition(" to ")
+        engine.session(SessionConfig(**{setting: int(tokens)}), backend="torch", device="cpu").close()
+
+
 def test_a_pool_in_half_the_bytes_may_fit(random_model, memory):
     checkpoint = Checkpoint.from_hugging_face(random_model())
     small = checkpoint.quantize(QuantConfig(kv_cache_quant_algo="INT8"), calibration=[[3, 4, 5, 6]])

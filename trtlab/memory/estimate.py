@@ -78,6 +78,11 @@ class RankEstimate:
         return sum(self.weights.values())
 
     @property
+    def kv_pool_tokens(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self.kv_pool_bytes // self.kv_bytes_per_token
+
+    @property
     def total_bytes(self) -> int:
         """Weights, the whole KV pool, the activations of the largest step and the tables."""
         return self.weight_bytes + self.kv_pool_bytes + self.activation_bytes + self.table_bytes
@@ -155,11 +160,12 @@ class Estimate(Shown):
 
     def _refuse(self, available_bytes: float, where: str) -> NoReturn:
         need, build = self.largest, self.build_config
+        bounds = f"max_batch_size {build.max_batch_size} x max_seq_len {build.seq_len}"
+        pool = bounds if need.kv_pool_tokens == pool_tokens(build) else f"{need.kv_pool_tokens:,}"
         tables = f", {size(need.table_bytes)} of tables of positions and blocks" if need.table_bytes else ""
         raise EngineError(
             f"rank {need.rank} needs {size(need.total_bytes)}: {size(need.weight_bytes)} of weights, "
-            f"{size(need.kv_pool_bytes)} of KV for max_batch_size {build.max_batch_size} x max_seq_len "
-            f"{build.seq_len} tokens, {size(need.activation_bytes)} of activations{tables}",
+            f"{size(need.kv_pool_bytes)} of KV for {pool} tokens, {size(need.activation_bytes)} of activations{tables}",
             expected=f"at most {size(available_bytes)}, which {where} has free",
             remedy=self._remedy(available_bytes),
         )
@@ -168,6 +174,8 @@ class Estimate(Shown):
         build, need = self.build_config, self.largest
         reserve = need.activation_bytes + need.table_bytes
         tokens = self.kv_tokens(available_bytes, reserve_bytes=reserve)
+        if tokens and need.kv_pool_tokens != pool_tokens(build):  # the session's settings chose the pool
+            return f"lower max_tokens_in_paged_kv_cache to {tokens}"
         batch = tokens // (pool_tokens(build) // build.max_batch_size)
         if 0 < batch < build.max_batch_size:
             return f"lower max_batch_size to {batch}, or max_seq_len"
