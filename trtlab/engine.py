@@ -19,9 +19,9 @@ from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.session import BackendName, SessionConfig
-from trtlab.convert.check import check_dtype, check_layers, check_tensors
+from trtlab.convert.check import check_layers
 from trtlab.convert.folder_kinds import ENGINE, open_folder
-from trtlab.convert.trtllm import rank_dtypes, rank_shapes
+from trtlab.convert.trtllm import fitting_ranks, same_layout
 from trtlab.convert.trtllm_config import config_to_json
 from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.engine_command import build_command
@@ -199,20 +199,21 @@ class Engine(Shown):
         with naming(folder / "config.json", remedy=BUILD_AGAIN):
             config, mapping, layout = stored.pretrained_config.to_settings()
         files = [folder / rank_file(rank) for rank in mapping.ranks]
-        ranks = [open_safetensors(file) for file in files] if has_file(files[0], error=EngineError) else []
-        if ranks:
-            check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, ranks)))
+        opened = [open_safetensors(file) for file in files] if has_file(files[0], error=EngineError) else []
+        if opened:
+            check_layers(folder.name, config.num_hidden_layers, mapping.pp_size * max(map(len, opened)))
         elif not stored.plans:
             raise EngineError(f"{folder} has no weights and no plan to run", remedy=COPY_OR_BUILD)
-        for rank, tensors in enumerate(ranks):
-            check_tensors(files[rank].name, tensors, rank_shapes(config, mapping, rank, layout))
-            check_dtype(files[rank].name, tensors, rank_dtypes(config, mapping, rank, layout))
+        in_files = dict(enumerate(opened))
+        ranks = fitting_ranks(folder.name, config, mapping, layout, in_files)
         known = stored.provenance
         prints, digests = known.fingerprints or (), known.digests or ()
-        if ranks and prints and prints != tuple(map(fingerprint, ranks)):
+        if opened and prints and prints != tuple(map(fingerprint, opened)):
             raise EngineError(f"{folder} holds other weights than it was built from", remedy=COPY_OR_BUILD)
-        if verify and ranks:
-            verify_weights(folder, ranks, digests)
+        if verify and opened:
+            verify_weights(folder, opened, digests)
+        if not same_layout(in_files, ranks):  # written by an older version: its files are not to be linked
+            files, prints, digests = [], tuple(map(fingerprint, ranks.values())), ()
         if stored.plans and len(stored.plans) != len(mapping.ranks):
             counts = f"{len(stored.plans)} plans for {len(mapping.ranks)} rank{'s' * (len(mapping.ranks) > 1)}"
             raise EngineError(f"{folder} has {counts}", remedy=COPY_OR_BUILD)
@@ -222,7 +223,7 @@ class Engine(Shown):
             stored.build_config,
             mapping,
             layout,
-            ranks,
+            list(ranks.values()),
             known.source or f"engine {folder.name}",
             find_tokenizer(folder),
             files if ranks else [],

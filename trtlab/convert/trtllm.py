@@ -21,6 +21,7 @@ from trtlab.convert.trtllm_ranks import (
     check_same_conversion,
     pad_short_tables,
     rank_file,
+    with_merged_scales,
     without_dummy_scales,
 )
 from trtlab.errors import CheckpointError
@@ -80,22 +81,22 @@ def read_checkpoint(
     check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, files.values())))
     config = _with_dense_bias(config, files)
     in_files = plain_linears(config) if is_plain else config
-    ranks = _fitting_ranks(ckpt_dir.name, in_files, mapping, layout, files)
+    ranks = fitting_ranks(ckpt_dir.name, in_files, mapping, layout, files)
     if rank is None or is_plain:
         check_same_conversion(ckpt_dir.name, in_files, mapping, layout, ranks)
     tensors = unshard(in_files, mapping, layout, ranks.__getitem__) if rank is None or is_plain else ranks[rank]
-    is_exact = not is_plain and all(_layout(files[r]) == _layout(ranks[r]) for r in ranks)
+    is_exact = not is_plain and same_layout(files, ranks)
     return StoredCheckpoint(config, mapping, layout, tensors, stored.provenance.source, is_plain, is_exact)
 
 
-def _fitting_ranks(
+def fitting_ranks(
     folder: str, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, files: Ranks
 ) -> dict[int, dict[str, LazyTensor]]:
-    """The tensors that each rank's file must hold, without buffers and in their dtypes.
+    """The tensors that each rank must have, from files of any version: without buffers, and in their dtypes.
 
     Raises CheckpointError where they do not fit the config.
     """
-    ranks = without_buffers(folder, config, files)
+    ranks = with_merged_scales(without_buffers(folder, config, files), config, mapping)
     for r, contents in ranks.items():
         where = f"{folder}/{rank_file(r)}"
         _check_scales(where, config, contents)
@@ -126,6 +127,11 @@ def _device_layout(folder: str, config: ModelConfig) -> CheckpointError:
         "only TensorRT-LLM on such a GPU reads",
         remedy="convert the model with unquantized weights and quantize it here, or from its Hugging Face folder",
     )
+
+
+def same_layout(files: Ranks, ranks: Ranks) -> bool:
+    """Whether the files hold the tensors of these ranks and no others, each in its dtype."""
+    return all(_layout(files[rank]) == _layout(ranks[rank]) for rank in ranks)
 
 
 def _layout(tensors: abc.Mapping[str, LazyTensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

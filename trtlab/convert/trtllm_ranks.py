@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import abc
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from trtlab.config.algorithms import MERGED_KV_SCALE
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.errors import CheckpointError
-from trtlab.model.names import EMBEDDING, HEAD, split_layer_name
+from trtlab.model.names import EMBEDDING, HEAD, layer_name, split_layer_name
 from trtlab.parallel.shard import EmbeddingLayout, copies
 from trtlab.storage.lazy import LazyTensor, raw_bytes
 from trtlab.storage.paths import reading
@@ -125,3 +128,26 @@ def without_dummy_scales(tensors: abc.Mapping[str, LazyTensor], config: ModelCon
     algorithm = config.quantization.algorithm
     dummies = DUMMY_SCALES if algorithm is not None and algorithm.per_token else ()
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(dummies)}
+
+
+def with_merged_scales(ranks: Ranks, config: ModelConfig, mapping: Mapping) -> dict[int, dict[str, LazyTensor]]:
+    """The tensors of each rank with the merged scale beside those of K and V, which older folders of trtlab lack.
+
+    It is the largest scale of the layer, of which each tensor-parallel rank may hold some heads.
+    """
+    cache = config.quantization.kv_algorithm
+    own = () if cache is None or MERGED_KV_SCALE in cache.tensors else cache.tensors
+    completed = {rank: dict(tensors) for rank, tensors in ranks.items()}
+    for rank, tensors in completed.items() if own else ():
+        group = [ranks[other] for other in mapping.tp_group(rank) if other in ranks]
+        for layer in range(len(mapping.layers(rank, config.num_hidden_layers))):
+            names = [layer_name(layer, part) for part in own]
+            scales = [member[name] for member in group for name in names if name in member]
+            if scales:
+                merged = LazyTensor((1,), torch.float32, partial(_largest, scales))
+                tensors.setdefault(layer_name(layer, MERGED_KV_SCALE), merged)
+    return completed
+
+
+def _largest(scales: Sequence[LazyTensor]) -> torch.Tensor:
+    return torch.cat([scale.read().flatten() for scale in scales]).amax().reshape(1)
