@@ -58,9 +58,7 @@ def test_a_field_of_other_settings_is_answered_with_their_class_and_a_call(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_example_of_each_class_is_code_that_makes_it(kind):
-    call = USAGE[kind.__name__]
-    code = call[call.index(kind.__name__) : -1]
-    assert isinstance(eval(code), kind)
+    assert isinstance(eval(USAGE[kind.__name__][1]), kind)
 
 
 @pytest.mark.parametrize(

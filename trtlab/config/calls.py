@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, g
 from pydantic import TypeAdapter, ValidationError
 
 from trtlab.config.base import STRICT, Settings, normalize, python_code
-from trtlab.config.names import USAGE, belongs_to, code, field_called, field_like, usage, value_meant
+from trtlab.config.names import belongs_to, code, field_called, field_like, usage, value_meant
 from trtlab.errors import ConfigError
 from trtlab.validation import choices, combine, describe, did_you_mean, fields_of, options, problems, shorten
 
@@ -55,40 +55,39 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _call(function: Callable[..., Any]) -> Call:
     """What is known of a function; read at its first call, when all names in its annotations exist."""
-    hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
-    checks = {name: hints[name] for name in signature.parameters if name in hints and _is_simple(hints[name])}
-    kinds = {name: kind for name, hint in checks.items() for kind in options(hint) if _is_settings(kind)}
-    adapters = {name: TypeAdapter(hint, config=STRICT) for name, hint in checks.items() if name not in kinds}
-    outer = {name: hints[name] for name in signature.parameters if name in hints and name not in checks}
-    outer = {name: hint for name, hint in outer.items() if not _has_protocol(hint) or len(options(hint)) == 1}
-    return Call(function.__qualname__.removesuffix(".__init__"), signature, {**outer, **checks}, kinds, adapters)
+    annotations = typing.get_type_hints(function, include_extras=True)
+    hints = {name: annotations[name] for name in signature.parameters if name in annotations}
+    adapters = {name: TypeAdapter(hint, config=STRICT) for name, hint in hints.items() if _is_plain(hint)}
+    kinds = {name: _kinds(hint) for name, hint in hints.items() if name not in adapters and _kinds(hint)}
+    return Call(function.__qualname__.removesuffix(".__init__"), signature, hints, adapters, kinds)
 
 
-def _is_simple(hint: Any) -> bool:
-    """Whether an adapter checks all of a value: plain types, settings, and sequences of items with bounds."""
+def _is_plain(hint: Any) -> bool:
+    """Whether an adapter checks all of a value: plain types, and sequences of items with bounds."""
     if get_origin(hint) in (Sequence, tuple):
-        return all(get_origin(item) is not None and _is_simple(item) for item in get_args(hint))
+        return all(get_origin(item) is not None and _is_plain(item) for item in get_args(hint))
     plain = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options(hint)]
-    return all(kind in SIMPLE or get_origin(kind) is Literal or _is_settings(kind) for kind in plain)
+    return all(kind in SIMPLE or get_origin(kind) is Literal for kind in plain)
 
 
-def _is_settings(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Settings)
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of which a value must have one, as far as its outside shows; empty where the function must look."""
+    kinds = options(hint)
+    bases = [get_origin(kind) or kind for kind in kinds]
+    anything = any(not isinstance(base, type) or base in (Any, Sequence, os.PathLike) for base in bases)
+    return () if anything or (len(kinds) > 1 and any(map(_is_protocol, bases))) else kinds
 
 
-def _has_protocol(hint: Any) -> bool:
-    return any(getattr(kind, "_is_protocol", False) and kind.__module__.startswith("trtlab.") for kind in options(hint))
+def _is_protocol(kind: type) -> bool:
+    return getattr(kind, "_is_protocol", False)
 
 
 def _admits(kind: Any, value: object) -> bool:
-    """Whether a value may be of a type, as far as its outside shows."""
     base = get_origin(kind) or kind
     if base is type:
         return isinstance(value, type) and issubclass(value, get_args(kind))
-    if not isinstance(base, type) or base in (Any, Sequence, os.PathLike):  # arrays and tensors serve as a Sequence
-        return True
-    if _has_protocol(base):
+    if _is_protocol(base):
         members = [name for name in vars(base) if not name.startswith("_")]
         return all(inspect.getattr_static(value, name, MISSING) is not MISSING for name in members)
     return isinstance(value, base)
@@ -96,32 +95,45 @@ def _admits(kind: Any, value: object) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """The signature of a public function, its types, and of these the settings and those that an adapter checks."""
+    """The signature of a public function and its types: those that an adapter checks, and those of other values."""
 
     name: str
     signature: inspect.Signature
     hints: Mapping[str, Any]
-    settings: Mapping[str, type[Settings]]
     adapters: Mapping[str, TypeAdapter[Any]]
+    kinds: Mapping[str, tuple[Any, ...]]
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, type[Settings]]:
+        """The arguments that are settings, with their class."""
+        classes = {name: [kind for kind in kinds if kind is not NoneType] for name, kinds in self.kinds.items()}
+        return {name: kinds[0] for name, kinds in classes.items() if all(issubclass(kind, Settings) for kind in kinds)}
 
     def bind(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> inspect.BoundArguments:
-        """The arguments of one call by name; ConfigError when they do not fit."""
+        """The arguments of one call by name, scalars as Python's; ConfigError when they do not fit."""
         try:
             bound = self.signature.bind(*values, **named)
         except TypeError:
             self._refuse_arguments(values, named)
             raise
         for name, value in bound.arguments.items():
-            if name in self.settings:
-                self._check_settings(name, value)
-            elif name in self.adapters:
-                bound.arguments[name] = self._value(name, value)
-            elif name in self.hints and not any(_admits(option, value) for option in options(self.hints[name])):
-                what, expected = f"{self.name}: {name} is not valid", describe(self.hints[name])
-                raise ConfigError(what, got=shorten(value), expected=expected)
+            bound.arguments[name] = self._value(name, value)
         return bound
 
     def _value(self, name: str, value: object) -> object:
+        if name in self.adapters:
+            return self._plain_value(name, value)
+        if name in self.kinds and not any(_admits(kind, value) for kind in self.kinds[name]):
+            meant = self._settings_meant(self.settings[name], value) if name in self.settings else None
+            raise ConfigError(
+                f"{self.name}: {name} is not valid",
+                got=shorten(value),
+                expected=describe(self.hints[name]),
+                remedy=f"use {meant}" if meant else None,
+            )
+        return value
+
+    def _plain_value(self, name: str, value: object) -> object:
         try:
             return self.adapters[name].validate_python(normalize(value))
         except ValidationError as error:
@@ -131,16 +143,9 @@ class Call:
             listed = [dataclasses.replace(each, field=name + each.field, remedy=remedy) for each in found]
             raise combine(ConfigError, listed, self.name) from error
 
-    def _check_settings(self, name: str, value: object) -> None:
-        kind, hint = self.settings[name], self.hints[name]
-        if isinstance(value, kind) or (value is None and NoneType in options(hint)):
-            return
-        raise ConfigError(
-            f"{self.name}: {name} is not valid",
-            got=shorten(value),
-            expected=describe(hint),
-            remedy=f"use {self._place_of(value) or settings_from(kind, value) or USAGE.get(kind.__name__)}",
-        )
+    def _settings_meant(self, kind: type[Settings], value: object) -> str | None:
+        """What to give in place of a value that is no such settings."""
+        return self._place_of(value) or settings_from(kind, value) or usage(kind)
 
     def _place_of(self, value: object) -> str | None:
         """The argument that takes this value, or another call that takes these settings."""
@@ -150,9 +155,7 @@ class Call:
         for name, hint in self.hints.items():
             if isinstance(value, str) and choices(hint) and (meant := value_meant(hint, value)) is not None:
                 return f"{name}={meant!r}"
-        if isinstance(value, Settings) and type(value).__name__ in USAGE:
-            return usage(type(value), python_code(value))
-        return None
+        return usage(type(value), python_code(value)) if isinstance(value, Settings) else None
 
     def _refuse_arguments(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Raise ConfigError for arguments that the signature does not bind."""
@@ -172,9 +175,8 @@ class Call:
         if unknown:
             self._refuse_names(unknown, known, given)
         for missing in [p.name for p in parameters if p.default is p.empty and p.name not in given]:
-            kind = self.settings.get(missing)
-            example = f"use {USAGE[kind.__name__]}" if kind is not None and kind.__name__ in USAGE else None
-            raise ConfigError(f"{self.name} needs {missing}", remedy=example)
+            example = usage(self.settings[missing]) if missing in self.settings else None
+            raise ConfigError(f"{self.name} needs {missing}", remedy=f"use {example}" if example else None)
 
     def _refuse_names(
         self, unknown: Mapping[str, object], known: Sequence[str], given: Mapping[str, object]

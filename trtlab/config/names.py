@@ -12,12 +12,12 @@ import torch
 from trtlab.config.docs import other_names
 from trtlab.validation import LONGEST_VALUE, choices, fields_of, shorten
 
-USAGE = {  # settings that a user makes, and a call that takes them
-    "BuildConfig": "checkpoint.build(BuildConfig(max_seq_len=512))",
-    "Mapping": "checkpoint.build(mapping=Mapping(tp_size=2))",
-    "QuantConfig": 'checkpoint.quantize(QuantConfig(quant_algo="W8A16"))',
-    "SamplingParams": "session.generate(prompt, SamplingParams(max_new_tokens=32))",
-    "SessionConfig": "engine.session(SessionConfig(enable_block_reuse=True))",
+USAGE = {  # settings that a user makes: a call that takes them, and an example
+    "BuildConfig": ("checkpoint.build({})", "BuildConfig(max_seq_len=512)"),
+    "Mapping": ("checkpoint.build(mapping={})", "Mapping(tp_size=2)"),
+    "QuantConfig": ("checkpoint.quantize({})", 'QuantConfig(quant_algo="W8A16")'),
+    "SamplingParams": ("session.generate(prompt, {})", "SamplingParams(max_new_tokens=32)"),
+    "SessionConfig": ("engine.session({})", "SessionConfig(enable_block_reuse=True)"),
 }
 OTHER_VALUES = {  # names that other tools have for a value
     "float32": ("fp32", "float", "single"),
@@ -71,11 +71,12 @@ def belongs_to(name: str, value: object, kinds: Iterable[type]) -> str | None:
     return None
 
 
-def usage(kind: type, settings: str) -> str:
-    """A call that takes these settings, given as Python code."""
-    example = USAGE[kind.__name__]
-    start = example.index(f"{kind.__name__}(")
-    return f"{example[:start]}{settings})"
+def usage(kind: type, settings: str | None = None) -> str | None:
+    """A call that takes these settings, given as Python code, or an example of them; None where no call is known."""
+    if kind.__name__ not in USAGE:
+        return None
+    call, example = USAGE[kind.__name__]
+    return call.format(settings or example)
 
 
 def code(kind: type, values: Mapping[str, object]) -> str:
