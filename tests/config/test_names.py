@@ -31,6 +31,8 @@ def refusal(kind, **values):
         (SamplingParams, "max_output_len", "max_new_tokens"),
         (SamplingParams, "stop_words", "stop"),
         (SamplingParams, "random_seed", "seed"),
+        (SamplingParams, "stop_token_id", "stop_token_ids"),
+        (SamplingParams, "temperture", "temperature"),
         (QuantConfig, "qformat", "quant_algo"),
         (QuantConfig, "kv_cache_dtype", "kv_cache_quant_algo"),
         (QuantConfig, "smoothquant", "smoothquant_val"),

@@ -62,22 +62,6 @@ def test_a_seed_beyond_64_bits_is_refused(seed):
         SamplingParams(seed=seed)
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("max_tokens", "max_new_tokens"),
-        ("max_output_len", "max_new_tokens"),
-        ("random_seed", "seed"),
-        ("stop_words", "stop"),
-        ("stop_token_id", "stop_token_ids"),
-        ("temperture", "temperature"),
-    ],
-)
-def test_another_name_of_a_field_is_told_the_right_one(name, meant):
-    with pytest.raises(ConfigError, match=rf"SamplingParams.{name} is unknown; did you mean {meant}."):
-        SamplingParams(**{name: 5})
-
-
 @pytest.mark.parametrize("values", [{"end_id": -2}, {"end_id": True}, {"stop_token_ids": [-1]}, {"stop_token_ids": 5}])
 def test_what_is_no_token_id_is_refused(values):
     with pytest.raises(ConfigError, match=rf"SamplingParams.{next(iter(values))}"):

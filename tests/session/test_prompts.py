@@ -21,15 +21,6 @@ from trtlab.session.request import Completion
 FREE = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def talk(talking_model):
-    engine = Checkpoint.from_hugging_face(talking_model).build(
-        BuildConfig(max_seq_len=96, max_input_len=64, max_batch_size=3), plan=False
-    )
-    with engine.session(backend="torch", device="cpu") as session:
-        yield session
-
-
 # --- kinds of prompts
 
 IDS = [5, 17, 3]

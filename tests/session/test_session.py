@@ -82,15 +82,6 @@ def test_logits_beside_running_requests_disturb_nobody(random_model, open_sessio
     assert tokens([request.result() for request in requests]) == tokens(one_by_one)
 
 
-@pytest.fixture(scope="module")
-def talk(talking_model):
-    engine = Checkpoint.from_hugging_face(talking_model).build(
-        BuildConfig(max_seq_len=96, max_input_len=64, max_batch_size=3), plan=False
-    )
-    with engine.session(backend="torch", device="cpu") as session:
-        yield session
-
-
 prompts = st.text(alphabet="the cat日🙂é", min_size=1, max_size=8)
 
 
