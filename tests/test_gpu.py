@@ -112,6 +112,7 @@ def test_a_session_that_does_not_fit_says_so_and_leaves_room_for_one_that_does()
         {"kv_cache_quant_algo": "FP8"},
         {"quant_algo": "W8A16"},
         {"quant_algo": "W4A16_AWQ"},
+        {"quant_algo": "W4A16_AWQ", "quantize_lm_head": True},
         {"quant_algo": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"},
         {"quant_algo": "FP8"},
     ],

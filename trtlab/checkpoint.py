@@ -29,7 +29,6 @@ from trtlab.convert.trtllm_config import config_to_json, provenance
 from trtlab.convert.trtllm_ranks import rank_file
 from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError
-from trtlab.model.names import EMBEDDING, HEAD
 from trtlab.model.tensor_specs import plain_linears, tensor_specs
 from trtlab.parallel.launch import on_rank_zero
 from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
@@ -340,8 +339,7 @@ class QuantizedCheckpoint(Checkpoint):
             exported = cls.load(scratch, hf_config=source)
             config = exported.config.replace(vocab_size=plain.config.vocab_size)
             tensors = {  # AWQ exports pad the vocabulary
-                name: tensor.narrow(0, 0, config.vocab_size) if name in (EMBEDDING, HEAD) else tensor
-                for name, tensor in exported.tensors.items()
+                name: exported.tensors[name].narrow(0, 0, spec.shape[0]) for name, spec in tensor_specs(config).items()
             }
             QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
         return cls.load(output_dir)

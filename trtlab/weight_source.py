@@ -88,4 +88,5 @@ def require_same_model(engine: ModelConfig, checkpoint: ModelConfig) -> tuple[st
 
 def _recipe(quant: QuantConfig) -> str:
     cache = f"{quant.kv_cache_quant_algo} KV cache" if quant.kv_cache_quant_algo else None
-    return " with ".join(name for name in (quant.quant_algo, cache) if name) or "plain weights"
+    head = "quantized head" if quant.quantizes_head else None
+    return " with ".join(name for name in (quant.quant_algo, head, cache) if name) or "plain weights"

@@ -23,7 +23,7 @@ from trtlab.quantize.report import LinearReport
 from trtlab.quantize.study import Study, study
 
 from .live import Dashboard, LiveFigure, labelled
-from .scale_figure import LINEARS, Moving, change, figure, moving, short
+from .scale_figure import LINEARS, Moving, change, figure, kinds, moving, short
 
 SEARCHED = "searched"
 LISTED = 8  # rows of the still view, at most
@@ -161,9 +161,10 @@ class ScaleExplorer(Dashboard):
         self._back.on_click(self._reset)
 
     def _click(self, trace: int, point: int) -> None:
-        if not self.study.linears or trace >= len(LINEARS):
+        bars = kinds(self.study)
+        if not self.study.linears or trace >= len(bars):
             return
-        name = next(s.name for s in self.study.linears if (s.layer, s.linear) == (point, LINEARS[trace]))
+        name = [linear.name for linear in self.study.linears if linear.linear == bars[trace]][point]
         self._excluded = self._excluded ^ {name}
         if self.shown.value == name:
             self._show()

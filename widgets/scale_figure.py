@@ -15,13 +15,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from trtlab.card import size
-from trtlab.model.blocks import SITES
+from trtlab.model.blocks import LAYER_SITES, LM_HEAD
 from trtlab.quantize.study import BINS, CHANNELS, LinearStudy, Study, Trial
 
-LINEARS = tuple(SITES)  # in execution order
+LINEARS = tuple(LAYER_SITES)  # in execution order; the head has a place of its own behind the last layer
 # Okabe and Ito's palette, which colour-blind readers can distinguish; the hover text also names the linears.
 PALETTE = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
-COLOURS = {part: PALETTE[place % len(PALETTE)] for place, part in enumerate(LINEARS)}
+COLOURS = {part: PALETTE[place % len(PALETTE)] for place, part in enumerate(LINEARS)} | {LM_HEAD.part: "#F0E442"}
 BEFORE, AFTER = "#7F7F7F", "#CC79A7"
 PLACES = len(LINEARS) + 1  # of a layer on the axis, with a gap
 SHARES = [2 * place / (BINS - 1) - 1 for place in range(BINS)]
@@ -49,7 +49,7 @@ def figure(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
     """The picture of a study with one setting of its controls.
 
     Number and order of the traces are the same for all settings of one study. The first traces are the error bars, one
-    for each entry of LINEARS; the index of a point in them is its layer.
+    for each entry of ``kinds``; the index of a point in them is its layer.
 
     Args:
         study: All trials.
@@ -74,11 +74,16 @@ def moving(study: Study, alpha: float | None, scales: str, excluded: frozenset[s
         one = next(linear for linear in study.linears if linear.name == shown)
         traces += [{"y": y} for pair in _numbers(one, one.trials[alpha]) for y in pair]
         heading = f"<b>{short(shown)}</b>, {_panels(study)[0]}"
-        traces += [{}] * len(LINEARS)  # the legend's
+        traces += [{}] * len(kinds(study))  # the legend's
     if study.caches:
         for bits in ([row.k_bits for row in study.caches[scales]], [row.v_bits for row in study.caches[scales]]):
             traces.append({"y": bits, "text": ["" if number is None else f"{number:.1f}" for number in bits]})
     return Moving(tuple(traces), _words(study, trials, excluded), heading)
+
+
+def kinds(study: Study) -> tuple[str, ...]:
+    """The linears that a layer may have, and the head where the study has one."""
+    return (*LINEARS, *(linear.linear for linear in study.linears if linear.layer is None))
 
 
 def change(figure: go.Figure, new: Moving, old: Moving | None = None) -> None:
@@ -117,7 +122,7 @@ def _errors(study: Study, trials: Sequence[Trial], excluded: frozenset[str], sho
     tops = [_finite(trial.row.snr_db) for trial in trials]
     is_excluded = [linear.name in excluded for linear in study.linears]
     bars: list[dict[str, Any]] = []
-    for kind in LINEARS:
+    for kind in kinds(study):
         mine = [i for i, linear in enumerate(study.linears) if linear.linear == kind]
         bars.append(
             {
@@ -178,7 +183,7 @@ def _still(study: Study) -> go.Figure:
     if study.linears:
         _still_linears(figure, study)
         _still_numbers(figure, study)
-        _still_legend(figure)
+        _still_legend(figure, study)
     if study.caches:
         _still_caches(figure, study, len(rows), 6 // len(rows[-1]) * (len(rows[-1]) - 1) + 1)
     figure.update_layout(
@@ -235,8 +240,9 @@ def _subplots(rows: Sequence[Sequence[str]]) -> go.Figure:
 
 
 def _still_linears(figure: go.Figure, study: Study) -> None:
-    places = {linear.name: linear.layer * PLACES + LINEARS.index(linear.linear) for linear in study.linears}
-    for kind in LINEARS:
+    layers = 1 + max((linear.layer for linear in study.linears if linear.layer is not None), default=-1)
+    places = {linear.name: _place(linear, layers) for linear in study.linears}
+    for kind in kinds(study):
         x = [places[linear.name] for linear in study.linears if linear.linear == kind]
         look = {"color": COLOURS[kind], "width": 1.5}
         bars = go.Bar(name=kind, x=x, width=0.9, marker_line=look, showlegend=False)
@@ -262,12 +268,12 @@ def _still_linears(figure: go.Figure, study: Study) -> None:
     figure.update_yaxes(
         {"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1, "tickformat": ".0e"}, row=3, col=1
     )
-    layers = study.linears[-1].layer + 1
+    head = [linear.linear for linear in study.linears if linear.layer is None]
     for row, most in ((1, 16), (3, 8)):
         figure.update_xaxes(
-            tickvals=[layer * PLACES + (len(LINEARS) - 1) / 2 for layer in range(layers)],
-            ticktext=[f"layer {layer}" if layers <= most else str(layer) for layer in range(layers)],
-            range=[-1, layers * PLACES - 1],
+            tickvals=[layer * PLACES + (len(LINEARS) - 1) / 2 for layer in range(layers + len(head))],
+            ticktext=[*(f"layer {layer}" if layers <= most else str(layer) for layer in range(layers)), *head],
+            range=[-1, (layers + len(head)) * PLACES - 1],
             showgrid=False,
             zeroline=False,
             row=row,
@@ -275,9 +281,16 @@ def _still_linears(figure: go.Figure, study: Study) -> None:
         )
 
 
-def _still_legend(figure: go.Figure) -> None:
+def _place(linear: LinearStudy, layers: int) -> float:
+    """A linear's place on the axis; the head stands behind ``layers`` layers."""
+    if linear.layer is None:
+        return layers * PLACES + (len(LINEARS) - 1) / 2
+    return linear.layer * PLACES + LINEARS.index(linear.linear)
+
+
+def _still_legend(figure: go.Figure, study: Study) -> None:
     """Traces for the legend alone: the sign of a bar's trace would have the look of its first bar, excluded or not."""
-    for kind in LINEARS:
+    for kind in kinds(study):
         sign = go.Bar(name=kind, x=[None], y=[None], marker_color=COLOURS[kind], hoverinfo="skip", legendrank=1)
         figure.add_trace(sign, 1, 1)
 

@@ -44,8 +44,9 @@ RECIPES = st.builds(
     kv_cache_scales=st.sampled_from(["merged", "split", "per_head"]),
     group_size=st.just(64),
     scale_ranks=st.sampled_from([1, 1, 2]),
+    quantize_lm_head=st.booleans(),
     exclude_modules=st.sampled_from([(), ("*.mlp.proj",), ("*.0.attention.*", "*.gate")]),
-)
+).filter(lambda recipe: recipe.algorithm is not None or not recipe.quantize_lm_head)
 MAPPINGS = st.builds(Mapping, tp_size=st.sampled_from([1, 2, 4]), pp_size=st.sampled_from([1, 2]))
 LAYOUTS = st.builds(
     EmbeddingLayout,

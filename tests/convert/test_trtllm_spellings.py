@@ -184,14 +184,15 @@ def test_a_list_of_modules_replaces_the_default_of_tensorrt_llm(name):
     assert config.quantization.exclude_modules == patterns
 
 
-def test_a_list_without_the_head_would_quantize_it_when_an_engine_is_built():
+def test_a_list_without_the_head_quantizes_it_when_the_plain_form_is_read():
     weight_only = {"quant_algo": "W8A16", "exclude_modules": ["*.dense"]}
-    with pytest.raises(CheckpointError, match=r"leaves lm_head out.*quantize the head"):
-        read({"quantization": weight_only})
-    own = read({"quantization": weight_only, "trtlab": {"format": 1}})
-    assert own[0].quantization.exclude_modules == ("*.dense",)
-    listed = {**weight_only, "exclude_modules": ["*.dense", "lm_*"]}
-    assert read({"quantization": listed})[0].quantization.exclude_modules == ("*.dense", "lm_*")
+    assert read({"quantization": weight_only})[0].quantization.quantizes_head
+    own = read({"quantization": weight_only, "trtlab": {"format": 1}})[0].quantization
+    assert own.exclude_modules == ("*.dense",)
+    assert not own.quantizes_head, "trtlab's own section decides"
+    listed = read({"quantization": {**weight_only, "exclude_modules": ["*.dense", "lm_*"]}})[0].quantization
+    assert listed.exclude_modules == ("*.dense", "lm_*")
+    assert not listed.quantizes_head
 
 
 def test_a_group_size_counts_only_where_there_are_groups():

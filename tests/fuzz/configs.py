@@ -224,6 +224,7 @@ def _checkpoint_bases() -> list[Base]:
         "two stages": bases.checkpoint(Mapping(pp_size=2)),
         "weight only": bases.quantized("W8A16"),
         "AWQ": bases.quantized("W4A16_AWQ", group_size=64),
+        "AWQ with the head": bases.quantized("W4A16_AWQ", group_size=64, quantize_lm_head=True),
         "SmoothQuant": bases.quantized("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", kv_cache_quant_algo="INT8"),
         "FP8": bases.quantized("FP8", kv_cache_quant_algo="FP8"),
     }

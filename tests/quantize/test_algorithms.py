@@ -5,7 +5,7 @@ import torch
 
 from trtlab import QuantConfig
 from trtlab.config.algorithms import ALGORITHMS
-from trtlab.model.blocks import SITES
+from trtlab.model.blocks import LAYER_SITES
 from trtlab.model.scales import dequantize, pack_int4, unpack_int4
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, weight_only
 from trtlab.quantize.layer import CalibratedLayer, InputStatistics, LayerStatistics
@@ -128,7 +128,7 @@ def observed_layer(quant: QuantConfig) -> CalibratedLayer:
     tensors = random_checkpoint().tensors
     weights = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
     inputs, outputs, sampled = {}, {}, {}
-    for linear, site in SITES.items():
+    for linear, site in LAYER_SITES.items():
         if site.reads not in inputs:
             x = torch.randn(300, 256, generator=generator)
             x[:, [3, 17]] *= 12
@@ -206,4 +206,4 @@ def test_a_searched_alpha_is_no_worse_than_any_fixed_one():
         smoothquant._loss(inputs, layer, ("mlp.fc", "mlp.gate"), algorithm, alpha) for alpha in (0.0, 0.5, 1.0, best)
     ]
     assert min(losses) == losses[-1]
-    assert set(smoothquant.quantize_layer(layer).alphas) == set(SITES)
+    assert set(smoothquant.quantize_layer(layer).alphas) == set(LAYER_SITES)

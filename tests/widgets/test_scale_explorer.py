@@ -94,6 +94,18 @@ def test_a_click_excludes_and_a_second_one_takes_back(explorer):
         assert explorer.shown.value == PROJ
 
 
+def test_a_quantized_head_has_a_bar_behind_the_layers_that_a_click_excludes(tiny):
+    recipe = QuantConfig("W8A16", quantize_lm_head=True)
+    explorer = ScaleExplorer(tiny.quantize(recipe))
+    bar = explorer.figure.data[len(LINEARS)]
+    assert bar.name == "lm_head"
+    assert bar.x[0] > max(x for trace in explorer.figure.data[: len(LINEARS)] for x in trace.x)
+    assert explorer.recipe == recipe
+    explorer._live._handle_custom_msg([len(LINEARS), 0], [])
+    assert explorer.excluded == ("lm_head",)
+    assert not tiny.quantize(explorer.recipe).config.quantization.quantizes_head
+
+
 def test_moving_gives_the_picture_that_is_drawn_anew(explorer):
     explorer.alpha.value = 0.9
     explorer.exclude(PROJ)
@@ -111,7 +123,7 @@ def test_the_legend_keeps_its_colours_when_a_bar_is_excluded(explorer):
     explorer.exclude("transformer.layers.0.attention.qkv", excluded=False)
     explorer.exclude("transformer.layers.0.attention.qkv")
     assert [trace.name for trace in in_legend] == list(LINEARS)
-    assert [trace.marker.color for trace in in_legend] == list(COLOURS.values())
+    assert [trace.marker.color for trace in in_legend] == [COLOURS[kind] for kind in LINEARS]
     assert [trace.to_plotly_json() for trace in in_legend] == before
     assert explorer.figure.data[0].marker.color[0] == "#FFFFFF"
 

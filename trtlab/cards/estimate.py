@@ -48,6 +48,7 @@ def estimate_card(estimate: Estimate) -> Card:
 def _precision(estimate: Estimate) -> str:
     quant = estimate.config.quantization
     weights = estimate.config.dtype + (f", weights {quant.quant_algo}" if quant.quant_algo else "")
+    weights += " with the head" if quant.quantizes_head else ""
     return weights + (f", KV {quant.kv_cache_quant_algo}" if quant.kv_cache_quant_algo else "")
 
 

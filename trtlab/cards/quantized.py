@@ -9,6 +9,7 @@ from math import prod
 from trtlab.card import Card, Table, bar, card, share_bars, size
 from trtlab.cards.phrases import build_call, folder_facts
 from trtlab.checkpoint import QuantizedCheckpoint
+from trtlab.config.model import ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.model.quantized_specs import TensorSpec
 from trtlab.model.scales import INT8
@@ -33,6 +34,7 @@ def quantized_card(checkpoint: QuantizedCheckpoint) -> Card:
         *folder_facts(checkpoint.folder),
         ("linears", _linears(quant)),
         ("KV cache", _cache(quant)),
+        ("head", _head(config)),
         ("excluded", ", ".join(quant.exclude_modules)),
         ("weights", f"{size(before)} before, {size(after)} now ({after / before:.0%})"),
         ("KV a token", f"{size(plain.kv_bytes_per_token)} before, {size(config.kv_bytes_per_token)} now"),
@@ -74,6 +76,12 @@ def _linears(quant: QuantConfig) -> str:
     if algorithm.family.startswith("smoothquant"):
         parts.append("alpha searched" if quant.smoothquant_val is None else f"alpha {quant.smoothquant_val:g}")
     return ", ".join(parts)
+
+
+def _head(config: ModelConfig) -> str:
+    if not config.quantization.quantizes_head:
+        return ""
+    return "quantized too" + (", and stored apart from the table" if config.tie_word_embeddings else "")
 
 
 def _cache(quant: QuantConfig) -> str:

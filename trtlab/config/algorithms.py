@@ -14,7 +14,8 @@ class Algorithm:
 
     ``family`` names the file that quantizes and the weight type that runs. ``reads_texts`` says which statistics of the
     calibration texts it needs, empty when it needs none. ``per_channel`` and ``per_token`` are SmoothQuant's switches.
-    ``only_sizes`` marks an algorithm whose bytes ``estimate`` knows, but which cannot quantize or run.
+    ``only_sizes`` marks an algorithm whose bytes ``estimate`` knows, but which cannot quantize or run, ``only_mlp`` one
+    that leaves attention and the head as they are.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Algorithm:
     grouped: bool = False
     reads_texts: str = ""
     only_sizes: bool = False
+    only_mlp: bool = False
 
     @property
     def packed(self) -> bool:
@@ -62,7 +64,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm("W4A16_AWQ", "awq", 4, grouped=True, reads_texts=_AWQ_READS),
         Algorithm("W4A8_AWQ", "awq_fp8", 4, grouped=True, reads_texts=_AWQ_READS),
         Algorithm("W4A16_GPTQ", "gptq", 4, grouped=True, only_sizes=True),
-        Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "fp8_by_row", 8, per_token=True, only_sizes=True),
+        Algorithm("FP8_PER_CHANNEL_PER_TOKEN", "fp8_by_row", 8, per_token=True, only_sizes=True, only_mlp=True),
     )
 }
 

@@ -25,13 +25,14 @@ QuantAlgo = Literal[
     "FP8_PER_CHANNEL_PER_TOKEN",
 ]
 KvCacheAlgo = Literal["INT8", "FP8"]
+HEAD_MODULE = "lm_head"
 
 
 @settings
 class QuantConfig(Settings):
     """What to quantize and how; both algorithms None leave the model as it is.
 
-    The head and the embedding are never quantized.
+    The embedding is never quantized, the head only with ``quantize_lm_head``.
     """
 
     quant_algo: QuantAlgo | None = None
@@ -62,6 +63,12 @@ class QuantConfig(Settings):
     exclude_modules: tuple[str, ...] = ()
     """Linears that stay as they are: shell patterns over names such as ``transformer.layers.3.mlp.proj``."""
 
+    quantize_lm_head: bool = False
+    """Whether the head is quantized as the linears are.
+
+    A step reads the whole head, which in a small model is up to half of its bytes at 4 bits. The head of a tied model
+    is then stored apart from its table, which stays as it is. ModelOpt: ``quantize_lm_head``.
+    """
     scale_ranks: PositiveInt = 1
     """Ranks that each have their own W8A16 or W4A16 scales where a linear's input is cut; 1: a scale for the whole row.
 
@@ -78,6 +85,11 @@ class QuantConfig(Settings):
     def algorithm(self) -> Algorithm | None:
         """The weights' algorithm."""
         return None if self.quant_algo is None else ALGORITHMS[self.quant_algo]
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether the head is quantized, and so has a matrix of its own."""
+        return self.algorithm_of(HEAD_MODULE) is not None
 
     @property
     def has_plain_form(self) -> bool:
@@ -98,5 +110,6 @@ class QuantConfig(Settings):
 
     def algorithm_of(self, module: str) -> Algorithm | None:
         """The algorithm of one linear by its full name, None when it is excluded."""
-        excluded = any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
+        excluded = module == HEAD_MODULE and not self.quantize_lm_head
+        excluded = excluded or any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
         return None if excluded else self.algorithm

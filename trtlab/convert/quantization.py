@@ -5,15 +5,15 @@ from __future__ import annotations
 import fnmatch
 from typing import Any, ClassVar
 
-from trtlab.config.algorithms import ALGORITHMS, check_supported
-from trtlab.config.quant import QuantConfig
+from trtlab.config.algorithms import ALGORITHMS, Algorithm, check_supported
+from trtlab.config.quant import HEAD_MODULE, QuantConfig
 from trtlab.errors import CheckpointError, ConfigError
-from trtlab.model.blocks import SITES
+from trtlab.model.blocks import LAYER_SITES
 from trtlab.storage.json_files import Listed, StoredObject
 
-LINEARS = frozenset(site.name for site in SITES.values())
+LINEARS = frozenset(site.name for site in LAYER_SITES.values())
 NEVER_QUANTIZED = (
-    "lm_head",
+    HEAD_MODULE,
     "router",
     "vocab_embedding",
     "position_embedding",
@@ -35,12 +35,15 @@ class StoredQuantization(StoredObject):
     smoothquant_val: float | None = None
     exclude_modules: Listed[str] | None = None
 
-    def to_quant_config(self, kv_cache_scales: str, scale_ranks: int, *, own: bool) -> QuantConfig:
+    def to_quant_config(
+        self, kv_cache_scales: str, scale_ranks: int, *, quantize_lm_head: bool, own: bool
+    ) -> QuantConfig:
         """The inverse of ``quantization_to_json``.
 
         Args:
             kv_cache_scales: How many scales a layer's cache has; TensorRT-LLM's keys do not say.
             scale_ranks: How many scales a row of a weight-only linear has where its input is cut over ranks.
+            quantize_lm_head: Whether trtlab's own section says that the head is quantized.
             own: Whether trtlab wrote the file.
 
         Raises:
@@ -54,6 +57,7 @@ class StoredQuantization(StoredObject):
             values["kv_cache_scales"] = kv_cache_scales
         if algorithm is not None and algorithm.has_plain_form:
             values["scale_ranks"] = scale_ranks
+        values["quantize_lm_head"] = quantize_lm_head or (not own and self._quantizes_head_later(algorithm))
         try:
             quant = QuantConfig(**{**values, "exclude_modules": self._excluded_linears(own=own)})
             check_supported(quant.algorithm)
@@ -69,25 +73,20 @@ class StoredQuantization(StoredObject):
 
         A list replaces TensorRT-LLM's default, which is ``NEVER_QUANTIZED``; an absent or empty one is the default. Up
         to version 0.13 a pattern may be the bare name of a module, such as ``dense``.
-
-        Raises:
-            CheckpointError: TensorRT-LLM would quantize the head, as the list leaves it out.
         """
         patterns = self.exclude_modules or ()
-        algorithm = ALGORITHMS.get(self.quant_algo or "")
-        quantizes_later = algorithm is not None and algorithm.has_plain_form
-        if patterns and quantizes_later and not own and not any(fnmatch.fnmatchcase("lm_head", p) for p in patterns):
-            raise CheckpointError(
-                f"exclude_modules {list(patterns)} leaves lm_head out: TensorRT-LLM would quantize the head, which is "
-                "not supported yet",
-                remedy='add "lm_head" to the list',
-            )
         twins = {_of_weight(pattern) for pattern in patterns}
         return tuple(
             f"*.{pattern}" if pattern in LINEARS and not own else pattern
             for pattern in patterns
             if pattern not in twins and not _is_never_quantized(pattern)
         )
+
+    def _quantizes_head_later(self, algorithm: Algorithm | None) -> bool:
+        """Whether TensorRT-LLM quantizes the head when it loads the plain form: a list of its own leaves it out."""
+        patterns = self.exclude_modules or ()
+        excludes = any(fnmatch.fnmatchcase(HEAD_MODULE, pattern) for pattern in patterns)
+        return algorithm is not None and algorithm.has_plain_form and bool(patterns) and not excludes
 
 
 def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
@@ -106,17 +105,18 @@ def quantization_to_json(quant: QuantConfig) -> dict[str, Any]:
 def _exclusions_to_json(quant: QuantConfig) -> list[str] | None:
     """The patterns, and TensorRT-LLM's default, which a list replaces; None is the default itself.
 
-    An empty list is the default in its older versions, and excludes nothing in the later ones.
+    A list without ``lm_head`` says that the head is quantized. An empty list is the default in its older versions, and
+    excludes nothing in the later ones.
 
     W8A16 and W4A16 are quantized when TensorRT-LLM loads them; there its later versions compare the patterns with the
     names of weights, so that each pattern stands there for the weight too.
     """
     patterns = [pattern for pattern in quant.exclude_modules if not _is_never_quantized(pattern)]
-    if not patterns:
+    if not patterns and not quant.quantizes_head:
         return None
     weights = [_of_weight(pattern) for pattern in patterns] if quant.has_plain_form else []
     head, *others = NEVER_QUANTIZED  # the head stands at the top, where its name is its path
-    return [*patterns, *weights, head, *(f"*{name}" for name in others)]
+    return [*patterns, *weights, *([] if quant.quantizes_head else [head]), *(f"*{name}" for name in others)]
 
 
 def _of_weight(pattern: str) -> str:
@@ -128,6 +128,7 @@ def _is_never_quantized(pattern: str) -> bool:
 
 
 def quantization_extras(quant: QuantConfig) -> dict[str, Any]:
-    """The settings that TensorRT-LLM has no key for: how many scales a layer's cache and a cut row have."""
+    """What TensorRT-LLM has no key for: a quantized head, and how many scales a layer's cache and a cut row have."""
+    head = {"quantize_lm_head": True} if quant.quantizes_head else {}
     cache = {"kv_cache_scales": quant.kv_cache_scales} if quant.kv_cache_quant_algo is not None else {}
-    return cache | ({"scale_ranks": quant.scale_ranks} if quant.has_plain_form else {})
+    return head | cache | ({"scale_ranks": quant.scale_ranks} if quant.has_plain_form else {})

@@ -11,6 +11,7 @@ import torch
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import HEAD_MODULE
 from trtlab.convert.check import check_dtype, check_layers, check_tensors
 from trtlab.convert.modelopt_config import complete_config
 from trtlab.convert.trtllm_buffers import without_buffers
@@ -25,7 +26,7 @@ from trtlab.convert.trtllm_ranks import (
     without_dummy_scales,
 )
 from trtlab.errors import CheckpointError
-from trtlab.model.blocks import layer_plan
+from trtlab.model.blocks import SITES
 from trtlab.model.names import layer_name
 from trtlab.model.scales import FLOAT8
 from trtlab.model.tensor_specs import plain_linears
@@ -73,13 +74,15 @@ def read_checkpoint(
         raise CheckpointError(f"{ckpt_dir.name} has no rank {rank}", expected=f"0 to {mapping.ranks[-1]}")
     check_rank_files(ckpt_dir, mapping, one=rank is not None)
     files = {r: open_safetensors(ckpt_dir / rank_file(r)) for r in (mapping.ranks if rank is None else (rank,))}
-    is_plain = config.quantization.has_plain_form and not _has_integers(config, files)
+    is_plain = config.quantization.has_plain_form and not _has_integers(files)
     if config.quantization.has_plain_form and not is_plain and stored.trtlab is None:
         raise _device_layout(ckpt_dir.name, config)
     if is_plain:
         files = {r: files.get(r) or open_safetensors(ckpt_dir / rank_file(r)) for r in mapping.ranks}
     check_layers(ckpt_dir.name, config.num_hidden_layers, mapping.pp_size * max(map(len, files.values())))
     config = _with_dense_bias(config, files)
+    if stored.trtlab is None:
+        config = _with_quantized_head(config, files)
     in_files = plain_linears(config) if is_plain else config
     ranks = fitting_ranks(ckpt_dir.name, in_files, mapping, layout, files)
     if rank is None or is_plain:
@@ -109,15 +112,14 @@ def fitting_ranks(
     return ranks
 
 
-def _has_integers(config: ModelConfig, files: Ranks) -> bool:
-    """Whether a linear of the layers has a scale or is stored in integers."""
-    parts = [f".{part}" for part in layer_plan(config).parts]
+def _has_integers(files: Ranks) -> bool:
+    """Whether a linear has a scale or is stored in integers."""
     return any(
         name.endswith(f"{part}.per_channel_scale")
         or (name.endswith(f"{part}.weight") and not tensor.dtype.is_floating_point)
         for tensors in files.values()
         for name, tensor in tensors.items()
-        for part in parts
+        for part in SITES
     )
 
 
@@ -168,6 +170,13 @@ def _with_dense_bias(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     """Set ``dense_bias`` from the tensors: TensorRT-LLM's ``attn_bias`` does not cover the output projection."""
     has = any(layer_name(0, "attention.dense.bias") in tensors for tensors in ranks.values())
     return config if has == config.dense_bias else config.replace(dense_bias=has)
+
+
+def _with_quantized_head(config: ModelConfig, ranks: Ranks) -> ModelConfig:
+    """Set ``quantize_lm_head`` from the tensors: ModelOpt lists the modules that it excluded only if there are any."""
+    has = any(name.startswith(f"{HEAD_MODULE}.") and "scal" in name for tensors in ranks.values() for name in tensors)
+    quant = config.quantization
+    return config.replace(quantization=dataclasses.replace(quant, quantize_lm_head=True)) if has else config
 
 
 def rank_shapes(

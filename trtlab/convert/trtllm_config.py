@@ -140,6 +140,7 @@ class Provenance(OpenObject):
     source: str | None = None
     kv_cache_scales: str = "merged"
     scale_ranks: int = 1
+    quantize_lm_head: bool = False
 
 
 class TrtllmConfig(ModelFields):
@@ -222,7 +223,10 @@ class TrtllmConfig(ModelFields):
             **values,
             rotary_scaling=scaling,
             quantization=(self.quantization or StoredQuantization()).to_quant_config(
-                self.provenance.kv_cache_scales, self.provenance.scale_ranks, own=self.trtlab is not None
+                self.provenance.kv_cache_scales,
+                self.provenance.scale_ranks,
+                quantize_lm_head=self.provenance.quantize_lm_head,
+                own=self.trtlab is not None,
             ),
         )
         self._check_rotary_size(config)

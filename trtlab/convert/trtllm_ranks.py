@@ -93,7 +93,7 @@ def _rows(tensor: LazyTensor) -> memoryview:
 
 def _check_tied_head(folder: str, config: ModelConfig, mapping: Mapping, layout: EmbeddingLayout, ranks: Ranks) -> None:
     """Raise CheckpointError when a tied model stores a head that is not its table, which alone is read."""
-    if not config.tie_word_embeddings or layout.use_embedding_sharing:
+    if not config.tie_word_embeddings or config.quantization.quantizes_head or layout.use_embedding_sharing:
         return
     count = min(COMPARED_ROWS, config.vocab_size // mapping.tp_size)
     tables = [ranks[rank][EMBEDDING].narrow(0, 0, count).read() for rank in range(mapping.tp_size)]
@@ -119,7 +119,7 @@ def pad_short_tables(
         if name in tensors and name in shapes and len(tensors[name].shape) == 2:
             rows, whole = tensors[name].shape[0], shapes[name][0]
             if rows < whole and rows == config.vocab_size - tp_rank * whole:
-                padded[name] = tensors[name].pad_rows(whole)
+                padded[name] = tensors[name].pad(0, whole)
     return padded
 
 

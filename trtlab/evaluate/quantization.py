@@ -105,6 +105,8 @@ def recipe_title(quant: QuantConfig) -> str:
         weights += f" g{quant.group_size}"
     if quant.algorithm is not None and quant.algorithm.family.startswith("smoothquant"):
         weights += " alpha searched" if quant.smoothquant_val is None else f" alpha {quant.smoothquant_val:g}"
+    if quant.quantizes_head:
+        weights += " with head"
     cache = ""
     if quant.kv_cache_quant_algo == "INT8":
         cache = f"INT8 KV {quant.kv_cache_scales}"

@@ -20,7 +20,7 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import GroupSize, KvCacheAlgo, QuantAlgo, QuantConfig
 from trtlab.errors import ConfigError, EngineError
-from trtlab.model.blocks import SITES
+from trtlab.model.blocks import LAYER_SITES, LM_HEAD
 from trtlab.model.decoder import decoder
 from trtlab.model.names import HEAD
 from trtlab.model.tensor_specs import tensor_specs
@@ -32,9 +32,9 @@ from trtlab.validation import shorten
 
 # A weight has the kind of the first fragment that occurs in its name. A static scale counts with its linear.
 WEIGHT_KINDS = {
-    **{site.input_scale: site.block for site in SITES.values()},
+    **{site.input_scale: site.block for site in LAYER_SITES.values()},
     "embedding": "embedding",
-    HEAD: "head",
+    LM_HEAD.part: "head",
     "norm": "norms",
     "ln_f": "norms",
     "attention": "attention",
@@ -197,11 +197,13 @@ def estimate(
     quant_algo: QuantAlgo | None = None,
     kv_cache_quant_algo: KvCacheAlgo | None = None,
     group_size: GroupSize = 128,
+    quantize_lm_head: bool = False,
     layout: EmbeddingLayout | None = None,
 ) -> Estimate:
     """Memory and work of a model within the bounds of ``build_config``, rank by rank.
 
-    ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's names; a quantized weight counts with its scales.
+    ``quant_algo`` and ``kv_cache_quant_algo`` are TensorRT-LLM's names; a quantized weight counts with its scales, and
+    a quantized head of a tied model beside the table.
     ``layout=None`` takes the embedding layout that ``build`` takes. Raises ConfigError where ``build`` would.
 
     >>> estimate(SHAPES["LLaMA-2-7B"], quant_algo="W8A16").largest.weight_bytes / 2**30
@@ -217,7 +219,12 @@ def estimate(
         )
     quant = source.quantization
     if not quant.active:
-        quant = QuantConfig(quant_algo=quant_algo, kv_cache_quant_algo=kv_cache_quant_algo, group_size=group_size)
+        quant = QuantConfig(
+            quant_algo=quant_algo,
+            kv_cache_quant_algo=kv_cache_quant_algo,
+            group_size=group_size,
+            quantize_lm_head=quantize_lm_head,
+        )
     build = (build_config or BuildConfig()).resolve(source)
     config = source.replace(dtype=build.dtype, quantization=quant)
     mapping = mapping or Mapping()

@@ -1,24 +1,27 @@
-"""The shape of one decoder layer, as data: its norms, its linears, what each reads and how it is cut over ranks.
+"""The shape of one decoder layer and of the head, as data: norms, linears, what each reads and how ranks cut it.
 
-Everything that walks over the linears of a layer (tensors, cuts, calibration, smoothing, reports, pictures) follows
+Everything that walks over linears (tensors, cuts, calibration, smoothing, reports, pictures) follows
 from these tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import HEAD_MODULE
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One linear of a layer, by TensorRT-LLM's names.
+    """One linear of a layer, or the head, by TensorRT-LLM's names.
 
-    ``split`` is how tensor parallelism cuts it: ``"qkv"`` (the output, by heads), ``"rows"`` (the output) or
-    ``"columns"`` (the input). ``reads`` names the activation at its input: linears that read the same one are
-    calibrated and smoothed together. ``norm_before`` is the norm that writes this activation, into whose gain a
-    smoothing factor can be folded; None where another linear's output is read.
+    ``split`` is how tensor parallelism cuts it: ``"qkv"`` (the output, by heads), ``"rows"`` (the output), ``"head"``
+    (the output, padded until the ranks divide it) or ``"columns"`` (the input). ``reads`` names the activation at its
+    input: linears that read the same one are calibrated and smoothed together. ``norm_before`` is the norm that writes
+    this activation, into whose gain a smoothing factor can be folded; None where another linear's output is read, and
+    for the head.
     """
 
     part: str
@@ -28,13 +31,13 @@ class LinearSite:
 
     @property
     def block(self) -> str:
-        """``attention`` or ``mlp``."""
+        """``attention``, ``mlp`` or ``lm_head``."""
         return self.part.split(".")[0]
 
     @property
     def name(self) -> str:
         """The name within the block, which is that of the field in ``LayerWeights``."""
-        return self.part.split(".")[1]
+        return self.part.split(".")[-1]
 
     @property
     def cuts_input(self) -> bool:
@@ -61,7 +64,10 @@ ATTENTION = (QKV, DENSE)
 MLP = (FC, PROJ)
 GATED_MLP = (FC, GATE, PROJ)  # ``fc`` is Hugging Face's gate_proj and ``gate`` its up_proj
 
-SITES = {site.part: site for site in (*ATTENTION, *GATED_MLP)}  # every linear that any family has
+LM_HEAD = LinearSite(HEAD_MODULE, "head", reads="lm_head.input")
+
+LAYER_SITES = {site.part: site for site in (*ATTENTION, *GATED_MLP)}  # every linear that a layer of any family has
+SITES = {**LAYER_SITES, LM_HEAD.part: LM_HEAD}
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,15 @@ class LayerPlan:
         return tuple(site.part for site in self.linears)
 
     @property
-    def inputs(self) -> dict[str, tuple[LinearSite, ...]]:
-        """The linears, grouped by the activation that they read."""
-        names = dict.fromkeys(site.reads for site in self.linears)
-        return {name: tuple(site for site in self.linears if site.reads == name) for name in names}
-
-    @property
     def norms(self) -> tuple[str, ...]:
         """The names of the norms in front of the blocks, within the layer."""
         return tuple(dict.fromkeys(site.norm_before for site in self.linears if site.norm_before is not None))
+
+
+def by_input(sites: Sequence[LinearSite]) -> dict[str, tuple[LinearSite, ...]]:
+    """Linears, grouped by the activation that they read."""
+    names = dict.fromkeys(site.reads for site in sites)
+    return {name: tuple(site for site in sites if site.reads == name) for name in names}
 
 
 def layer_plan(config: ModelConfig) -> LayerPlan:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
+from trtlab.config.quant import HEAD_MODULE
+
 LAYER_PREFIX = "transformer.layers."
 EMBEDDING = "transformer.vocab_embedding.weight"
 POSITIONS = "transformer.position_embedding.weight"
 FINAL_NORM = "transformer.ln_f"
-HEAD = "lm_head.weight"
+HEAD = f"{HEAD_MODULE}.weight"
 
 
-def layer_name(layer: int, part: str) -> str:
-    """``transformer.layers.3.attention.qkv.weight`` from 3 and ``attention.qkv.weight``."""
-    return f"{LAYER_PREFIX}{layer}.{part}"
+def source_name(name: str, tensors: Container[str]) -> str:
+    """The name under which ``tensors`` hold an unquantized weight: a tied model's head is its token table."""
+    return EMBEDDING if name == HEAD and HEAD not in tensors else name
+
+
+def layer_name(layer: int | None, part: str) -> str:
+    """``transformer.layers.3.attention.qkv.weight`` from 3 and ``attention.qkv.weight``; None is outside the layers."""
+    return part if layer is None else f"{LAYER_PREFIX}{layer}.{part}"
 
 
 def split_layer_name(name: str) -> tuple[int, str] | None:

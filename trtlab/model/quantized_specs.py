@@ -32,10 +32,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class _Linear:
-    """One linear to be stored: its place in the model, its sizes, and how output and input are cut over ranks."""
+    """One linear to be stored: its place in the model, its sizes, and how output and input are cut over ranks.
+
+    ``layer`` is None for the head.
+    """
 
     site: LinearSite
-    layer: int
+    layer: int | None
     out: int
     width: int
     config: ModelConfig
@@ -77,9 +80,9 @@ ONE = TensorSpec((1,), dtype=torch.float32)
 
 
 def quantized_specs(
-    config: ModelConfig, layer: int, site: LinearSite, plain: TensorSpec, algorithm: Algorithm
+    config: ModelConfig, layer: int | None, site: LinearSite, plain: TensorSpec, algorithm: Algorithm
 ) -> Specs:
-    """The tensors that replace one linear's ``plain`` weight, by their names within the layer."""
+    """The tensors that replace one linear's ``plain`` weight, by their names within the layer; None is the head's."""
     out, width = plain.shape
     return _SPECS[algorithm.family](_Linear(site, layer, out, width, config, algorithm), plain)
 

@@ -143,7 +143,7 @@ class _LinearTensors:
 def quantized_linear(
     algorithm: Algorithm, linear: str, name: str, layer: Callable[[str], Tensor], bias: Tensor | None
 ) -> Quantized:
-    """The typed weight of one linear; ``layer`` gives a tensor by its name within the layer."""
+    """The typed weight of one linear; ``layer`` gives a tensor by its name within the layer, or the head's."""
     return _LINEARS[algorithm.family](algorithm, _LinearTensors(name, linear, layer, bias))
 
 

@@ -8,16 +8,18 @@ from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
 from trtlab.config.quant import GROUP_SIZES
 from trtlab.errors import ConfigError
-from trtlab.model.blocks import LinearSite, layer_plan
+from trtlab.model.blocks import LM_HEAD, LinearSite, layer_plan
 from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name
 from trtlab.model.quantized_specs import TensorSpec, kv_scale_specs, quantized_specs
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a whole model by name, embedding first, head last; a tied model has no separate head.
+    """Every tensor of a whole model by name, embedding first, head last.
 
-    Raises ConfigError when quantization groups do not divide the inputs of a linear.
+    A tied model has no separate head, unless the head is quantized. Raises ConfigError when quantization groups do not
+    divide the inputs of a linear, or the algorithm cannot quantize the head.
     """
+    _check_head(config)
     _check_groups(config)
     _check_scale_ranks(config)
     table_shape = (config.vocab_size, config.hidden_size)
@@ -29,9 +31,15 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     specs[f"{FINAL_NORM}.weight"] = TensorSpec((config.hidden_size,))
     if layer_plan(config).norm == "layer_norm":
         specs[f"{FINAL_NORM}.bias"] = TensorSpec((config.hidden_size,))
-    if not config.tie_word_embeddings:
-        specs[HEAD] = TensorSpec(table_shape, "head")
-    return specs
+    return specs | _head_specs(config)
+
+
+def _head_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    plain = TensorSpec(linear_shape(config, LM_HEAD), LM_HEAD.split)
+    algorithm = config.quantization.algorithm_of(LM_HEAD.part)
+    if algorithm is not None:
+        return quantized_specs(config, None, LM_HEAD, plain, algorithm)
+    return {} if config.tie_word_embeddings else {HEAD: plain}
 
 
 def layer_specs(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
@@ -50,9 +58,9 @@ def plain_linears(config: ModelConfig) -> ModelConfig:
 
 
 def quantized_linears(config: ModelConfig) -> list[str]:
-    """The full names of the linears that are quantized, without ``.weight``."""
-    names = (layer_name(i, part) for i in range(config.num_hidden_layers) for part in layer_plan(config).parts)
-    return [name for name in names if config.quantization.algorithm_of(name) is not None]
+    """The full names of the linears that are quantized, without ``.weight``; the head is the last."""
+    names = [layer_name(i, part) for i in range(config.num_hidden_layers) for part in layer_plan(config).parts]
+    return [name for name in (*names, LM_HEAD.part) if config.quantization.algorithm_of(name) is not None]
 
 
 def _plain_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -85,6 +93,7 @@ def linear_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
         "mlp.fc": (inner, hidden),
         "mlp.gate": (inner, hidden),
         "mlp.proj": (hidden, inner),
+        LM_HEAD.part: (config.vocab_size, hidden),
     }
     return shapes[site.part]
 
@@ -108,6 +117,16 @@ def check_quantized(config: ModelConfig, mapping: Mapping) -> None:
             remedy="use a smaller tp_size",
         )
     _check_groups(config, tp)
+
+
+def _check_head(config: ModelConfig) -> None:
+    """Raise ConfigError for an algorithm that quantizes no head."""
+    algorithm = config.quantization.algorithm_of(LM_HEAD.part)
+    if algorithm is not None and algorithm.only_mlp:
+        raise ConfigError(
+            f"{algorithm.name} quantizes linears of the MLPs alone, not the head",
+            remedy="leave quantize_lm_head out, or use FP8",
+        )
 
 
 def _check_scale_ranks(config: ModelConfig) -> None:
@@ -139,17 +158,17 @@ def _check_groups(config: ModelConfig, tp_size: int = 1) -> None:
     quant = config.quantization
     if quant.algorithm is None or not quant.algorithm.grouped:
         return
-    layers = range(config.num_hidden_layers)
+    quantized = quantized_linears(config)
     widths = {
         site.part: linear_shape(config, site)[1] // (tp_size if site.cuts_input else 1)
-        for site in layer_plan(config).linears
-        if any(quant.algorithm_of(layer_name(layer, site.part)) for layer in layers)
+        for site in (*layer_plan(config).linears, LM_HEAD)
+        if any(name.endswith(site.part) for name in quantized)
     }
     undivided = [part for part, width in widths.items() if width % quant.group_size]
     if not undivided:
         return
     sizes = [str(size) for size in GROUP_SIZES if not any(width % size for width in widths.values())]
-    patterns = (*quant.exclude_modules, *(f"*.{part}" for part in undivided))
+    patterns = (*quant.exclude_modules, *(part if part == LM_HEAD.part else f"*.{part}" for part in undivided))
     if sizes:
         remedy = f"use group_size={' or '.join(sizes)}"
     elif len(undivided) < len(widths):

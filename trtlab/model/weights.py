@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
-from trtlab.model.blocks import SITES, LinearSite, layer_plan
-from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name
+from trtlab.model.blocks import LAYER_SITES, LM_HEAD, LinearSite, layer_plan
+from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name, source_name
 from trtlab.model.quantized_weights import KvScales, Quantized, kv_cache_scales, quantized_linear, tensor_bytes
 
 
@@ -93,7 +93,7 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     embedding: Embedding | None
     final_norm: Norm | None
-    lm_head: Dense | None
+    lm_head: Linear | None
     gather_embedding: bool = False
     reduce_embedding: bool = False
     positions: Embedding | None = None
@@ -117,8 +117,8 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.
             for layer in stage
         ),
         embedding=embedding,
-        final_norm=_norm(config, tensors, FINAL_NORM) if last else None,
-        lm_head=_head(tensors) if last else None,
+        final_norm=final_norm(config, tensors) if last else None,
+        lm_head=_head(config, tensors) if last else None,
         gather_embedding=embedding is not None and embedding.weight.shape[1] < config.hidden_size,
         reduce_embedding=embedding is not None and embedding.first_row is not None,
         positions=Embedding(POSITIONS, tensors[POSITIONS]) if embedding is not None and POSITIONS in tensors else None,
@@ -132,7 +132,7 @@ def map_linears(weights: ModelWeights, function: Callable[[Linear], Any]) -> Mod
     """
 
     def mapped(layer: LayerWeights) -> LayerWeights:
-        linears = {site.name: getattr(layer, site.name) for site in SITES.values()}
+        linears = {site.name: getattr(layer, site.name) for site in LAYER_SITES.values()}
         return replace(layer, **{name: function(linear) for name, linear in linears.items() if linear is not None})
 
     head = weights.lm_head
@@ -149,8 +149,11 @@ def _embedding(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Ma
     return Embedding(EMBEDDING, table, mapping.tp_rank(rank) * table.shape[0] if cut_by_rows else None)
 
 
-def _head(tensors: abc.Mapping[str, Tensor]) -> Dense:
-    name = HEAD if HEAD in tensors else EMBEDDING
+def _head(config: ModelConfig, tensors: abc.Mapping[str, Tensor]) -> Linear:
+    algorithm = config.quantization.algorithm_of(LM_HEAD.part)
+    if algorithm is not None:
+        return quantized_linear(algorithm, LM_HEAD.part, HEAD, tensors.__getitem__, None)
+    name = source_name(HEAD, tensors)
     return Dense(name, tensors[name])
 
 
@@ -187,6 +190,11 @@ def layer_weights(
         proj=linears["proj"],
         kv_scales=kv_cache_scales(config.quantization, tensor),
     )
+
+
+def final_norm(config: ModelConfig, tensors: abc.Mapping[str, Tensor]) -> Norm:
+    """The norm before the head."""
+    return _norm(config, tensors, FINAL_NORM)
 
 
 def _norm(config: ModelConfig, tensors: abc.Mapping[str, Tensor], module: str) -> Norm:

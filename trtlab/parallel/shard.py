@@ -12,8 +12,9 @@ from torch import Tensor
 from trtlab.config.base import Settings, settings
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.config.quant import HEAD_MODULE
 from trtlab.errors import ConfigError
-from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_name, split_layer_name
+from trtlab.model.names import EMBEDDING, HEAD, POSITIONS, layer_name, split_layer_name
 from trtlab.model.quantized_specs import TensorSpec
 from trtlab.model.tensor_specs import check_quantized, tensor_specs
 from trtlab.storage.lazy import LazyTensor, cat
@@ -44,6 +45,11 @@ class EmbeddingLayout(Settings):
                 f"hidden size {config.hidden_size} cannot be cut into {mapping.tp_size} columns",
                 remedy="use embedding_sharding_dim=0",
             )
+        if self.use_embedding_sharing and config.quantization.quantizes_head:
+            raise ConfigError(
+                "use_embedding_sharing stores lookup and head once, and a quantized head is a matrix of its own",
+                remedy="leave use_embedding_sharing out",
+            )
         if self.use_embedding_sharing and mapping.pp_size > 1:
             raise ConfigError(
                 f"use_embedding_sharing needs lookup and head on one rank, pp_size={mapping.pp_size} separates them",
@@ -57,8 +63,9 @@ class EmbeddingLayout(Settings):
 
 
 def shared_where_possible(config: ModelConfig, mapping: Mapping) -> EmbeddingLayout:
-    """The layout of an engine: a tied model on one rank stores one table for lookup and head."""
-    return EmbeddingLayout(use_embedding_sharing=config.tie_word_embeddings and len(mapping.ranks) == 1)
+    """The layout of an engine: on one rank a tied model, unless its head is quantized, stores one table for both."""
+    is_tied = config.tie_word_embeddings and not config.quantization.quantizes_head
+    return EmbeddingLayout(use_embedding_sharing=is_tied and len(mapping.ranks) == 1)
 
 
 def shard(
@@ -66,8 +73,8 @@ def shard(
 ) -> dict[str, LazyTensor]:
     """The tensors of one rank by name, lazily; layer numbers count from 0 within its stage.
 
-    The head of a tied model is a copy of its table, unless ``layout.use_embedding_sharing``. A head, and a table cut by
-    rows, are padded with zero rows to a multiple of ``tp_size``.
+    The head of a tied model is a copy of its table, unless it is quantized or ``layout.use_embedding_sharing``. A head,
+    and a table cut by rows, are padded with zero rows until ``tp_size`` divides them.
 
     Args:
         config: The whole model.
@@ -93,10 +100,10 @@ def shard(
         parts[EMBEDDING] = _cut_embedding(config, mapping, rank, tensors[EMBEDDING], layout)
         parts |= {name: tensors[name] for name in specs if name == POSITIONS}
     if mapping.is_last_stage(rank):
-        parts |= {name: tensors[name] for name in specs if name.startswith(FINAL_NORM)}
-        if not layout.use_embedding_sharing:
-            source = tensors[EMBEDDING if config.tie_word_embeddings else HEAD]
-            parts[HEAD] = _row_part(source.pad_rows(padded_vocab(config, mapping)), mapping, rank)
+        outside = [name for name in specs if split_layer_name(name) is None and name not in FIRST_STAGE]
+        parts |= {name: _cut(config, mapping, rank, specs[name], tensors[name]) for name in outside}
+        if HEAD not in specs and not layout.use_embedding_sharing:
+            parts[HEAD] = _cut_head(config, mapping, rank, specs[EMBEDDING], tensors[EMBEDDING])
     return parts
 
 
@@ -113,9 +120,10 @@ def _no_data() -> Tensor:
     raise AssertionError("rank_tensors gives shapes and dtypes only; its tensors have no data to read")
 
 
-def padded_vocab(config: ModelConfig, mapping: Mapping) -> int:
-    """The vocabulary rounded up to a multiple of ``tp_size``."""
-    return -(-config.vocab_size // mapping.tp_size) * mapping.tp_size
+def padded_vocab(config: ModelConfig, mapping: Mapping, per_byte: int = 1) -> int:
+    """The vocabulary rounded up to a multiple of ``tp_size``, and of ``per_byte`` rows on each rank."""
+    step = mapping.tp_size * per_byte
+    return -(-config.vocab_size // step) * step
 
 
 def _local_name(name: str, stage: range) -> str | None:
@@ -132,6 +140,8 @@ def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, who
         return whole
     if spec.split == "qkv":
         return _cut_qkv(config, mapping, rank, spec, whole)
+    if spec.split == "head":
+        return _cut_head(config, mapping, rank, spec, whole)
     if spec.split == "kv_heads":
         first = mapping.tp_rank(rank) * config.num_key_value_heads // mapping.tp_size
         return whole.narrow(0, first, mapping.kv_heads(config))
@@ -139,9 +149,14 @@ def _cut(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, who
     return whole.narrow(spec.dim, mapping.tp_rank(rank) * width, width)
 
 
-def _row_part(whole: LazyTensor, mapping: Mapping, rank: int) -> LazyTensor:
-    rows = whole.shape[0] // mapping.tp_size
-    return whole if mapping.tp_size == 1 else whole.narrow(0, mapping.tp_rank(rank) * rows, rows)
+def _cut_head(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
+    """A rank's rows of the padded vocabulary; with two rows in a byte, scales are padded as far as the bytes are."""
+    if mapping.tp_size == 1:
+        return whole
+    algorithm = config.quantization.algorithm_of(HEAD_MODULE)
+    packed = algorithm is not None and algorithm.packed
+    rows = padded_vocab(config, mapping, 2 if packed else 1) // spec.per_byte // mapping.tp_size
+    return whole.pad(spec.dim, rows * mapping.tp_size).narrow(spec.dim, mapping.tp_rank(rank) * rows, rows)
 
 
 def _cut_qkv(config: ModelConfig, mapping: Mapping, rank: int, spec: TensorSpec, whole: LazyTensor) -> LazyTensor:
@@ -163,7 +178,8 @@ def _cut_embedding(
     if mapping.tp_size == 1 or layout.cut is None:
         return table
     if layout.cut == 0:
-        return _row_part(table.pad_rows(padded_vocab(config, mapping)), mapping, rank)
+        rows = padded_vocab(config, mapping) // mapping.tp_size
+        return table.pad(0, rows * mapping.tp_size).narrow(0, mapping.tp_rank(rank) * rows, rows)
     width = config.hidden_size // mapping.tp_size
     return table.narrow(1, mapping.tp_rank(rank) * width, width)
 
@@ -235,7 +251,7 @@ def _join(
     if split == "kv_heads":
         return cat(parts[:: _copies(config, mapping)])
     if split == "head":
-        return _crop(cat(parts), spec.shape[0])
+        return _crop(cat(parts, spec.dim), spec.dim, spec.shape[spec.dim])
     return cat(parts, dim=1 if spec.split == "embedding" else spec.dim)
 
 
@@ -249,8 +265,8 @@ def _copies(config: ModelConfig, mapping: Mapping) -> int:
     return max(1, mapping.tp_size // config.num_key_value_heads)
 
 
-def _crop(padded: LazyTensor, rows: int) -> LazyTensor:
-    return padded if padded.shape[0] == rows else padded.narrow(0, 0, rows)
+def _crop(padded: LazyTensor, dim: int, rows: int) -> LazyTensor:
+    return padded if padded.shape[dim] == rows else padded.narrow(dim, 0, rows)
 
 
 def _join_qkv(config: ModelConfig, mapping: Mapping, spec: TensorSpec, parts: list[LazyTensor]) -> LazyTensor:

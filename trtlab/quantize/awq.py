@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trtlab.model.blocks import layer_plan
+from trtlab.model.blocks import by_input
 from trtlab.model.scales import INT4, ToOriginal, amax, by_group, pack_int4, positive, to_int
 from trtlab.quantize.fp8 import float8_scale
 from trtlab.quantize.layer import GRAM_BLOCK, CalibratedLayer, InputStatistics, QuantizedLayer
@@ -87,7 +87,7 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     """
     result = QuantizedLayer({})
     dtype = layer.config.torch_dtype
-    for sites in layer_plan(layer.config).inputs.values():
+    for sites in by_input(layer.sites).values():
         linears = [site.part for site in sites if layer.quantizes(site.part)]
         if not linears:
             continue

@@ -1,4 +1,4 @@
-"""Calibration: an op set that runs the decoder one layer at a time and records inputs and outputs of its linears."""
+"""Calibration: an op set that runs the decoder layer by layer, then the head; records inputs and outputs of linears."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.blocks import LayerPlan, layer_plan
+from trtlab.model.blocks import LM_HEAD, LinearSite, by_input, layer_plan
 from trtlab.model.decoder import residual_stream
-from trtlab.model.names import layer_name, split_layer_name
+from trtlab.model.names import HEAD, layer_name, split_layer_name
 from trtlab.model.rope import rotary_table
 from trtlab.model.scales import all_finite, amax
-from trtlab.model.weights import Dense, Linear, ModelWeights, layer_weights
+from trtlab.model.weights import Dense, Linear, ModelWeights, Norm, layer_weights
 from trtlab.ops.paged import BlockTables, NewTokens, PackedBatch, PagedCache
 from trtlab.ops.torch import TorchOps, spread
 from trtlab.parallel.comm import Solo
@@ -56,11 +56,11 @@ class _Input:
 
 
 class Recorder:
-    """Running statistics of one layer over all batches. An input that several linears share is recorded once."""
+    """Running statistics of some linears over all batches. An input that several linears share is recorded once."""
 
-    def __init__(self, plan: LayerPlan, *, gram: bool) -> None:
+    def __init__(self, sites: Sequence[LinearSite], *, gram: bool) -> None:
         self._gram = gram
-        self._first_readers = {sites[0].part: reads for reads, sites in plan.inputs.items()}
+        self._first_readers = {group[0].part: reads for reads, group in by_input(sites).items()}
         self._inputs: dict[str, _Input] = {}
         self._outputs: dict[str, Tensor] = {}
         self._sampled: dict[str, list[Tensor]] = {}
@@ -102,8 +102,8 @@ class Recorder:
         self._values = _larger(self._values, amax(v, (0, 2)))
 
     def statistics(self) -> LayerStatistics:
-        """The statistics of the layer over all recorded batches."""
-        assert self._keys is not None and self._values is not None, "no batch has run through the layer"
+        """The statistics over all recorded batches."""
+        assert self._inputs, "no batch has been recorded"
         for running in self._inputs.values():
             if running.gram is not None:
                 _mirror(running.gram)
@@ -112,14 +112,15 @@ class Recorder:
             for reads, running in self._inputs.items()
         }
         sampled = {linear: torch.cat(rows) for linear, rows in self._sampled.items()}
-        return LayerStatistics(inputs, self._outputs, sampled, self._keys, self._values)
+        nothing = torch.zeros(0)
+        keys, values = (nothing if largest is None else largest for largest in (self._keys, self._values))
+        return LayerStatistics(inputs, self._outputs, sampled, keys, values)
 
 
 def _part(name: str) -> str:
-    """``mlp.fc`` from the name of its weight."""
+    """``mlp.fc`` from the name of its weight, ``lm_head`` from the head's."""
     split = split_layer_name(name)
-    assert split is not None, f"{name} is not a tensor of a layer"
-    return split[1].removesuffix(".weight")
+    return (name if split is None else split[1]).removesuffix(".weight")
 
 
 def _mirror(gram: Tensor) -> None:
@@ -134,7 +135,7 @@ def _larger(before: Tensor | None, now: Tensor) -> Tensor:
 
 
 class Calibration:
-    """Runs all texts through the model layer by layer; the weights of only one layer are in memory at a time."""
+    """Runs all texts through the model layer by layer, and the head last; only one of them is in memory at a time."""
 
     def __init__(
         self,
@@ -174,12 +175,9 @@ class Calibration:
         model = ModelWeights(
             self._config.num_attention_heads, self._config.num_key_value_heads, (parts,), None, None, None
         )
-        recorder = Recorder(layer_plan(self._config), gram=self._gram)
+        recorder = Recorder(layer_plan(self._config).linears, gram=self._gram)
         for number, batch in enumerate(self._texts):
-            recorder.batch = batch
-            sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
-            ops = ObservingOps(PackedBatch(sequences, self._rotary, self._tables, CPU), self._cache, recorder)
-            x = residual_stream(ops, self._config, model, self.hidden[number])
+            x = residual_stream(self._ops(batch, recorder), self._config, model, self.hidden[number])
             if not all_finite(x):
                 raise QuantizeError(
                     f"the activations of layer {layer} hold NaN or infinity on the calibration texts",
@@ -187,6 +185,25 @@ class Calibration:
                 )
             self.hidden[number] = x
         return recorder.statistics()
+
+    @torch.inference_mode()
+    def run_head(self, norm: Norm, weight: Tensor) -> LayerStatistics:
+        """Run the final norm and the head over all texts, after all layers, and return the head's statistics.
+
+        Args:
+            norm: The final norm, in float32.
+            weight: The head ``[vocab, hidden]`` in float32.
+        """
+        recorder, head = Recorder((LM_HEAD,), gram=self._gram), Dense(HEAD, weight)
+        for number, batch in enumerate(self._texts):
+            ops = self._ops(batch, recorder)
+            ops.linear(ops.norm(self.hidden[number], norm), head)
+        return recorder.statistics()
+
+    def _ops(self, batch: TextBatch, recorder: Recorder) -> ObservingOps:
+        recorder.batch = batch
+        sequences = [NewTokens(slot, 0, length) for slot, length in enumerate(batch.lengths)]
+        return ObservingOps(PackedBatch(sequences, self._rotary, self._tables, CPU), self._cache, recorder)
 
 
 def _one_layer_cache(config: ModelConfig, slots: int, capacity: int) -> PagedCache:

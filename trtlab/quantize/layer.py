@@ -1,4 +1,4 @@
-"""Input and output of a quantization algorithm for one decoder layer. Knows no algorithm."""
+"""Input and output of a quantization algorithm for one decoder layer, or for the head. Knows no algorithm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.blocks import SITES, layer_plan
+from trtlab.model.blocks import LM_HEAD, SITES, LinearSite, layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import all_finite
 
@@ -34,7 +34,7 @@ class InputStatistics:
 class LayerStatistics:
     """Calibration statistics of one layer: inputs by ``LinearSite.reads``, outputs by linear, cached K and V by head.
 
-    ``sampled`` are the outputs for the rows of ``InputStatistics.sample``.
+    ``sampled`` are the outputs for the rows of ``InputStatistics.sample``. The head has no K and V: theirs are empty.
     """
 
     inputs: dict[str, InputStatistics]
@@ -50,17 +50,30 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One decoder layer's weights in float32, by their names within a layer (``attention.qkv.weight``)."""
+    """One decoder layer's weights in float32, by their names within a layer (``attention.qkv.weight``).
+
+    With ``index`` None it is the head (``lm_head.weight``), which is quantized as a layer of one linear.
+    """
 
     config: ModelConfig
-    index: int
+    index: int | None
     weights: dict[str, Tensor]
     statistics: LayerStatistics | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
         """The linears that are quantized, without those that ``exclude_modules`` names."""
-        return tuple(part for part in layer_plan(self.config).parts if self.quantizes(part))
+        return tuple(site.part for site in self.sites if self.quantizes(site.part))
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """All linears, in execution order."""
+        return (LM_HEAD,) if self.index is None else layer_plan(self.config).linears
+
+    @property
+    def name(self) -> str:
+        """``layer 3`` or ``the head``."""
+        return "the head" if self.index is None else f"layer {self.index}"
 
     def quantizes(self, linear: str) -> bool:
         """Whether a linear is quantized."""
@@ -88,7 +101,7 @@ class CalibratedLayer:
     @property
     def observed(self) -> LayerStatistics:
         """The calibration statistics, for an algorithm that needs them."""
-        assert self.statistics is not None, f"layer {self.index} has no calibration statistics"
+        assert self.statistics is not None, f"{self.name} has no calibration statistics"
         return self.statistics
 
 

@@ -40,6 +40,10 @@ def _with_alpha(config: ModeloptConfig, quant: QuantConfig) -> None:
     config["algorithm"] = {"method": "smoothquant", "alpha": quant.smoothquant_val}
 
 
+def _with_head(config: ModeloptConfig) -> None:
+    config["quant_cfg"] = [entry for entry in config["quant_cfg"] if entry["quantizer_name"] != "*lm_head*"]
+
+
 ROUTES = {
     "FP8": _Route("FP8_DEFAULT_CFG"),
     "W8A8_SQ_PER_CHANNEL": _Route("INT8_SMOOTHQUANT_CFG", _with_alpha),
@@ -85,6 +89,8 @@ def export_with_modelopt(
     route = ROUTES[str(quant.quant_algo)]
     settings = copy.deepcopy(getattr(mtq, route.name))
     route.adapt(settings, quant)
+    if quant.quantize_lm_head:
+        _with_head(settings)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
     model.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -11,9 +12,9 @@ from trtlab.card import Shown, size
 from trtlab.config.model import ModelConfig
 from trtlab.errors import QuantizeError
 from trtlab.hardware import free_bytes
-from trtlab.model.blocks import layer_plan
-from trtlab.model.names import EMBEDDING, layer_name
-from trtlab.model.tensor_specs import tensor_specs
+from trtlab.model.blocks import LM_HEAD, LinearSite, by_input, layer_plan
+from trtlab.model.names import EMBEDDING, HEAD, layer_name, source_name
+from trtlab.model.tensor_specs import linear_shape, tensor_specs
 from trtlab.quantize.texts import TextBatch
 from trtlab.storage.lazy import LazyTensor
 
@@ -75,31 +76,44 @@ def predict(
         for name, spec in specs.items()
     }
     results = {name: nbytes for name, nbytes in sizes.items() if name not in tensors or specs[name].dtype is not None}
-    prefix = layer_name(0, "")
-    source = sum(t.nbytes // t.dtype.itemsize * FLOAT for name, t in tensors.items() if name.startswith(prefix))
-    linears = {linear: tensors[layer_name(0, f"{linear}.weight")].shape for linear in layer_plan(config).parts}
-    largest = max(rows * width for rows, width in linears.values()) * FLOAT
-    result = sum(nbytes for name, nbytes in results.items() if name.startswith(prefix))
+    sites, head = layer_plan(config).linears, (LM_HEAD,) if config.quantization.quantizes_head else ()
+    layer, own = _one(config, results, tensors, layer_name(0, ""), sites), 0
+    if head:
+        own = _one(config, results, {HEAD: tensors[source_name(HEAD, tensors)]}, f"{LM_HEAD.part}.", head)
     tokens = sum(len(batch.ids) for batch in texts)
     return Peak(
-        layer=max(source + result + WORKING_COPIES * largest, tensors[EMBEDDING].nbytes),
+        layer=max(layer, own, tensors[EMBEDDING].nbytes),
         hidden=tokens * config.hidden_size * FLOAT + _activations(config, texts),
-        statistics=_statistics(config, linears, texts),
+        statistics=max(_statistics(config, sites, texts), _statistics(config, head, texts)),
         kept=sum(results.values()) if in_memory else 0,
         whole_model=sum(tensor.nbytes for tensor in tensors.values()) + sum(results.values()),
     )
 
 
+def _one(
+    config: ModelConfig,
+    results: Mapping[str, int],
+    tensors: Mapping[str, LazyTensor],
+    prefix: str,
+    sites: Sequence[LinearSite],
+) -> int:
+    """Bytes of one layer, or of the head, in both forms; its tensors begin with ``prefix``."""
+    source = sum(t.nbytes // t.dtype.itemsize * FLOAT for name, t in tensors.items() if name.startswith(prefix))
+    result = sum(nbytes for name, nbytes in results.items() if name.startswith(prefix))
+    return source + result + WORKING_COPIES * max(prod(linear_shape(config, site)) for site in sites) * FLOAT
+
+
 def _activations(config: ModelConfig, texts: Sequence[TextBatch]) -> int:
-    """Bytes of one batch inside a layer: the MLP's three wide tensors or attention's four, whichever is larger."""
+    """Bytes of one batch where it is widest: the MLP's three tensors, attention's four, or the head's one."""
     tokens = max((len(batch.ids) for batch in texts), default=0)
-    return tokens * max(3 * config.intermediate_size, 4 * config.hidden_size) * FLOAT
+    head = config.vocab_size if config.quantization.quantizes_head else 0
+    return tokens * max(3 * config.intermediate_size, 4 * config.hidden_size, head) * FLOAT
 
 
-def _statistics(config: ModelConfig, linears: Mapping[str, tuple[int, ...]], texts: Sequence[TextBatch]) -> int:
-    widths = [linears[sites[0].part][1] for sites in layer_plan(config).inputs.values()]
+def _statistics(config: ModelConfig, sites: Sequence[LinearSite], texts: Sequence[TextBatch]) -> int:
+    widths = [linear_shape(config, group[0])[1] for group in by_input(sites).values()]
     sampled = sum(len(batch.sampled) for batch in texts)
     algorithm = config.quantization.algorithm
     gram = sum(width * width for width in widths) if texts and algorithm is not None and algorithm.grouped else 0
-    outputs = sum(shape[0] for shape in linears.values())
+    outputs = sum(linear_shape(config, site)[0] for site in sites)
     return (gram + sampled * (sum(widths) + outputs)) * FLOAT

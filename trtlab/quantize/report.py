@@ -33,7 +33,8 @@ class LinearReport:
 
     ``snr_db`` and ``cosine`` compare its output with the original's on sampled calibration rows, or the weights if
     there are no texts. ``saturation`` is the share of weights at the ends of the integer range. The outlier ratios are
-    the largest input channel over the median one, before and after smoothing.
+    the largest input channel over the median one, before and after smoothing. ``bytes_before`` is 0 for the head of a
+    tied model: its table stays for the lookup.
     """
 
     name: str
@@ -109,9 +110,15 @@ def _row(layer: CalibratedLayer, result: QuantizedLayer, linear: str) -> LinearR
         outliers_before=None if channels is None else outlier_ratio(channels),
         outliers_after=None if channels is None else outlier_ratio(channels if s is None else channels / s),
         alpha=result.alphas.get(linear),
-        bytes_before=layer.weight(linear).numel() * layer.config.torch_dtype.itemsize,
+        bytes_before=_bytes_before(layer, linear),
         bytes_after=sum(tensor.nbytes for tensor in stored),
     )
+
+
+def _bytes_before(layer: CalibratedLayer, linear: str) -> int:
+    if layer.index is None and layer.config.tie_word_embeddings:
+        return 0
+    return layer.weight(linear).numel() * layer.config.torch_dtype.itemsize
 
 
 def _products(expected: Tensor, got: Tensor) -> tuple[float, float, float, float]:
@@ -177,7 +184,7 @@ def stored_numbers(weight: Quantized) -> tuple[Tensor, int]:
 def report_kv(layer: CalibratedLayer, result: QuantizedLayer) -> list[CacheReport]:
     """The report of one layer's cache; an empty list if the cache is not quantized."""
     algorithm = layer.config.quantization.kv_algorithm
-    if algorithm is None:
+    if algorithm is None or layer.index is None:
         return []
     scales = [result.tensors[name] for name in algorithm.tensors]
     k_scale, v_scale = scales[0], scales[-1]

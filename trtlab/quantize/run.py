@@ -1,4 +1,4 @@
-"""Quantizes a model layer by layer: reads, calibrates, quantizes and reports one layer, then frees it."""
+"""Quantizes a model layer by layer, then its head: reads, calibrates, quantizes and reports one, then frees it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from trtlab.config.algorithms import check_supported
 from trtlab.config.model import ModelConfig
-from trtlab.config.quant import QuantConfig
+from trtlab.config.quant import HEAD_MODULE, QuantConfig
 from trtlab.errors import QuantizeError
-from trtlab.model.blocks import layer_plan
-from trtlab.model.names import EMBEDDING, LAYER_PREFIX, POSITIONS, layer_name
+from trtlab.model.names import EMBEDDING, FINAL_NORM, HEAD, LAYER_PREFIX, POSITIONS, layer_name, source_name
 from trtlab.model.quantized_specs import TensorSpec
-from trtlab.model.tensor_specs import tensor_specs
+from trtlab.model.tensor_specs import quantized_linears, tensor_specs
+from trtlab.model.weights import final_norm
 from trtlab.progress import progress
 from trtlab.quantize import awq, fp8, kv_cache, smoothquant, smoothquant_modelopt, weight_only
 from trtlab.quantize.calibrate import Calibration
@@ -56,7 +56,7 @@ class Quantization:
         specs = tensor_specs(self.config)
         rows: list[LinearReport] = []
         kv_rows = []
-        with progress(f"quantizing {self._title}", self.config.num_hidden_layers, unit="layer") as bar:
+        with progress(f"quantizing {self._title}", self.steps, unit="layer") as bar:
             for layer in self.layers():
                 result = quantize_layer(layer)
                 self._pass_on(layer.index, specs, result.tensors, sink)
@@ -64,13 +64,24 @@ class Quantization:
                 kv_rows += report_kv(layer, result)
                 del layer, result  # before the next layer is read
                 bar.update(1)
+        quantized = tuple(map(_prefix, self._indices))
         for name in specs:
-            if not name.startswith(LAYER_PREFIX):
+            if not name.startswith(quantized):
                 sink(name, self.tensors[name])
         return QuantizationReport(self.config.quantization, tuple(rows), tuple(kv_rows))
 
+    @property
+    def steps(self) -> int:
+        """The number of ``layers``."""
+        return len(self._indices)
+
+    @property
+    def _indices(self) -> list[int | None]:
+        head = [None] if self.config.quantization.quantizes_head else []
+        return [*range(self.config.num_hidden_layers), *head]
+
     def layers(self) -> Iterator[CalibratedLayer]:
-        """Each layer with its weights and calibration statistics; only one is in memory at a time."""
+        """Each layer, and last a head that is quantized, with weights and statistics; one is in memory at a time."""
         plain = self.config.replace(quantization=QuantConfig())
         specs, algorithm = tensor_specs(plain), self.config.quantization.algorithm
         for name, tensor in self.tensors.items():
@@ -81,7 +92,7 @@ class Quantization:
             gram = algorithm is not None and algorithm.grouped
             positions = self.tensors[POSITIONS].read() if POSITIONS in self.tensors else None
             calibration = Calibration(plain, self.texts, self.tensors[EMBEDDING].read(), positions, gram=gram)
-        for index in range(self.config.num_hidden_layers):
+        for index in self._indices:
             yield self._read(index, specs, calibration)
 
     @property
@@ -90,8 +101,12 @@ class Quantization:
         algorithms = [quant.quant_algo, quant.kv_cache_quant_algo and f"{quant.kv_cache_quant_algo} KV cache"]
         return " + ".join(name for name in algorithms if name)
 
-    def _read(self, index: int, specs: Mapping[str, TensorSpec], calibration: Calibration | None) -> CalibratedLayer:
-        prefix = layer_name(index, "")
+    def _read(
+        self, index: int | None, specs: Mapping[str, TensorSpec], calibration: Calibration | None
+    ) -> CalibratedLayer:
+        if index is None:
+            return self._read_head(calibration)
+        prefix = _prefix(index)
         weights = {}
         for name in specs:
             if name.startswith(prefix):
@@ -100,12 +115,19 @@ class Quantization:
         statistics = None if calibration is None else calibration.run_layer(index, weights)
         return CalibratedLayer(self.config, index, weights, statistics)
 
-    def _pass_on(self, index: int, specs: Mapping[str, TensorSpec], result: Mapping[str, Tensor], sink: Sink) -> None:
-        prefix = layer_name(index, "")
+    def _read_head(self, calibration: Calibration | None) -> CalibratedLayer:
+        head = self.tensors[source_name(HEAD, self.tensors)].read().float()
+        norm = {name: tensor.read().float() for name, tensor in self.tensors.items() if name.startswith(FINAL_NORM)}
+        statistics = None if calibration is None else calibration.run_head(final_norm(self.config, norm), head)
+        return CalibratedLayer(self.config, None, {HEAD: head}, statistics)
+
+    def _pass_on(
+        self, index: int | None, specs: Mapping[str, TensorSpec], result: Mapping[str, Tensor], sink: Sink
+    ) -> None:
         for name, spec in specs.items():
-            if not name.startswith(prefix):
+            if not name.startswith(_prefix(index)):
                 continue
-            tensor = result.get(name.removeprefix(prefix))
+            tensor = result.get(name.removeprefix(layer_name(index, "")))
             if tensor is None:
                 sink(name, self.tensors[name])
                 continue
@@ -114,12 +136,17 @@ class Quantization:
             sink(name, in_memory(tensor))
 
 
+def _prefix(index: int | None) -> str:
+    """What the names of all tensors of a layer, or of the head, begin with."""
+    return f"{HEAD_MODULE}." if index is None else layer_name(index, "")
+
+
 def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
-    """The quantized tensors of one layer and its cache, by the recipe in the layer's config."""
+    """The quantized tensors of one layer and its cache, or of the head, by the recipe in the layer's config."""
     quant = layer.config.quantization
     result = QuantizedLayer({}) if quant.algorithm is None else QUANTIZERS[quant.algorithm.family](layer)
     algorithm = quant.kv_cache_quant_algo
-    if algorithm is not None:
+    if algorithm is not None and layer.index is not None:
         result.tensors.update(kv_cache.kv_scales(algorithm, quant.kv_cache_scales, layer.statistics))
     return result
 
@@ -154,6 +181,10 @@ def prepare(
             "the recipe quantizes nothing", remedy="set quant_algo, kv_cache_quant_algo or both in QuantConfig"
         )
     check_supported(quant.algorithm)
+    if quant.quantize_lm_head and quant.algorithm is None:
+        raise QuantizeError(
+            "quantize_lm_head needs an algorithm for the head", remedy="set quant_algo, or leave quantize_lm_head out"
+        )
     quantized = config.replace(quantization=quant)
     tensor_specs(quantized)  # raises ConfigError if groups do not divide the inputs of a linear
     _check_exclusions(config, quant)
@@ -184,9 +215,7 @@ def _check_exclusions(config: ModelConfig, quant: QuantConfig) -> None:
                 got=repr(pattern),
                 expected=f"a name like {layer_name(0, 'mlp.fc')!r}, or a pattern like '*.attention.dense'",
             )
-    parts = layer_plan(config).parts
-    names = [layer_name(index, part) for index in range(config.num_hidden_layers) for part in parts]
-    if quant.quant_algo is not None and not any(map(quant.algorithm_of, names)):
+    if quant.quant_algo is not None and not quantized_linears(config.replace(quantization=quant)):
         raise QuantizeError(
             f"{quant.quant_algo} has nothing to quantize: exclude_modules matches every linear",
             got=quant.exclude_modules,

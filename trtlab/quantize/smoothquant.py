@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trtlab.config.algorithms import Algorithm
-from trtlab.model.blocks import SITES, layer_plan
+from trtlab.model.blocks import SITES, by_input
 from trtlab.model.scales import INT8, INT8_SYMMETRIC, ToQuantized, amax, int_matmul, positive, quantize_rows, to_int
 from trtlab.quantize.layer import CalibratedLayer, InputStatistics, QuantizedLayer
 
@@ -95,9 +95,9 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     An excluded linear that shares a smoothed norm is multiplied by the same factors and stays in its dtype.
     """
     algorithm = layer.config.quantization.algorithm
-    assert algorithm is not None, f"layer {layer.index} has no algorithm"
+    assert algorithm is not None, f"{layer.name} has no algorithm"
     result = QuantizedLayer({})
-    for sites in layer_plan(layer.config).inputs.values():
+    for sites in by_input(layer.sites).values():
         linears = tuple(site.part for site in sites)
         if any(layer.quantizes(linear) for linear in linears):
             _quantize(layer, _smooth(layer, linears, algorithm), algorithm, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtlab.model.blocks import layer_plan
+from trtlab.model.blocks import by_input
 from trtlab.model.scales import INT8, ToOriginal, amax, positive, to_int
 from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer
 from trtlab.quantize.smoothquant import search_alpha
@@ -35,9 +35,9 @@ def quantize_layer(layer: CalibratedLayer) -> QuantizedLayer:
     export, and the weights are divided by the average.
     """
     quant = layer.config.quantization
-    assert quant.algorithm is not None, f"layer {layer.index} has no algorithm"
+    assert quant.algorithm is not None, f"{layer.name} has no algorithm"
     result = QuantizedLayer({})
-    for sites in layer_plan(layer.config).inputs.values():
+    for sites in by_input(layer.sites).values():
         linears = [site.part for site in sites if layer.quantizes(site.part)]
         if not linears:
             continue

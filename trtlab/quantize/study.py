@@ -15,7 +15,6 @@ from torch import Tensor
 
 from trtlab.config.algorithms import KV_SCALES, Algorithm, KvScales
 from trtlab.config.quant import QuantConfig
-from trtlab.model.blocks import layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import amax, by_group, positive
 from trtlab.progress import progress
@@ -53,9 +52,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class LinearStudy:
-    """One linear: the original distribution, and one trial for each alpha (``None`` is the searched alpha)."""
+    """One linear: the original distribution, and one trial for each alpha (``None`` is the searched alpha).
 
-    layer: int
+    ``layer`` is None for the head.
+    """
+
+    layer: int | None
     linear: str
     before: Spread
     trials: Mapping[float | None, Trial]
@@ -101,7 +103,7 @@ def study(quantization: Quantization) -> Study:
     }
     with (
         torch.inference_mode(),
-        progress("trying every setting", len(settings) * quantization.config.num_hidden_layers, unit="trial") as bar,
+        progress("trying every setting", len(settings) * quantization.steps, unit="trial") as bar,
     ):
         for layer in quantization.layers():
             if quant.algorithm is not None:
@@ -133,7 +135,7 @@ def _with(layer: CalibratedLayer, quant: QuantConfig) -> CalibratedLayer:
 def _try_linears(
     layer: CalibratedLayer, algorithm: Algorithm, settings: Mapping[float | None, QuantConfig], bar: Any
 ) -> list[LinearStudy]:
-    trials: dict[str, dict[float | None, Trial]] = {part: {} for part in layer_plan(layer.config).parts}
+    trials: dict[str, dict[float | None, Trial]] = {site.part: {} for site in layer.sites}
     for alpha, quant in settings.items():
         trial = _with(layer, quant)
         result = quantize_layer(trial)

@@ -15,7 +15,7 @@ from torch import Tensor
 from trtlab.config.model import ModelConfig
 from trtlab.errors import CheckpointError
 from trtlab.model.blocks import SITES
-from trtlab.model.names import split_layer_name
+from trtlab.model.names import source_name, split_layer_name
 from trtlab.model.quantized_specs import weight_only_ranks
 from trtlab.model.scales import INT4, INT8, IntRange, ToOriginal, amax, half_away, pack_int4, positive, to_int
 from trtlab.model.tensor_specs import plain_linears, quantized_linears, tensor_specs
@@ -72,16 +72,16 @@ def from_plain(config: ModelConfig, plain: Mapping[str, LazyTensor]) -> dict[str
     for name in quantized_linears(config):
         for place, suffix in enumerate(("weight", "per_channel_scale")):
             spec = specs[f"{name}.{suffix}"]
-            read = partial(_read_stored, config, f"{name}.weight", plain[f"{name}.weight"], place)
+            weight = f"{name}.weight"
+            read = partial(_read_stored, config, weight, plain[source_name(weight, plain)], place)
             tensors[f"{name}.{suffix}"] = LazyTensor(spec.shape, spec.dtype or config.torch_dtype, read)
     return {name: tensors[name] for name in specs}
 
 
 def _part(name: str) -> str:
-    """``mlp.fc`` of a linear's full name, or of its weight's."""
+    """``mlp.fc`` of a linear's full name, or of its weight's; the head has the same name everywhere."""
     place = split_layer_name(name)
-    assert place is not None, name
-    return place[1].removesuffix(".weight")
+    return (name if place is None else place[1]).removesuffix(".weight")
 
 
 def _read_stored(config: ModelConfig, name: str, weight: LazyTensor, place: int) -> Tensor:

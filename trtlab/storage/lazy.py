@@ -60,15 +60,15 @@ class LazyTensor:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return LazyTensor(shape, self.dtype, lambda: self.read().narrow(dim, start, length))
 
-    def pad_rows(self, rows: int) -> LazyTensor:
-        """The tensor with zero rows appended, ``rows`` in all."""
-        if rows == self.shape[0]:
+    def pad(self, dim: int, size: int) -> LazyTensor:
+        """The tensor with zeros appended along ``dim``, ``size`` in all."""
+        if size == self.shape[dim]:
             return self
-        shape = (rows, *self.shape[1:])
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
 
         def read() -> Tensor:
             padded = torch.zeros(shape, dtype=self.dtype)
-            padded[: self.shape[0]] = self.read()
+            padded.narrow(dim, 0, self.shape[dim]).copy_(self.read())
             return padded
 
         return LazyTensor(shape, self.dtype, read)

@@ -116,6 +116,13 @@ def assert_agree(checkpoint, torch_reference, mapping=SOLO):
     theirs.close()
 
 
+@pytest.mark.parametrize("mapping", [SOLO, Mapping(tp_size=2)])  # two ranks hold 98 of 97 rows, or 100 if packed
+@pytest.mark.parametrize("algorithm", WEIGHTS)
+def test_a_quantized_head_is_emitted_as_the_other_linears(quantized, torch_reference, algorithm, mapping):
+    checkpoint = quantized(algorithm, quantize_lm_head=True, exclude_modules=("transformer.*",))
+    assert_agree(checkpoint, torch_reference, mapping)
+
+
 @pytest.mark.parametrize("algorithm", WEIGHTS)
 def test_in_float32_the_network_is_torch(quantized, torch_reference, algorithm):
     assert_agree(quantized(algorithm), torch_reference)
@@ -289,8 +296,8 @@ def test_fp8_is_refused_for_a_gpu_without_it(quantized, monkeypatch, algorithm, 
 
 @pytest.mark.plans
 @pytest.mark.parametrize(("algorithm", "dtype"), PLANS)
-def test_a_plan_is_built_for_each_algorithm(quantized, algorithm, dtype):
-    checkpoint = quantized(algorithm, dtype=dtype)
+def test_a_plan_is_built_for_each_algorithm_and_its_head(quantized, algorithm, dtype):
+    checkpoint = quantized(algorithm, dtype=dtype, quantize_lm_head=True)
     stream = io.BytesIO()
     record = build_plan(checkpoint.config, BUILD, Mapping(), 0, tensors_of(checkpoint), stream)
     assert record.plan_bytes == len(stream.getvalue()) > 0
