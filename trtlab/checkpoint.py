@@ -12,38 +12,37 @@ from typing import Literal
 from torch import Tensor
 
 from trtlab.card import Shown
-from trtlab.checkpoint_folder import Companions, tied_config, write_ranks, writing_checkpoint
+from trtlab.checkpoint_folder import Companions, tied_config, write_quantized, write_ranks, writing_checkpoint
 from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.build import BuildConfig
 from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
 from trtlab.config.model import DtypeName, ModelConfig
 from trtlab.config.quant import QuantConfig
-from trtlab.convert.check import check_floating, check_tensors
 from trtlab.convert.folder_kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
+from trtlab.convert.gguf import VOCABULARY, gguf_path, gguf_source, read_gguf
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.meta import read_meta
 from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
 from trtlab.convert.trtllm import read_checkpoint
 from trtlab.convert.trtllm_config import config_to_json, provenance
-from trtlab.convert.trtllm_ranks import rank_file
+from trtlab.convert.weights import read_weights
 from trtlab.engine import Engine, build
 from trtlab.errors import CheckpointError
 from trtlab.model.tensor_specs import plain_linears, tensor_specs
 from trtlab.parallel.launch import on_rank_zero
-from trtlab.parallel.shard import EmbeddingLayout, shard, shared_where_possible
+from trtlab.parallel.shard import EmbeddingLayout, shard
 from trtlab.quantize.modelopt import check_modelopt, export_with_modelopt
 from trtlab.quantize.report import QuantizationReport
-from trtlab.quantize.report_file import read_report, write_report
+from trtlab.quantize.report_file import read_report
 from trtlab.quantize.run import Quantization, prepare
-from trtlab.quantize.texts import MAX_TOKENS, Texts, encode_texts
+from trtlab.quantize.texts import Texts, encode_texts
 from trtlab.quantize.weight_only import from_plain
 from trtlab.runtime.tokenizer import Tokenizer, find_tokenizer
-from trtlab.storage.files import TensorFile
-from trtlab.storage.lazy import LazyTensor, in_memory
+from trtlab.storage.gguf_file import open_gguf
+from trtlab.storage.lazy import LazyTensor
 from trtlab.storage.paths import PathLike, absolute_path
 from trtlab.storage.pickle_by_path import Opening, Reopenable
-from trtlab.validation import shorten
 
 
 @public
@@ -52,14 +51,14 @@ class Checkpoint(Shown, Reopenable):
     """A model that can be saved, quantized or built; its weights stay on disk until they are needed.
 
     ``tensors`` maps TensorRT-LLM's names to whole tensors, or to one rank's own when ``rank`` is given. Open one with
-    ``from_hugging_face``, ``from_meta_ckpt``, ``from_weights`` or ``load``. A pickle of one holds the path of its
-    folder, which is opened again.
+    ``from_hugging_face``, ``from_meta_ckpt``, ``from_gguf``, ``from_weights`` or ``load``. A pickle of one holds the
+    path of its folder, which is opened again.
     """
 
     config: ModelConfig
     tensors: abc.Mapping[str, LazyTensor]
     source: str
-    tokenizer_dir: Path | None = None
+    tokenizer_path: Path | None = None
     mapping: Mapping = field(default_factory=Mapping)
     layout: EmbeddingLayout = field(default_factory=EmbeddingLayout)
     rank: int | None = None
@@ -118,18 +117,36 @@ class Checkpoint(Shown, Reopenable):
         return checkpoint.opened_by(cls.from_meta_ckpt, folder, dtype=dtype, max_position_embeddings=context)
 
     @classmethod
+    def from_gguf(
+        cls, path: PathLike, dtype: DtypeName | Literal["auto"] = "auto", *, allow_unknown_config: bool = True
+    ) -> Checkpoint:
+        """Open a GGUF file, llama.cpp's format, with its tokenizer and chat template.
+
+        Architectures ``llama`` (Mistral's files too), ``qwen2`` and ``qwen3``; types F32, F16, BF16, Q8_0, Q4_0, Q4_1,
+        Q5_0, Q5_1 and Q2_K to Q6_K, which are dequantized when they are read.
+
+        Args:
+            path: The file.
+            dtype: Type of the tensors; ``auto`` is that of most matrices, and bfloat16 where they are quantized.
+            allow_unknown_config: Whether a key that trtlab does not know is a warning, not an error.
+
+        Raises:
+            CheckpointError: The file is damaged or one of several; an architecture, a type or a key that changes the
+                numbers is not supported; or the tensors do not fit the keys.
+            MissingDependency: The package ``gguf`` is not installed.
+        """
+        file = open_gguf(gguf_path(path))
+        config, tensors = read_gguf(file, dtype, allow_unknown=allow_unknown_config)
+        tokenizer = file.path if VOCABULARY in file.metadata else None
+        return cls(config, tensors, gguf_source(file), tokenizer).opened_by(cls.from_gguf, file.path, dtype=dtype)
+
+    @classmethod
     def from_weights(cls, config: ModelConfig, weights: abc.Mapping[str, Tensor]) -> Checkpoint:
         """A checkpoint from tensors in memory, by TensorRT-LLM's names (``tensor_specs(config)`` lists them).
 
         Raises CheckpointError listing every missing, surplus and mis-shaped tensor with the shape expected.
         """
-        for name, tensor in weights.items():
-            if not isinstance(tensor, Tensor):
-                raise CheckpointError(f"the weight {name} is no tensor", got=shorten(tensor), expected="a torch.Tensor")
-        tensors = {name: in_memory(tensor) for name, tensor in weights.items()}
-        check_tensors("the weights", tensors, {name: spec.shape for name, spec in tensor_specs(config).items()})
-        check_floating("the weights", tensors.items())
-        return cls(config, {n: t.to(config.torch_dtype) for n, t in tensors.items()}, "weights in memory")
+        return cls(config, read_weights(config, weights), "weights in memory")
 
     @classmethod
     def load(cls, ckpt_dir: PathLike, rank: int | None = None, hf_config: HfConfig | None = None) -> Checkpoint:
@@ -187,16 +204,15 @@ class Checkpoint(Shown, Reopenable):
             use_embedding_sharing: Whether token table and head are stored once.
             weight_only: The form of W8A16 and W4A16. ``"plain"`` stores the unquantized weights, which every version
                 of TensorRT-LLM quantizes when it builds: the form to give away. ``"integers"`` stores what runs here,
-                in a half or a quarter of the bytes, without a source and with nothing to compute when it is loaded;
-                only trtlab reads it, as TensorRT-LLM stores integers in the layout of one GPU's kernels. None keeps
-                the form of the folder that this was loaded from, and is ``"integers"`` for a new one.
+                in a half or a quarter of the bytes; only trtlab reads it, as TensorRT-LLM stores integers in the layout
+                of one GPU's kernels. None: as the folder that was loaded, ``"integers"`` for a new one.
 
         Raises:
             ConfigError: The model cannot be split this way, or is to share its embedding and the two tables differ.
             CheckpointError: The plain form is asked for, and the unquantized weights are not at hand.
         """
         self.require_whole("saved")
-        mapping = Mapping() if mapping is None else mapping
+        mapping = mapping or Mapping()
         layout = EmbeddingLayout(use_parallel_embedding, embedding_sharding_dim, use_embedding_sharing)
         config = tied_config(self.config, self.tensors) if use_embedding_sharing else self.config
         form, tensors = self._companions.in_form(config, self.tensors, weight_only)
@@ -204,7 +220,7 @@ class Checkpoint(Shown, Reopenable):
         ranks = [shard(stored, mapping, rank, tensors, layout) for rank in mapping.ranks]
         folder = absolute_path(ckpt_dir)
         meta = config_to_json(config, mapping, layout, provenance(self.source, form))
-        with writing_checkpoint(folder, meta, self.tokenizer_dir, self._companions.report) as scratch:
+        with writing_checkpoint(folder, meta, self.tokenizer_path, self._companions.report) as scratch:
             write_ranks(scratch, ranks, folder.name)
         return folder
 
@@ -234,43 +250,30 @@ class Checkpoint(Shown, Reopenable):
             tensors: dict[str, LazyTensor] = {}
             report = quantization.run(tensors.__setitem__)
             return QuantizedCheckpoint(
-                quantization.config, tensors, self.source, self.tokenizer_dir, report=report, made_by=quantization
+                quantization.config, tensors, self.source, self.tokenizer_path, report=report, made_by=quantization
             )
         folder, results = absolute_path(output_dir), list[QuantizedCheckpoint]()
 
         def write() -> None:
-            results.append(self._quantize_to(folder, self._prepare(quant_config, calibration, in_memory=False)))
+            quantization = self._prepare(quant_config, calibration, in_memory=False)
+            report = write_quantized(folder, quantization, self.source, self.tokenizer_path)
+            quantized = dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
+            results.append(quantized.opened_by(Checkpoint.load, folder, rank=None, hf_config=None))
 
         on_rank_zero(write)
         return results[0] if results else QuantizedCheckpoint.load(folder)  # empty on the other ranks
 
     def _prepare(self, quant_config: QuantConfig, calibration: Texts | None, *, in_memory: bool) -> Quantization:
-        tokenizer = Tokenizer(self.tokenizer_dir) if self.tokenizer_dir else None
+        tokenizer = Tokenizer(self.tokenizer_path) if self.tokenizer_path else None
         quantization = prepare(self.config, self.tensors, tokenizer, quant_config, calibration)
         quantization.peak(in_memory=in_memory).require_room()
         return quantization
-
-    def _quantize_to(self, folder: Path, quantization: Quantization) -> QuantizedCheckpoint:
-        config, one_rank = quantization.config, Mapping()
-        layout = shared_where_possible(config, one_rank)
-        form: WeightOnlyForm | None = "integers" if config.quantization.has_plain_form else None
-        meta = config_to_json(config, one_rank, layout, provenance(self.source, form))
-        with writing_checkpoint(folder, meta, self.tokenizer_dir, None) as scratch:
-            specs = tensor_specs(config)
-            shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
-            with TensorFile(scratch / rank_file(0), shapes) as file:
-                report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
-            write_report(scratch, report)
-        quantized = dataclasses.replace(QuantizedCheckpoint.load(folder), report=report, made_by=quantization)
-        return quantized.opened_by(Checkpoint.load, folder, rank=None, hf_config=None)
 
     def build(
         self, build_config: BuildConfig | None = None, mapping: Mapping | None = None, plan: bool = True
     ) -> Engine:
         """An engine with these bounds; ``plan=False`` builds no TensorRT plan. The checkpoint does not change."""
-        bounds = BuildConfig() if build_config is None else build_config
-        ranks = Mapping() if mapping is None else mapping
-        return build(self, bounds, ranks, plan=plan)
+        return build(self, build_config or BuildConfig(), mapping or Mapping(), plan=plan)
 
     @property
     def nbytes(self) -> int:
@@ -331,9 +334,8 @@ class QuantizedCheckpoint(Checkpoint):
         check_modelopt(quant_config)
         source = absolute_path(model_dir)
         plain = Checkpoint.from_hugging_face(source)
-        tokenizer = Tokenizer(plain.tokenizer_dir) if plain.tokenizer_dir else None
-        limit = min(MAX_TOKENS, plain.config.max_position_embeddings)
-        rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, limit)
+        tokenizer = Tokenizer(plain.tokenizer_path) if plain.tokenizer_path else None
+        rows = encode_texts(calibration, tokenizer, plain.config.vocab_size, plain.config.max_position_embeddings)
         with tempfile.TemporaryDirectory() as scratch:
             export_with_modelopt(source, plain.config, quant_config, rows, Path(scratch))
             exported = cls.load(scratch, hf_config=source)
@@ -341,5 +343,5 @@ class QuantizedCheckpoint(Checkpoint):
             tensors = {  # AWQ exports pad the vocabulary
                 name: exported.tensors[name].narrow(0, 0, spec.shape[0]) for name, spec in tensor_specs(config).items()
             }
-            QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_dir).save(output_dir)
+            QuantizedCheckpoint(config, tensors, plain.source, plain.tokenizer_path).save(output_dir)
         return cls.load(output_dir)

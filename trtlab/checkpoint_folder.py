@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from trtlab.config.algorithms import WeightOnlyForm
+from trtlab.config.mapping import Mapping
 from trtlab.config.model import ModelConfig
+from trtlab.convert.trtllm_config import config_to_json, provenance
 from trtlab.convert.trtllm_ranks import RANK_FILE, rank_file
 from trtlab.errors import CheckpointError, ConfigError
 from trtlab.model.names import EMBEDDING, HEAD
+from trtlab.model.tensor_specs import tensor_specs
+from trtlab.parallel.shard import shared_where_possible
 from trtlab.progress import progress
 from trtlab.quantize.report import QuantizationReport
 from trtlab.quantize.report_file import REPORT, write_report
+from trtlab.quantize.run import Quantization
 from trtlab.quantize.weight_only import to_plain
 from trtlab.runtime.tokenizer import TOKENIZER_FILES, copy_tokenizer
-from trtlab.storage.files import replacing, write_safetensors
+from trtlab.storage.files import TensorFile, replacing, write_safetensors
 from trtlab.storage.lazy import LazyTensor
 
 
@@ -59,15 +64,31 @@ class Companions:
 
 @contextlib.contextmanager
 def writing_checkpoint(
-    folder: Path, meta: abc.Mapping[str, Any], tokenizer_dir: Path | None, report: QuantizationReport | None
+    folder: Path, meta: abc.Mapping[str, Any], tokenizer_path: Path | None, report: QuantizationReport | None
 ) -> Iterator[Path]:
     """A new folder with config.json, tokenizer and report, which replaces ``folder`` when the block ends."""
     with replacing(folder, ours=_is_ours, marker="mapping", error=CheckpointError) as scratch:
         (scratch / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        copy_tokenizer(tokenizer_dir, scratch)
+        copy_tokenizer(tokenizer_path, scratch)
         if report is not None:
             write_report(scratch, report)
         yield scratch
+
+
+def write_quantized(
+    folder: Path, quantization: Quantization, source: str, tokenizer_path: Path | None
+) -> QuantizationReport:
+    """Quantize into a folder of one rank, each tensor written when it is done; returns the report, which it holds."""
+    config, one_rank = quantization.config, Mapping()
+    form: WeightOnlyForm | None = "integers" if config.quantization.has_plain_form else None
+    meta = config_to_json(config, one_rank, shared_where_possible(config, one_rank), provenance(source, form))
+    with writing_checkpoint(folder, meta, tokenizer_path, None) as scratch:
+        specs = tensor_specs(config)
+        shapes = {name: (spec.shape, spec.dtype or config.torch_dtype) for name, spec in specs.items()}
+        with TensorFile(scratch / rank_file(0), shapes) as file:
+            report = quantization.run(lambda name, tensor: file.put(name, tensor.read()))
+        write_report(scratch, report)
+    return report
 
 
 def write_ranks(scratch: Path, ranks: Sequence[abc.Mapping[str, LazyTensor]], name: str) -> None:

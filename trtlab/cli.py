@@ -42,6 +42,7 @@ FLAG_OF_CALL = {  # what an error tells a Python user to call
     "plan=False": "--no_plan",
     "Checkpoint.from_hugging_face": "trtlab convert --model_dir",
     "Checkpoint.from_meta_ckpt": "trtlab convert --meta_ckpt_dir",
+    "Checkpoint.from_gguf": "trtlab convert --gguf_file",
     "checkpoint.save": "trtlab convert",
     "Checkpoint.load": "trtlab build --checkpoint_dir",
     "checkpoint.build": "trtlab build",
@@ -117,6 +118,8 @@ def _command(match: re.Match[str]) -> str:
 def _convert(options: argparse.Namespace) -> None:
     if options.meta_ckpt_dir:
         checkpoint = Checkpoint.from_meta_ckpt(options.meta_ckpt_dir, options.dtype)
+    elif options.gguf_file:
+        checkpoint = Checkpoint.from_gguf(options.gguf_file, options.dtype)
     else:
         checkpoint = Checkpoint.from_hugging_face(options.model_dir, options.dtype)
     folder = checkpoint.save(
@@ -227,10 +230,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run, parser=sub, commands=commands.choices)
         return sub
 
-    convert = command("convert", _convert, "a Hugging Face or Meta folder to a TensorRT-LLM checkpoint")
+    convert = command("convert", _convert, "a Hugging Face or Meta folder or a GGUF file to a TensorRT-LLM checkpoint")
     source = convert.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_dir", help="Hugging Face folder")
     source.add_argument("--meta_ckpt_dir", help="folder in Meta's format")
+    source.add_argument("--gguf_file", help="model in llama.cpp's format")
     convert.add_argument("--output_dir", required=True)
     convert.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     _add_settings(convert, Mapping, MAPPING_FLAGS)

@@ -71,7 +71,7 @@ class Engine(Shown):
     layout: EmbeddingLayout
     ranks: Sequence[dict[str, LazyTensor]]
     source: str
-    tokenizer_dir: Path | None = None
+    tokenizer_path: Path | None = None
     weight_files: Sequence[Path] = ()
     plans: Plans | None = None
     fingerprints: Sequence[str] = ()
@@ -129,9 +129,9 @@ class Engine(Shown):
         checkpoint.require_whole("compared")
         recipes = require_same_model(self.config, checkpoint.config)
         if isinstance(prompt, str):
-            if self.tokenizer_dir is None:
+            if self.tokenizer_path is None:
                 raise EngineError("this engine has no tokenizer", remedy="give token ids")
-            prompt = Tokenizer(self.tokenizer_dir).encode(prompt)
+            prompt = Tokenizer(self.tokenizer_path).encode(prompt)
         weights = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
         ids = list(as_ids(prompt))
         return compare(self.emission(0, op_set), checkpoint.config, weights, ids, steps=steps, recipes=recipes)
@@ -173,7 +173,7 @@ class Engine(Shown):
             (scratch / "config.json").write_text(meta, encoding="utf-8")
             if self.plans is not None:
                 self.plans.save(scratch)
-            copy_tokenizer(self.tokenizer_dir, scratch)
+            copy_tokenizer(self.tokenizer_path, scratch)
         if digests or not self.ranks:
             self.folder, self.digests = folder, digests
         return folder
@@ -300,7 +300,7 @@ def build(checkpoint: WeightSource, build_config: BuildConfig, mapping: Mapping,
         require_room_to_build(config, resolved, mapping, layout)
     plans = _build_plans(config, resolved, mapping, ranks) if plan else None
     engine = Engine(
-        config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_dir, files, plans, prints
+        config, resolved, mapping, layout, ranks, checkpoint.source, checkpoint.tokenizer_path, files, plans, prints
     )
     engine.checkpoint_dir = checkpoint.folder if checkpoint.mapping == mapping else None
     return engine

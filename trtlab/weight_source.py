@@ -34,7 +34,7 @@ class WeightSource(Protocol):
         ...
 
     @property
-    def tokenizer_dir(self) -> Path | None:
+    def tokenizer_path(self) -> Path | None:
         """The folder of the tokenizer, if there is one."""
         ...
 

@@ -58,8 +58,8 @@ def folders(random_model, tmp_path_factory):
         "Engine.load()": place / "engine",
     }
     return good, {
-        place / "gguf": "GGUF is not supported yet",
-        place / "gguf" / "model.Q4_K_M.gguf": "GGUF is not supported yet",
+        place / "gguf": "open the file with Checkpoint.from_gguf()",
+        place / "gguf" / "model.Q4_K_M.gguf": "open the file with Checkpoint.from_gguf()",
         place / "adapter": "give the folder of the model that it adapts",
         place / "cache": "in its snapshots folder",
         place / "binary": "convert the model's Hugging Face folder",

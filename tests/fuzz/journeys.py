@@ -147,7 +147,7 @@ def generate(engine: Engine, journey: Journey) -> None:
         logits = session.logits(prompt)
         require(tuple(logits.shape) == (3, vocab), f"logits of shape {tuple(logits.shape)}")
         journey.done("ran")
-        if engine.tokenizer_dir is not None:
+        if engine.tokenizer_path is not None:
             use_text(session, journey)
 
 

@@ -35,7 +35,7 @@ def test_a_tokenizer_that_is_a_link_to_nothing_is_told_at_its_use_and_at_a_save(
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to("gone")
     checkpoint = Checkpoint.from_hugging_face(folder)
-    assert checkpoint.tokenizer_dir == folder
+    assert checkpoint.tokenizer_path == folder
     for use in (Tokenizer(folder).encode, lambda text: checkpoint.save(tmp_path / text)):
         with pytest.raises(TrtlabError, match=r"tokenizer\.json is a link to gone, which is missing"):
             use("text")

@@ -21,7 +21,7 @@ def session_card(session: Session) -> Card:
             ("bounds", bounds_phrase(build)),
             ("KV pool", _pool(session.kv_cache.pool, session.engine.config)),
             ("requests", f"{session.running} running, {session.waiting} waiting"),
-            ("tokenizer", "in the engine's folder" if session.engine.tokenizer_dir else "none: give token ids"),
+            ("tokenizer", "in the engine's folder" if session.engine.tokenizer_path else "none: give token ids"),
         ),
         next='session.generate("...") or for piece in session.stream("..."): print(piece, end="")',
     )

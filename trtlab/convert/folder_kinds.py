@@ -73,7 +73,7 @@ ADAPTER = FolderKind(
 )
 GGUF = FolderKind(
     "a model in GGUF format",
-    "GGUF is not supported yet: give the model's Hugging Face folder",
+    "open the file with Checkpoint.from_gguf()",
     holds=lambda names: any(name.endswith(".gguf") for name in names),
 )
 CACHE = FolderKind(

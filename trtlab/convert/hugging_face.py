@@ -76,7 +76,7 @@ def _find_weights(model_dir: Path) -> str:
         f"{model_dir} holds no weights",
         got=listed(others) or None,
         expected=" or ".join(f"{whole} or {whole}{INDEX} with its shards" for whole in FILES),
-        remedy="for Meta's consolidated.*.pth use Checkpoint.from_meta_ckpt; GGUF is not supported yet",
+        remedy="for Meta's consolidated.*.pth use Checkpoint.from_meta_ckpt, for a .gguf file Checkpoint.from_gguf",
     )
 
 

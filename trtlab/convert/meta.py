@@ -156,6 +156,6 @@ def _rename(where: str, config: ModelConfig, tensors: Mapping[str, LazyTensor]) 
 
 
 def to_half_split(weight: Tensor, head_size: int) -> Tensor:
-    """Rows ``[heads * head_size, in]`` from Meta's order (neighbours are a pair) to Hugging Face's (halves are)."""
-    rows = weight.view(-1, head_size // 2, 2, weight.shape[1])  # [heads, pairs, 2, in]
+    """Rows ``[heads * head_size, ...]`` from Meta's order (neighbours are a pair) to Hugging Face's (halves are)."""
+    rows = weight.view(-1, head_size // 2, 2, *weight.shape[1:])  # [heads, pairs, 2, ...]
     return rows.transpose(1, 2).reshape(weight.shape)

@@ -23,7 +23,7 @@ from trtlab.quantize.calibrate import Calibration
 from trtlab.quantize.layer import CalibratedLayer, QuantizedLayer, require_finite
 from trtlab.quantize.peak import Peak, predict
 from trtlab.quantize.report import LinearReport, QuantizationReport, report_kv, report_linears
-from trtlab.quantize.texts import MAX_TOKENS, TextBatch, Texts, batches, encode_texts
+from trtlab.quantize.texts import TextBatch, Texts, batches, encode_texts
 from trtlab.runtime.tokenizer import Tokenizer
 from trtlab.storage.lazy import LazyTensor, in_memory
 
@@ -200,8 +200,7 @@ def prepare(
         )
     texts: list[TextBatch] = []
     if calibration is not None:
-        limit = min(MAX_TOKENS, config.max_position_embeddings)
-        texts = batches(encode_texts(calibration, tokenizer, config.vocab_size, limit))
+        texts = batches(encode_texts(calibration, tokenizer, config.vocab_size, config.max_position_embeddings))
     return Quantization(quantized, tensors, texts)
 
 

@@ -32,8 +32,8 @@ class TextBatch:
     shares: Tensor
 
 
-def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, limit: int) -> list[list[int]]:
-    """The token ids of each text, at most ``limit`` of them.
+def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, context: int) -> list[list[int]]:
+    """The token ids of each text, at most MAX_TOKENS of them and at most the model's ``context``.
 
     Raises QuantizeError if there are no texts, or a text has fewer than two tokens or unknown token ids.
     """
@@ -44,7 +44,7 @@ def encode_texts(texts: Texts, tokenizer: Tokenizer | None, vocab_size: int, lim
     items: list[str | Sequence[int]] = list(texts)
     if not items:
         raise QuantizeError("calibration has no texts", remedy="pass some that look like what the model will read")
-    rows = [_encode(number, text, tokenizer)[:limit] for number, text in enumerate(items)]
+    rows = [_encode(number, text, tokenizer)[: min(MAX_TOKENS, context)] for number, text in enumerate(items)]
     for number, row in enumerate(rows):
         if len(row) < 2:
             raise QuantizeError(

@@ -1,4 +1,4 @@
-"""Turns text into token ids and back, with the tokenizer in a model folder. Knows no model."""
+"""Turns text into token ids and back, with the tokenizer of a model's folder or GGUF file. Knows no model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from trtlab.errors import RequestError, TrtlabError
 from trtlab.runtime.chat_template import ChatRenderer, Message
 from trtlab.runtime.text_bound import TextBound, text_bound
-from trtlab.runtime.tokenizer_loading import REPAIR, Loaded, load_tokenizer
+from trtlab.runtime.tokenizer_loading import REPAIR, Loaded, is_gguf, load_tokenizer
 from trtlab.storage.json_files import Listed, OpenObject, read_model
 from trtlab.storage.paths import has_file
 
@@ -37,9 +37,9 @@ TOKENIZER_FILES = (
 )
 
 
-def tokenizer_files(folder: Path | None) -> list[Path]:
-    """The tokenizer files in a folder; an empty list for None. CheckpointError for a link out of the folder."""
-    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if has_file(folder / name)]
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer files in a folder. CheckpointError for a link out of the folder."""
+    return [folder / name for name in TOKENIZER_FILES if has_file(folder / name)]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -62,33 +62,44 @@ def listed_end_ids(folder: Path) -> list[int]:
 
 
 def copy_tokenizer(source: Path | None, target: Path) -> None:
-    """Copy a tokenizer's files; end ids that only config.json holds are written to a generation_config.json."""
-    for file in tokenizer_files(source):
-        shutil.copy2(file, target / file.name)
-    if source is not None and not (source / "generation_config.json").is_file() and listed_end_ids(source):
-        ids = json.dumps({"eos_token_id": listed_end_ids(source)})
-        (target / "generation_config.json").write_text(ids, encoding="utf-8")
+    """Copy a folder's tokenizer, or write that of a GGUF file.
+
+    End ids that a folder's config.json or a GGUF file holds are written to a generation_config.json.
+    """
+    if source is None:
+        return
+    ends: Collection[int]
+    if is_gguf(source):
+        tokenizer = Tokenizer(source)
+        tokenizer.save(target)
+        ends = sorted(tokenizer.end_ids)
+    else:
+        for file in tokenizer_files(source):
+            shutil.copy2(file, target / file.name)
+        ends = () if (target / "generation_config.json").is_file() else listed_end_ids(source)
+    if ends:
+        (target / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
 
 
 @lru_cache(maxsize=4)
-def _loaded(folder: Path, stamps: tuple[object, ...]) -> Loaded:
-    """A folder's tokenizer; ``stamps`` (names, times, sizes of its files) make changed files a new cache entry."""
-    return load_tokenizer(folder)
+def _loaded(path: Path, stamps: tuple[object, ...]) -> Loaded:
+    """A model's tokenizer; ``stamps`` (names, times, sizes of its files) make changed files a new cache entry."""
+    return load_tokenizer(path)
 
 
 class Tokenizer:
-    """Hugging Face's tokenizer of a folder: loaded at first use, and shared by all users of the same files."""
+    """Hugging Face's tokenizer of a folder or a GGUF file: loaded at first use, shared by all users of its files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._chat = ChatRenderer()
 
     @cached_property
     def _loaded(self) -> Loaded:
-        files = [*tokenizer_files(self.folder), *self.folder.glob("config.json")]
+        files = [self.path] if is_gguf(self.path) else [*tokenizer_files(self.path), *self.path.glob("config.json")]
         stamps = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-        with _wrapped(f"the tokenizer in {self.folder.name} cannot be read", REPAIR):
-            return _loaded(self.folder.resolve(), tuple(stamps))
+        with _wrapped(f"the tokenizer in {self.path.name} cannot be read", REPAIR):
+            return _loaded(self.path.resolve(), tuple(stamps))
 
     @property
     def _inner(self) -> Any:
@@ -107,7 +118,12 @@ class Tokenizer:
     def end_ids(self) -> frozenset[int]:
         """The ids that end an answer: the tokenizer's, where it can be read, and those that the model's files list."""
         own = frozenset() if self.problem else self._loaded.end_ids
-        return own | frozenset(listed_end_ids(self.folder))
+        return own if is_gguf(self.path) else own | frozenset(listed_end_ids(self.path))
+
+    def save(self, folder: Path) -> None:
+        """Write it as tokenizer.json and its companions; RequestError when it cannot be read."""
+        with _wrapped(f"the tokenizer in {self.path.name} cannot be written", REPAIR):
+            self._inner.save_pretrained(folder)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

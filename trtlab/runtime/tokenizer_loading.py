@@ -1,4 +1,7 @@
-"""Opens a folder's tokenizer, in each layout that transformers reads and in Meta's own. Runs no code of the folder."""
+"""Opens the tokenizer of a folder, in each layout that transformers reads and in Meta's own, or of a GGUF file.
+
+Runs no code of the folder.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 from trtlab.errors import RequestError
 from trtlab.runtime.sentencepiece_model import read_sentencepiece, splits_as, take_over
+from trtlab.storage.gguf_file import open_gguf
 from trtlab.storage.json_files import read_object
 
 REPAIR = "give token ids, or copy the model's tokenizer files again"
@@ -22,6 +26,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 UNLIMITED = 1 << 62  # the engine's bounds hold, not the length that a tokenizer was trained with
 
+GGUF_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # end a turn, or a call of a tool
 LLAMA3_RESERVED = 256
 LLAMA3_SPECIAL = (  # Meta's names of the first special ids of Llama 3; those behind them are reserved
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -55,14 +60,16 @@ class Loaded:
         return cls(inner, end_ids, dict(named) | added, frozenset(bytes_))
 
 
-def load_tokenizer(folder: Path) -> Loaded:
-    """Open the tokenizer of a folder.
+def load_tokenizer(place: Path) -> Loaded:
+    """Open the tokenizer of a folder, or that of a GGUF file.
 
     Raises:
         RequestError: when the tokenizer is a program of the folder's own, or a library is missing that reads it.
         Exception: of any class that transformers raises for files that it cannot read.
     """
-    config = _json(folder / "tokenizer_config.json")
+    if is_gguf(place):
+        return _of_gguf(place)
+    folder, config = place, _json(place / "tokenizer_config.json")
     _refuse_own_code(folder, config)
     model = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").is_file() and model.is_file():
@@ -72,6 +79,11 @@ def load_tokenizer(folder: Path) -> Loaded:
         _require("google.protobuf", model)
         return _by_sentencepiece(folder, config) if config else _meta_llama2(model)
     return _by_transformers(folder, config)
+
+
+def is_gguf(place: Path) -> bool:
+    """Whether a tokenizer's place is a GGUF file, and not a folder."""
+    return place.suffix == ".gguf" and place.is_file()
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -138,6 +150,19 @@ def _model_config(folder: Path) -> Any:
     if isinstance(name := stored.get("tokenizer_class"), str):
         config.tokenizer_class = name
     return config
+
+
+def _of_gguf(file: Path) -> Loaded:
+    """transformers' tokenizer from the vocabulary, merges or scores, and chat template in a GGUF file.
+
+    Its constructor reads that file alone; ``from_pretrained`` would take a tokenizer.json that lies beside it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    make: Any = PreTrainedTokenizerFast
+    inner = make(name_or_path=str(file.parent), gguf_file=file.name, local_files_only=True, model_max_length=UNLIMITED)
+    ends = {inner.eos_token_id, *map(open_gguf(file).metadata.get, GGUF_ENDS)}
+    return Loaded.of(inner, frozenset(ends - {None}))
 
 
 def _meta_llama2(path: Path) -> Loaded:

@@ -43,7 +43,7 @@ class RunnableEngine(Protocol):
         ...
 
     @property
-    def tokenizer_dir(self) -> Path | None:
+    def tokenizer_path(self) -> Path | None:
         """The folder of the tokenizer, None without."""
         ...
 

@@ -40,7 +40,7 @@ class Session(Shown):
         self.engine = engine
         self.config = config
         self.backend_reason = reason
-        self._prompts = Prompts(engine, config, Tokenizer(engine.tokenizer_dir) if engine.tokenizer_dir else None)
+        self._prompts = Prompts(engine, config, Tokenizer(engine.tokenizer_path) if engine.tokenizer_path else None)
         self._loop = Loop(backend, engine.build_config, config)
         self._numbers = itertools.count(1)
         self._thread = StepThread()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trtlab.errors import CheckpointError
+from trtlab.errors import CheckpointError, TrtlabError
 from trtlab.storage.paths import reading, require_file
 
 SAFETENSORS_DTYPES = {
@@ -47,6 +47,7 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     parts: tuple[LazyTensor, ...] = ()  # joined by rows; a slice reads only its own parts
+    read_rows: Callable[[int, int], Tensor] | None = None  # from the first row, so many; of a file without a mapping
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +59,8 @@ class LazyTensor:
         if dim == 0 and self.parts:
             return cat(tuple(_overlapping(self.parts, start, length)))
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        if dim == 0 and self.read_rows is not None:
+            return LazyTensor(shape, self.dtype, partial(self.read_rows, start, length))
         return LazyTensor(shape, self.dtype, lambda: self.read().narrow(dim, start, length))
 
     def pad(self, dim: int, size: int) -> LazyTensor:
@@ -75,7 +78,11 @@ class LazyTensor:
 
     def to(self, dtype: torch.dtype) -> LazyTensor:
         """The same values in another dtype."""
-        return self if dtype == self.dtype else LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+        if dtype == self.dtype:
+            return self
+        rows = self.read_rows
+        read_rows = None if rows is None else lambda start, length: rows(start, length).to(dtype)
+        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype), read_rows=read_rows)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LazyTensor:
         """The result of a function that keeps shape and dtype."""
@@ -127,8 +134,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises CheckpointError when the file is missing, truncated or holds a dtype that torch does not have.
     """
     require_file(path)
-    stamp = _stamp(path)
-    with _explained(path), safe_open(path, framework="pt") as file:
+    stamp = file_stamp(path)
+    with explained(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         return {name: _stored(path, stamp, name, s.get_shape(), s.get_dtype()) for name, s in slices.items()}
 
@@ -138,8 +145,8 @@ def _stored(path: Path, stamp: Stamp, name: str, shape: Sequence[int], kind: str
         raise CheckpointError(f"{name} in {path.name} has dtype {kind}", expected=" | ".join(SAFETENSORS_DTYPES))
 
     def read() -> Tensor:
-        _require_unchanged(path, stamp)
-        with _explained(path), safe_open(path, framework="pt") as file:
+        require_unchanged(path, stamp)
+        with explained(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -156,7 +163,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     plain values (sparse, quantized by torch, or on the meta device).
     """
     require_file(path)
-    stamp = _stamp(path)
+    stamp = file_stamp(path)
     return {
         name: LazyTensor(tuple(value.shape), value.dtype, partial(_loaded, path, stamp, value))
         for name, value in _load_pickle(path).items()
@@ -164,14 +171,14 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 
 def _loaded(path: Path, stamp: Stamp, value: Tensor) -> Tensor:
-    _require_unchanged(path, stamp)
+    require_unchanged(path, stamp)
     return value
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    with _explained(path), warnings.catch_warnings():
+    with explained(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, on kinds of tensors: those that are not plain are refused below
         try:
             loaded = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
@@ -203,11 +210,11 @@ def _is_plain(value: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn anything that a reader of weight files raises within the block into an error that names the file."""
     try:
         yield
-    except CheckpointError:
+    except TrtlabError:
         raise
     except OSError:
         with reading(path):
@@ -219,15 +226,15 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stamp(path: Path) -> Stamp:
+def file_stamp(path: Path) -> Stamp:
     """Inode, size and modification time of a file: another file of the same name has another stamp."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _require_unchanged(path: Path, stamp: Stamp) -> None:
+def require_unchanged(path: Path, stamp: Stamp) -> None:
     try:
-        changed = _stamp(path) != stamp
+        changed = file_stamp(path) != stamp
     except OSError as cause:
         raise CheckpointError(
             f"{path} is gone: it was there when its folder was opened ({cause.strerror})",

@@ -89,10 +89,11 @@ def require_file(file: Path, *, remedy: str = COPY_AGAIN, error: type[TrtlabErro
         file.open("rb").close()  # the only sure test of a permission
 
 
-def files_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and modification time of each file of settings or weights in a model's folder, by name."""
-    with reading(folder):
-        files = sorted(path for path in folder.iterdir() if path.suffix in STATE_SUFFIXES or path.name in STATE_NAMES)
+def files_state(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and modification time of each file of settings or weights in a model's folder, or of its one file."""
+    with reading(place):
+        inside = sorted(place.iterdir()) if place.is_dir() else ()
+        files = [file for file in inside if file.suffix in STATE_SUFFIXES or file.name in STATE_NAMES] or [place]
         states = [(file.name, file.stat()) for file in files if file.exists()]
     return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 

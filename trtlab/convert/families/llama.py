@@ -1,4 +1,4 @@
-"""LLaMA: the names of its tensors in Hugging Face's and Meta's format, and the defaults of its config."""
+"""LLaMA: the names of its tensors in Hugging Face's, Meta's and llama.cpp's format, and the defaults of its config."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ META_NAMES = NameTable(
         "mlp.fc": ("feed_forward.w1",),
         "mlp.gate": ("feed_forward.w3",),
         "mlp.proj": ("feed_forward.w2",),
+    },
+)
+GGUF_NAMES = NameTable(
+    outside={
+        "transformer.vocab_embedding": "token_embd",
+        "transformer.ln_f": "output_norm",
+        "lm_head": "output",
+    },
+    layer="blk.{}",
+    parts={
+        "input_layernorm": ("attn_norm",),
+        "attention.qkv": ("attn_q", "attn_k", "attn_v"),
+        "attention.dense": ("attn_output",),
+        "attention.q_layernorm": ("attn_q_norm",),
+        "attention.k_layernorm": ("attn_k_norm",),
+        "post_layernorm": ("ffn_norm",),
+        "mlp.fc": ("ffn_gate",),
+        "mlp.gate": ("ffn_up",),
+        "mlp.proj": ("ffn_down",),
     },
 )
 # The values of keys that config.json leaves out; the other families start from them.
