@@ -1,7 +1,5 @@
 """The README's code runs and prints the output shown, and its links are valid."""
 
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -12,24 +10,18 @@ import pytest
 
 from trtlab.cli import main
 
+from .documents import code_blocks, run_python
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS = code_blocks(ROOT / "README.md")
 
 
 @pytest.mark.no_gpu
 @pytest.mark.plans
 def test_the_code_runs_and_prints_what_follows_it():
-    names: dict[str, object] = {}
-    for (language, source), following in zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True):
-        if language != "python":
-            continue
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, "README.md", "exec"), names)
-        if following[0] == "text":
-            assert printed.getvalue().strip() == following[1].strip()
+    run_python(BLOCKS, "README.md")
 
 
 def test_there_are_blocks_with_a_printed_answer():
