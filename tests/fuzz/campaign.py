@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .results import Job, Limits, Result
+from .results import Job, Result
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -71,12 +71,12 @@ def line(cells: Sequence[str]) -> str:
     return f"{cells[0]:<12}" + "".join(f"{cell:>10}" for cell in cells[1:])
 
 
-def results(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Iterator[Result]:
+def results(jobs: Sequence[Job], seed: int) -> Iterator[Result]:
     """The results of all jobs in order; a process that dies is replaced, and its death is the result of its case."""
     left = list(jobs)
     while left:
         died = None
-        for result in _of_one_process(left, seed, limits or Limits()):
+        for result in _of_one_process(left, seed):
             died = result if not result.edits else None
             while left and left[0].kind != result.kind:
                 left.pop(0)
@@ -85,8 +85,8 @@ def results(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Ite
         left = [job for job in left if job.first < job.stop] if died else []
 
 
-def _of_one_process(jobs: Sequence[Job], seed: int, limits: Limits) -> Iterator[Result]:
-    task = {"jobs": [asdict(job) for job in jobs], "seed": seed, "limits": asdict(limits)}
+def _of_one_process(jobs: Sequence[Job], seed: int) -> Iterator[Result]:
+    task = {"jobs": [asdict(job) for job in jobs], "seed": seed}
     environment, nothing = {**os.environ, **ENVIRONMENT}, subprocess.DEVNULL
     started = None
     with tempfile.TemporaryFile("w+") as errors, scratch_folder() as scratch:
@@ -127,10 +127,10 @@ def _last_line_of_trtlab(said: str) -> str:
     return f"{place[1]}:{place[2]}" if place else ""
 
 
-def run(jobs: Sequence[Job], seed: int, limits: Limits | None = None) -> Iterator[tuple[Tally, Result | None]]:
+def run(jobs: Sequence[Job], seed: int) -> Iterator[tuple[Tally, Result | None]]:
     """Count results: gives the first of each failure as it comes, and each kind's tally, with None, when it is done."""
     tally, began = Tally(jobs[0].kind), time.monotonic()
-    for result in results(jobs, seed, limits):
+    for result in results(jobs, seed):
         if result.kind != tally.kind:
             tally.seconds = time.monotonic() - began
             yield tally, None

@@ -18,6 +18,7 @@ from trtlab import CheckpointError
 from .folder import Files
 from .journeys import SECRET, Journey
 from .kinds import Base, Edit, Kind
+from .results import Limits
 
 
 def _refuse(*arguments: object, **options: object) -> None:
@@ -52,6 +53,8 @@ def _leave_half(path: Path) -> None:
     raise CheckpointError("cannot be written")
 
 
+QUICK = Limits(seconds=0.08, nbytes=2**25)
+LIMITS = {"no end": Limits(hanging_s=0.5)}
 FAULTS: dict[str, tuple[Callable[[Journey], object], str]] = {
     "another exception": (lambda journey: {}["x"], "KeyError: 'x'"),
     "a panic, which is no Exception": (lambda journey: exec("raise BaseException('panic')"), "BaseException: panic"),
@@ -97,4 +100,7 @@ def _use(journey: Journey) -> None:
 def kinds() -> dict[str, Kind]:
     """The kinds of this file by name: one for each fault."""
     base = Base("good", {"config.json": b"{}"}, _use, ends="opened")
-    return {f"fault: {name}": Kind(lambda: [base], [(1, _plant(name))], most_edits=1) for name in FAULTS}
+    return {
+        f"fault: {name}": Kind(lambda: [base], [(1, _plant(name))], most_edits=1, limits=LIMITS.get(name, QUICK))
+        for name in FAULTS
+    }

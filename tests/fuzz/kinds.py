@@ -9,6 +9,9 @@ from random import Random
 from .folder import Files
 from .journeys import Journey
 from .json_edits import JsonEdits
+from .results import Limits
+
+USUAL = Limits()
 
 Edit = Callable[[Files, Random], str]  # changes the files, and says what it did
 
@@ -35,6 +38,7 @@ class Kind:
     edits: Sequence[tuple[float, Edit]]
     deep: float = 0.5
     most_edits: int = 3
+    limits: Limits = USUAL
 
 
 def json_edit(name: str, edits: JsonEdits) -> Edit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,17 +11,36 @@ from . import campaign
 from .campaign import case_command, results
 from .faults import FAULTS
 from .registry import KINDS
-from .results import Job, Limits
+from .results import Job
 
 FEW = {"folder": 20, "tokenizer": 8, "template": 4}  # those whose cases take longest
-QUICK = Limits(seconds=0.08, nbytes=2**25, hanging_s=2.5)
+AGAIN = [Job("config", 7, 8), Job("folder", 7, 8)]
 
 
 @pytest.fixture(scope="module")
-def short_run():
-    """The results of a few cases of each kind, all in one process; two of them run again at the end."""
-    jobs = [Job(kind, 0, FEW.get(kind, 30)) for kind in KINDS]
-    return list(results([*jobs, Job("config", 7, 8), Job("folder", 7, 8)], seed=1))
+def place():
+    """The folder for the scratch folders of all processes."""
+    with campaign.scratch_folder() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def every_result(place):
+    """The results of a few cases of each kind, of two of them again, and of each fault.
+
+    All run in one process, until the two faults at the end of the table end it; after the first the other goes on.
+    """
+    cases = [Job(kind, 0, FEW.get(kind, 30)) for kind in KINDS]
+    faults = [Job(f"fault: {name}", 0, 1) for name in FAULTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "scratch_folder", lambda: tempfile.TemporaryDirectory(dir=place))
+        return list(results([*cases, *AGAIN, *faults], seed=1))
+
+
+@pytest.fixture(scope="module")
+def short_run(every_result):
+    """The results of the cases, without the faults."""
+    return [result for result in every_result if result.kind in KINDS]
 
 
 def test_damaged_inputs_are_opened_or_refused(short_run):
@@ -39,18 +59,9 @@ def test_a_case_depends_on_nothing_but_its_kind_seed_and_number(short_run):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """The folder for the scratch folders of the planted faults."""
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def found(place):
-    """The failure of each fault. The two that end their process come last; after each another one goes on."""
-    jobs = [Job(f"fault: {name}", 0, 1) for name in FAULTS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "scratch_folder", lambda: tempfile.TemporaryDirectory(dir=place))
-        return {result.kind: result.failure for result in results(jobs, seed=1, limits=QUICK)}
+def found(every_result):
+    """The failure of each fault."""
+    return {result.kind: result.failure for result in every_result if result.kind not in KINDS}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -26,7 +26,7 @@ from .guard import Broken, Guard, Meter, require
 from .journeys import SECRET, Journey, check_error
 from .kinds import Base
 from .registry import find_kind
-from .results import Job, Limits, Result
+from .results import Job, Result
 
 ADDRESS_SPACE = 6 * 2**30  # beyond what the process has when it is ready
 TEMPORARY = "temporary"  # where this process's temporary files go, so that those left behind are seen
@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 class Worker:
     """Runs cases; a case is a kind, a seed and a number, and nothing else decides what it does."""
 
-    def __init__(self, seed: int, scratch: Path, limits: Limits) -> None:
-        self.seed, self.scratch, self.limits = seed, scratch, limits
+    def __init__(self, seed: int, scratch: Path) -> None:
+        self.seed, self.scratch = seed, scratch
         self.guard = Guard()
         self._bases: dict[str, list[Base]] = {}
 
@@ -89,14 +89,14 @@ class Worker:
 
     def _run(self, result: Result, base: Base, files: Files, rng: Random, *, deep: bool) -> None:
         """Run one case; one that took too long runs again, for the first run may have compiled the loops of a dtype."""
-        state = rng.getstate()
+        state, limits = rng.getstate(), find_kind(result.kind).limits
         self._measure(result, base, files, rng, deep=deep)
-        if not result.failure and result.seconds >= self.limits.seconds:
+        if not result.failure and result.seconds >= limits.seconds:
             rng.setstate(state)
             self._measure(result, base, files, rng, deep=deep)
         with _described(result):
-            require(result.peak < self.limits.nbytes, f"{result.peak / 2**30:.1f} GiB")
-            require(result.seconds < self.limits.seconds, f"{result.seconds:.1f} s")
+            require(result.peak < limits.nbytes, f"{result.peak / 2**30:.1f} GiB")
+            require(result.seconds < limits.seconds, f"{result.seconds:.1f} s")
 
     def _measure(self, result: Result, base: Base, files: Files, rng: Random, *, deep: bool) -> None:
         folder, canary = self.scratch / "case", self.scratch / "canary"
@@ -139,14 +139,14 @@ def _described(result: Result) -> Iterator[None]:
         result.trace = "".join(traceback.format_exception(error))[-3000:]
 
 
-def run(jobs: Sequence[Job], seed: int, limits: Limits, scratch: Path) -> Iterator[dict[str, object]]:
+def run(jobs: Sequence[Job], seed: int, scratch: Path) -> Iterator[dict[str, object]]:
     """Run cases in a folder; before each ``{"started": [kind, number]}``, after it its result."""
     torch.set_num_threads(1)
     os.chdir(scratch)  # planted code writes to the relative path "canary"
     tempfile.tempdir = str(scratch / TEMPORARY)
     (scratch / TEMPORARY).mkdir()
     failed = set[str]()
-    worker = Worker(seed, scratch, limits)
+    worker = Worker(seed, scratch)
     for job in jobs:
         worker.bases(job.kind)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -155,7 +155,7 @@ def run(jobs: Sequence[Job], seed: int, limits: Limits, scratch: Path) -> Iterat
     for job in jobs:
         for number in range(job.first, job.stop):
             yield {"started": [job.kind, number]}
-            faulthandler.dump_traceback_later(limits.hanging_s, exit=True)
+            faulthandler.dump_traceback_later(find_kind(job.kind).limits.hanging_s, exit=True)
             result = worker.run(job.kind, number, job.only)
             if result.failure and job.only is None and result.where not in failed:
                 failed.add(result.where)
@@ -167,12 +167,12 @@ def run(jobs: Sequence[Job], seed: int, limits: Limits, scratch: Path) -> Iterat
 
 
 def main() -> None:
-    """The argument is JSON: jobs, seed, limits, and an empty folder."""
+    """The argument is JSON: jobs, seed, and an empty folder."""
     task = json.loads(sys.argv[1])
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what trtlab and others print is not the result
     jobs = [Job(**job) for job in task["jobs"]]
-    for line in run(jobs, task["seed"], Limits(**task["limits"]), Path(task["scratch"])):
+    for line in run(jobs, task["seed"], Path(task["scratch"])):
         lines.write(json.dumps(line) + "\n")
 
 
