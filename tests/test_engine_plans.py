@@ -194,7 +194,7 @@ def test_the_environment_chooses_a_backend_and_an_argument_wins(engine, monkeypa
     with engine.session(device="cpu") as chosen, engine.session(backend="torch", device="cpu") as asked:
         assert (chosen.backend, asked.backend) == ("interpreter", "torch")
     monkeypatch.setenv("TRTLAB_BACKEND", "abacus")
-    with pytest.raises(trtlab.ConfigError, match="TRTLAB_BACKEND is no backend; got 'abacus'"):
+    with pytest.raises(trtlab.ConfigError, match="TRTLAB_BACKEND does not name a backend; got 'abacus'"):
         engine.session(device="cpu")
 
 

@@ -41,7 +41,12 @@ def open_session(
     require_process_that_can_run()
     requested = backend if backend != "auto" else os.environ.get("TRTLAB_BACKEND", "auto")
     if requested not in BACKENDS:
-        raise ConfigError("TRTLAB_BACKEND is no backend", got=repr(requested), expected=" | ".join(BACKENDS))
+        raise ConfigError(
+            "the environment variable TRTLAB_BACKEND does not name a backend",
+            got=repr(requested),
+            expected=" | ".join(BACKENDS),
+            remedy="set it to one of these, or unset it",
+        )
     target = _device(device)
     name, reason = (requested, "asked for") if requested != "auto" else _best(engine, target)
     used = torch.device("cpu") if name == "interpreter" else target
