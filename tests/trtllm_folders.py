@@ -182,27 +182,32 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def rotary_buffers(size: int, positions: int, base: float, scaling: dict[str, Any] | None) -> Tensors:
     """The three buffers of a rotary embedding, in float32 throughout.
 
     ``rotary_inv_freq`` holds a frequency for each pair of dimensions. ``embed_positions_for_gpt_attention`` is flat:
-    for each position and pair a cosine and a sine. ``embed_positions`` has all sines of a position before its cosines;
-    it is of base 10000 and unscaled in every version.
+    for each position and pair a cosine and a sine, under yarn times its attention factor. ``embed_positions`` has all
+    sines of a position before its cosines; it is of base 10000 and unscaled in every version.
     """
     frequencies = (1.0 / (base ** (np.arange(0, size, 2) / size)).astype(np.float32)).astype(np.float32)
+    factor = 1.0
     kind = (scaling or {}).get("rope_type")
     if kind == "linear":
         frequencies = (frequencies / np.float32(scaling["factor"])).astype(np.float32)
     elif kind == "llama3":
         frequencies = np.array([_llama3(float(f), scaling) for f in frequencies], np.float32)
+    elif kind == "yarn":
+        frequencies = np.array([_yarn(i, float(f), size, base, scaling) for i, f in enumerate(frequencies)], np.float32)
+        factor = 0.1 * math.log(scaling["factor"]) + 1.0
     else:
         assert kind is None, kind
     plain = (1.0 / (10000.0 ** (np.arange(0, size, 2) / size)).astype(np.float32)).astype(np.float32)
     places = np.arange(positions, dtype=np.float32)
     turned, unscaled = np.outer(places, frequencies), np.outer(places, plain)
-    pairs = np.stack((np.cos(turned), np.sin(turned)), axis=-1)
+    pairs = np.stack((np.cos(turned), np.sin(turned)), axis=-1) * np.float32(factor)
     rows = np.concatenate((np.sin(unscaled), np.cos(unscaled)), axis=1)
     return {
         "rotary_inv_freq": torch.from_numpy(frequencies),
@@ -217,3 +222,12 @@ def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
     turns = trained * frequency / (2 * math.pi)  # full turns over the trained length
     keep = min(1.0, max(0.0, (turns - low) / (high - low)))
     return keep * frequency + (1 - keep) * frequency / factor
+
+
+def _yarn(pair: int, frequency: float, size: int, base: float, scaling: dict[str, Any]) -> float:
+    """Pairs of 32 turns and more over the trained length are kept, those of one and less are divided by the factor."""
+    trained = scaling["original_max_position_embeddings"]
+    first, last = (size / 2 * math.log(trained / (2 * math.pi * turns)) / math.log(base) for turns in (32, 1))
+    low, high = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+    divided = min(1.0, max(0.0, (pair - low) / (high - low)))
+    return divided * frequency / scaling["factor"] + (1 - divided) * frequency

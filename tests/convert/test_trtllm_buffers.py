@@ -14,7 +14,7 @@ from trtlab.convert.trtllm_buffers import without_buffers
 from trtlab.storage.lazy import in_memory
 
 from ..models import random_texts, small_config
-from ..trtllm_folders import LINEAR, LLAMA3, UpstreamFolder, rotary_buffers
+from ..trtllm_folders import LINEAR, LLAMA3, YARN, UpstreamFolder, rotary_buffers
 
 NEWER = {  # keys of 0.16
     "rotary_embedding_dim": 16,
@@ -40,6 +40,7 @@ FOLDERS = {
     "0.16, tied, llama3, an odd vocabulary": UpstreamFolder(
         dtype="bfloat16", tp=2, parallel_embedding=True, share=True, scaling=LLAMA3, base=500000.0, changes=NEWER
     ),
+    "later, yarn": UpstreamFolder(scaling=YARN),
     "0.16, Qwen2": UpstreamFolder(architecture="Qwen2ForCausalLM", dtype="bfloat16", base=1e6, changes=QWEN2),
 }
 
@@ -74,6 +75,7 @@ def test_buffers_are_not_kept_and_not_written(name, tmp_path):
 SCALINGS = {
     "none": (None, None),
     "linear": (LINEAR, RotaryScaling("linear", 2.0)),
+    "yarn": (YARN, RotaryScaling("yarn", 4.0, 32)),
     "llama3": (LLAMA3, RotaryScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)),
 }
 
