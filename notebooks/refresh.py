@@ -1,6 +1,6 @@
 """Executes the notebooks and stores their outputs for comparison: ``python notebooks/refresh.py [names]``.
 
-It stores no widget state, no timing and no paths of this machine. It refuses a notebook above 80 KB, and a notebook
+It stores no widget state, no timing and no paths of this machine. It refuses a notebook above 60 KB, and a notebook
 with a cell that was not executed, because nbval compares nothing in such a cell.
 """
 
@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-LIMIT_BYTES = 80_000
+LIMIT_BYTES = 60_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -22,7 +22,12 @@ def refresh(path: Path) -> None:
     """Run one notebook from its own folder and store its outputs in it."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(HERE)}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(HERE)}},
     )
     client.execute()
     notebook.metadata.pop("widgets", None)

@@ -10,11 +10,15 @@ from itertools import groupby
 from trtlab.card import bar
 from trtlab.runtime.events import StepEvent, Work
 
-WIDTH, LINE, LABEL, HEAD = 760, 20, 150, 30  # pixels: of a chart, a line, the column of names, and the legend
+WIDTH, LINE, HEAD = 760, 20, 30  # pixels: of a chart, a line, and the legend
+NAMES, REQUESTS = 150, 90  # pixels of the column of names, in either chart
 STEP = 15  # pixels of a step, at most
 TICK = 5  # steps from one number on the axis to the next
 # Okabe and Ito's palette; dark against light, so that the difference shows without colours too.
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+SWATCH = "█"  # of the legend
+Line = tuple[float, float, float]  # left end, middle and length of a bar, or of dashes in a row, in pixels
+Words = tuple[str, float, str]  # x of the words, or of each of their letters; their middle; the words
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,28 +41,33 @@ def bars(series: Mapping[str, Sequence[float]], names: Sequence[str], form: str 
     All bars have one scale, from 0 to the largest number.
     """
     most = max(max(numbers) for numbers in series.values())
-    room = WIDTH - LABEL - 80  # for the numbers
-    parts, y = [_legend(dict(zip(series, SERIES, strict=False)))], HEAD
-    lines = []
+    room = WIDTH - NAMES - 80  # for the numbers
+    pitch = LINE * len(series) + 6
+    parts = [_legend(NAMES, [(SWATCH, colour, title) for title, colour in zip(series, SERIES, strict=False)])]
+    for order, numbers in enumerate(series.values()):
+        lines = [
+            (NAMES, HEAD + pitch * place + LINE * (order + 0.5), max(round(room * number / most), 1))
+            for place, number in enumerate(numbers)
+        ]
+        parts.append(_bars(SERIES[order], lines))
+        ends = zip(lines, numbers, strict=True)
+        parts.append(_texts([(f"{x + length + 6}", y, format(number, form)) for (x, y, length), number in ends]))
+    middle = HEAD + LINE * len(series) / 2
+    parts.append(_texts([(f"{NAMES - 8}", middle + pitch * place, name) for place, name in enumerate(names)], "end"))
+    return Chart(_svg(parts, HEAD + pitch * len(names) + 4), _bars_text(series, names, form, most))
+
+
+def _bars_text(series: Mapping[str, Sequence[float]], names: Sequence[str], form: str, most: float) -> str:
+    pad = max(map(len, names))
+    lines = [[" " * pad, *(f"{title:21}" for title in series)]]
     for place, name in enumerate(names):
-        for order, numbers in enumerate(series.values()):
-            length = room * numbers[place] / most
-            if order == 0:
-                parts.append(_text(LABEL - 8, y + LINE * len(series) / 2 + 4, name, "end"))
-            parts.append(_box(LABEL, y + 2, length, LINE - 4, SERIES[order]))
-            parts.append(_text(LABEL + length + 6, y + LINE - 6, format(numbers[place], form)))
-            y += LINE
-        y += 6
-        drawn = "  ".join(f"{title} {bar(n[place] / most):16} {n[place]:{form}}" for title, n in series.items())
-        lines.append(f"{name}  {drawn}")
-    return Chart(_svg(parts, y + 4), "\n".join(lines))
+        lines.append([f"{name:{pad}}", *(f"{bar(n[place] / most):16} {n[place]:{form}}" for n in series.values())])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 WAITS, READS, WRITES, WASTED = "waits", "reads its prompt", "generates a token", "is computed for nothing"
-LOOKS = {WAITS: "#E4E4E4", READS: "#0072B2", WRITES: "#8CC8EE", WASTED: "none"}
-SIGNS = {WAITS: "░", READS: "█", WRITES: "▪", WASTED: "×", "": " "}
-CROSS, ARM = "#D55E00", 3
-Run = tuple[float, float, int]  # left end, middle line, and number of equal steps in a row
+LOOKS = {WAITS: "#E4E4E4", READS: "#0072B2", WRITES: "#8CC8EE", WASTED: "#D55E00"}
+SIGNS = {WAITS: "·", READS: "█", WRITES: "▪", WASTED: "×", "": " "}
 
 
 def schedule(events: Iterable[StepEvent]) -> Chart:
@@ -66,25 +75,32 @@ def schedule(events: Iterable[StepEvent]) -> Chart:
     events = list(events)
     numbers = sorted({work.request for event in events for work in event.work})
     doing = {number: [_does(event, number) for event in events] for number in numbers}
-    step = min(STEP, (WIDTH - LABEL) / len(events))
-    runs: dict[str, list[Run]] = {what: [] for what in LOOKS}
-    parts = []
-    for line, (number, steps) in enumerate(doing.items()):
-        parts.append(_text(LABEL - 8, HEAD + line * LINE + 14, f"request {number}", "end"))
-        column = 0
+    step = min(STEP, (WIDTH - REQUESTS) / len(events))
+    middles = [f"{REQUESTS + (column + 0.5) * step:.0f}" for column in range(len(events))]
+    *lines, foot = [HEAD + LINE * (line + 0.5) for line in range(len(numbers) + 1)]
+    dashes: dict[str, list[Line]] = {what: [] for what in LOOKS}
+    crosses: list[Words] = []
+    for y, steps in zip(lines, doing.values(), strict=True):
+        first = 0
         for what, group in groupby(steps):
-            length = len(list(group))
-            if what:
-                runs[what].append((LABEL + column * step, HEAD + line * LINE + LINE / 2, length))
-            column += length
-    foot = HEAD + len(numbers) * LINE
-    for column in range(0, len(events), TICK):
-        parts.append(_text(LABEL + (column + 0.5) * step, foot + 14, str(events[column].step), "middle"))
-    parts.append(_text(LABEL - 8, foot + 14, "step", "end"))
-    seen = {what: look for what, look in LOOKS.items() if runs[what]}
-    drawn = [_marks(what, runs[what], step) for what in seen]
+            end = first + len(list(group))
+            if what == WASTED:
+                crosses.append((" ".join(middles[first:end]), y, SIGNS[WASTED] * (end - first)))
+            elif what:
+                dashes[what].append((REQUESTS + first * step, y, (end - first) * step - 1))
+            first = end
+    seen = [what for what in LOOKS if any(what in steps for steps in doing.values())]
+    names = [*(f"request {number}" for number in numbers), "step"]
+    drawn = "".join(_bars(LOOKS[what], dashes[what]) for what in seen if what != WASTED)
+    parts = [
+        _legend(REQUESTS, [(SIGNS[WASTED] if what == WASTED else SWATCH, LOOKS[what], what) for what in seen]),
+        f"<g stroke-dasharray='{step - 1:.4g} 1'>{drawn}</g>",
+        _texts(crosses, "middle", f" fill='{LOOKS[WASTED]}' font-size='16'") if crosses else "",
+        _texts([(f"{REQUESTS - 8}", y, name) for y, name in zip((*lines, foot), names, strict=True)], "end"),
+        _texts([(middles[column], foot, str(events[column].step)) for column in range(0, len(events), TICK)], "middle"),
+    ]
     text = "\n".join(f"{number} {''.join(SIGNS[what] for what in line)}".rstrip() for number, line in doing.items())
-    return Chart(_svg([_legend(seen), *drawn, *parts], foot + 22), text)
+    return Chart(_svg(parts, foot + LINE / 2), text)
 
 
 def _does(event: StepEvent, number: int) -> str:
@@ -95,38 +111,25 @@ def _does(event: StepEvent, number: int) -> str:
     return WASTED if work.wasted else READS if work.tokens > 1 else WRITES
 
 
-def _legend(looks: Mapping[str, str]) -> str:
-    parts, x = [], LABEL
-    for name, colour in looks.items():
-        parts.append(_marks(name, [(x, 12, 1)], STEP) if name in LOOKS else _box(x, 6, 12, 12, colour))
-        parts.append(_text(x + 18, 16, name))
-        x += 34 + 7 * len(name)
-    return "".join(parts)
+def _legend(x: float, looks: Iterable[tuple[str, str, str]]) -> str:
+    """Signs, their colours and what they mean, in one line."""
+    words = "\u2003".join(f"<tspan fill='{colour}'>{sign}</tspan> {escape(name)}" for sign, colour, name in looks)
+    return f"<text x='{x}' y='16'>{words}</text>"
 
 
-def _marks(what: str, runs: Sequence[Run], step: float) -> str:
-    """All marks of one kind as one path: a dash for each step, or a cross for what is computed for nothing."""
-    if what == WASTED:
-        cross = f"m-{ARM}-{ARM}l{2 * ARM} {2 * ARM}m0-{2 * ARM}l-{2 * ARM} {2 * ARM}"
-        middles = [(x + (place + 0.5) * step, y) for x, y, length in runs for place in range(length)]
-        lines = "".join(f"M{x:.4g} {y:g}{cross}" for x, y in middles)
-        return f'<path stroke="{CROSS}" stroke-width="1.5" d="{lines}"/>'
-    lines = "".join(f"M{x:.4g} {y:g}h{length * step - 1:.4g}" for x, y, length in runs)
-    look = f'stroke="{LOOKS[what]}" stroke-width="{LINE - 4}" stroke-dasharray="{step - 1:.4g} 1"'
-    return f'<path {look} d="{lines}"/>'
+def _bars(colour: str, lines: Iterable[Line]) -> str:
+    path = "".join(f"M{x:.4g} {y:g}h{length:.4g}" for x, y, length in lines)
+    return f"<path stroke='{colour}' d='{path}'/>"
 
 
-def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{max(width, 1):.1f}" height="{height:g}" fill="{colour}"/>'
-
-
-def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
-    side = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{x:.4g}" y="{y:g}"{side}>{escape(words)}</text>'
+def _texts(texts: Iterable[Words], anchor: str = "start", look: str = "") -> str:
+    shown = "".join(f"<text x='{x}' y='{y + 4:g}'>{escape(words, quote=False)}</text>" for x, y, words in texts)
+    return f"<g text-anchor='{anchor}'{look}>{shown}</g>"
 
 
 def _svg(parts: Sequence[str], height: float) -> str:
-    size = f'width="{WIDTH}" height="{height:.0f}" viewBox="0 0 {WIDTH} {height:.0f}"'
-    ground = f'<path fill="#FFF" d="M0 0h{WIDTH}v{height:.0f}h-{WIDTH}z"/>'
-    look = 'font-family="sans-serif" font-size="12" fill="#333"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>{ground}{"".join(parts)}</svg>'
+    """Attributes stand in single quotes, because a notebook stores a double one as two characters."""
+    size = f"width='{WIDTH}' height='{height:g}' viewBox='0 0 {WIDTH} {height:g}'"
+    ground = f"<path fill='#FFF' d='M0 0h{WIDTH}v{height:g}h-{WIDTH}z'/>"
+    look = f"font-family='sans-serif' font-size='12' fill='#333' stroke-width='{LINE - 4}'"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {size} {look}>{ground}{''.join(parts)}</svg>"

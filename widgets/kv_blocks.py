@@ -120,15 +120,17 @@ class KVBlocks(Dashboard):
     def card(self) -> Card:
         """See Dashboard: the map as text, and the steps."""
         self.refresh()
-        heads = ("block", *(f"+{column}" for column in range(STILL)))
-        lines = [self._view.cells[start : start + STILL] for start in range(0, len(self._view.cells), STILL)]
+        width = min(STILL, len(self._view.cells))
+        heads = ("block", *(f" +{column}" for column in range(width)))
+        lines = [self._view.cells[start : start + width] for start in range(0, len(self._view.cells), width)]
         rows = [
-            (f"{line[0][0]:,}", *(_sign(self._view, cell) for cell in line), *[""] * (STILL - len(line)))
-            for line in lines[:LISTED]
+            (f"{line[0][0]:,}", *(_sign(self._view, cell) for cell in line), *[""] * (width - len(line)))
+            for line in lines
         ]
-        more = f"; {len(lines) - LISTED} more lines" if len(lines) > LISTED else ""
-        words = f"the number of its request, {CACHED} cached for reuse, {FREE} free{more}"
-        tables = (Table(heads, tuple(rows), words), _steps_table(self._view.history))
+        rows = [row for row in rows if set(row[1:]) - {FREE, ""}]
+        more = f"; {len(rows) - LISTED} more lines" if len(rows) > LISTED else ""
+        words = f"the number of its request, {CACHED} cached for reuse, {FREE} free; free lines are left out{more}"
+        tables = (Table(heads, tuple(rows[:LISTED]), words), _steps_table(self._view.history))
         return Card(f"KVBlocks · {title(self._view)}", tables=tables if self._view.history.used else tables[:1])
 
     def __repr__(self) -> str:

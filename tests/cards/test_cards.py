@@ -110,7 +110,7 @@ def test_bars_have_halves_and_stay_in_range(share, shown):
 
 def test_a_bar_is_no_black_block_in_html():
     shown = html(Card("t", tables=(Table(("name", ""), (("a", bar(0.3)), ("b", ""))),)))
-    assert re.search(r'<td style="[^"]*color:#\w+[^"]*">━', shown)
+    assert re.search(r"<td style=[^>]*color:#\w+[^>]*>━", shown)
     assert "█" not in shown
 
 

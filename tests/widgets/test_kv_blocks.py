@@ -323,7 +323,7 @@ def test_repr_and_still_view_are_short_and_deterministic(session, blocks):
         session.step()
     bundle = blocks._repr_mimebundle_()
     assert bundle["text/plain"] == repr(blocks)
-    assert '<td style="text-align:left">1 (' in bundle["text/html"]
+    assert "<td align=right>1 (" in bundle["text/html"]
     assert bundle == {**blocks._repr_mimebundle_()}
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert len(bundle["text/html"]) < 8000

@@ -47,6 +47,10 @@ PICTURE = """async number => {
     } while (performance.now() < deadline);
     return {...seen, isWhole: false};
 }"""
+# The number of cells in each line of each table that an output holds.
+TABLES = """() => jupyterapp.shell.currentWidget.content.widgets.flatMap(cell => (
+    [...cell.node.querySelectorAll('.jp-OutputArea table')].map(table => [...table.rows].map(row => row.cells.length))
+))"""
 SCROLL = "top => { document.querySelector('.jp-WindowedPanel-outer').scrollTop = top; }"
 
 
@@ -83,6 +87,10 @@ def test_a_shipped_notebook_shows_its_saved_outputs(open_notebook, path):
         if cells[number].outputs:
             shown = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-OutputArea-output"))
             shown.first.wait_for()
+    tables = page.evaluate(TABLES)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert len(tables) == sum(output.get("data", {}).get("text/html", "").count("<table>") for output in outputs)
+    assert all(len(set(widths)) == 1 for widths in tables), "a line of a table has not as many cells as the others"
     text = page.inner_text(".jp-Notebook")
     assert "Error displaying widget" not in text
     assert "Loading widget" not in text
