@@ -106,18 +106,24 @@ def test_awq_groups_divide_by_7_and_come_back_within_half_a_step():
     assert bool(((back - weight).abs() <= scale.value.repeat_interleave(64, 1) * 0.5001).all())
 
 
-def test_the_gram_search_finds_the_alpha_of_the_plain_loop():
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(200, 128, generator=generator) * torch.logspace(-1, 1, 128)
-    weight = torch.randn(32, 128, generator=generator)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(32, 128), (193, 448), (3, 64)])  # blocks of the Gram matrix and chunks with a rest
+def test_the_search_finds_the_alpha_of_the_plain_loop_over_all_tokens(seed, shape):
+    """The search leaves an alpha as soon as its sum is too large; the loop, in float64, computes every sum in full."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = shape
+    x = torch.randn(200, width, generator=generator) * torch.logspace(-1, 1, width)
+    weight = torch.randn(rows, width, generator=generator) * torch.logspace(-1, 0, rows)[:, None]
     inputs = InputStatistics(x.abs().amax(0), x.abs().mean(0), x, x.T @ x / len(x))
     losses = {}
     for alpha in awq.ALPHAS:
         s = awq.awq_scale(inputs.mean, awq.importance(weight, 64), alpha)
         scale = awq.group_scales(weight * s, 64)
         back = dequantize(awq.int4_groups(weight * s, scale), scale.value)
-        losses[alpha] = float(((x / s) @ back.T - x @ weight.T).square().mean())
-    assert awq.search_alpha(weight, inputs, 64) == min(losses, key=losses.get)
+        losses[alpha] = float(((x / s).double() @ back.T.double() - x.double() @ weight.T.double()).square().mean())
+    alpha, s = awq.search_scale(weight, inputs, 64)
+    assert losses[alpha] <= min(losses.values()) * (1 + 1e-4), "float32 sums of some hundred thousand squares"
+    assert torch.equal(s, awq.awq_scale(inputs.mean, awq.importance(weight, 64), alpha))
 
 
 def observed_layer(quant: QuantConfig) -> CalibratedLayer:

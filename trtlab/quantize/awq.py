@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from trtlab.quantize.layer import GRAM_BLOCK, CalibratedLayer, InputStatistics, 
 ALPHAS = tuple(step / 10 for step in range(11))
 LIMITS = (1e-4, 1e4)
 CHUNK = 2**18  # elements of a weight whose errors are computed together: 1 MiB, which fits a processor's cache
+CHUNKS = 4  # of each weight, at least: what is left of a weight when an alpha is given up is not computed
 
 
 def group_scales(weight: Tensor, group_size: int) -> ToOriginal:
@@ -43,21 +45,26 @@ def awq_scale(x_mean: Tensor, w_mean: Tensor, alpha: float) -> Tensor:
     return scale / (scale.amax() * scale.amin()).sqrt()
 
 
-def search_alpha(weight: Tensor, inputs: InputStatistics, group_size: int) -> float:
-    """The alpha of ALPHAS with the smallest mean squared output error.
+def search_scale(weight: Tensor, inputs: InputStatistics, group_size: int) -> tuple[float, Tensor]:
+    """The alpha of ALPHAS with the smallest mean squared output error, and its ``awq_scale`` ``[in]``.
 
     With the Gram matrix ``G`` of the inputs the error over all tokens is ``sum(D G * D)``, where ``D`` is the error of
-    the weight, so no token is read again for another alpha. The weight is processed in chunks of rows that fit the
-    processor's cache.
+    the weight, so no token is read again for another alpha. Each row of ``D`` adds a part that is never negative.
+    So only the alpha whose sum is the smallest so far goes on with its next rows, and the first one that has all rows
+    is the best. Rows with large weights come first, because they add the most.
     """
     assert inputs.gram is not None, "AWQ's search needs the Gram matrix of the inputs"
     w_mean = importance(weight, group_size)
     scales = {alpha: awq_scale(inputs.mean, w_mean, alpha) for alpha in ALPHAS}
-    losses = dict.fromkeys(ALPHAS, 0.0)
-    for rows in torch.split(weight, max(1, CHUNK // weight.shape[1])):
-        for alpha, s in scales.items():
-            losses[alpha] += _loss(_error(rows, s, group_size), inputs.gram)
-    return min(losses, key=losses.__getitem__)
+    ordered = weight[weight.square().sum(1).argsort(descending=True)]
+    chunks = ordered.chunk(max(CHUNKS, -(-weight.numel() // CHUNK)))
+    sums = [(0.0, alpha, 0) for alpha in ALPHAS]  # a heap of loss so far, alpha and number of chunks in the loss
+    while True:
+        loss, alpha, number = sums[0]
+        if number == len(chunks):
+            return alpha, scales[alpha]
+        error = _error(chunks[number], scales[alpha], group_size)
+        heapq.heapreplace(sums, (loss + _loss(error, inputs.gram), alpha, number + 1))
 
 
 def _error(weight: Tensor, s: Tensor, group_size: int) -> Tensor:
@@ -74,7 +81,7 @@ def _loss(error: Tensor, gram: Tensor) -> float:
     loss = 0.0
     for start in range(0, error.shape[1], GRAM_BLOCK):
         block = slice(start, start + GRAM_BLOCK)
-        product = (error[:, :start] @ gram[:start, block]).mul_(2).addmm_(error[:, block], gram[block, block])
+        product = (error[:, block] @ gram[block, block]).addmm_(error[:, :start], gram[:start, block], alpha=2)
         loss += float(product.mul_(error[:, block]).sum())
     return loss
 
@@ -121,9 +128,9 @@ def _shared_prequant(layer: CalibratedLayer, linears: Sequence[str], result: Qua
     for linear in linears:
         inputs = layer.observed.input_of(linear)
         for part in layer.parts(linear):
-            alpha = search_alpha(part, inputs, group_size)
+            alpha, scale = search_scale(part, inputs, group_size)
             alphas.append(alpha)
-            prequants.append(1 / awq_scale(inputs.mean, importance(part, group_size), alpha))
+            prequants.append(1 / scale)
     for linear in linears:
         result.alphas[linear] = sum(alphas) / len(alphas)
     return torch.stack(prequants).mean(0)

@@ -92,9 +92,9 @@ class Recorder:
         running.sample.append(x[self.batch.sampled].clone())
         if running.gram is not None:
             weighted = x * shares.sqrt()[:, None]
-            for start in range(0, x.shape[1], GRAM_BLOCK):  # only the upper triangle; statistics() mirrors it
+            for start in range(0, x.shape[1], GRAM_BLOCK):  # only the lower triangle; statistics() mirrors it
                 block = slice(start, start + GRAM_BLOCK)
-                running.gram[: block.stop, block].addmm_(weighted[:, : block.stop].T, weighted[:, block])
+                running.gram[block, : block.stop].addmm_(weighted[:, block].T, weighted[:, : block.stop])
 
     def cached(self, k: Tensor, v: Tensor) -> None:
         """Record keys and values ``[tokens, kv_heads, head_size]``."""
@@ -124,10 +124,10 @@ def _part(name: str) -> str:
 
 
 def _mirror(gram: Tensor) -> None:
-    """Copy the blocks above the diagonal below it."""
+    """Copy the blocks below the diagonal above it."""
     for start in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
         block = slice(start, start + GRAM_BLOCK)
-        gram[block, :start] = gram[:start, block].T
+        gram[:start, block] = gram[block, :start].T
 
 
 def _larger(before: Tensor | None, now: Tensor) -> Tensor:

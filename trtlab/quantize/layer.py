@@ -13,7 +13,7 @@ from trtlab.model.blocks import LM_HEAD, SITES, LinearSite, layer_plan
 from trtlab.model.names import layer_name
 from trtlab.model.scales import all_finite
 
-GRAM_BLOCK = 384  # columns of a Gram matrix computed together; it is symmetric, so one triangle of blocks is enough
+GRAM_BLOCK = 192  # columns of a Gram matrix computed together; it is symmetric, so one triangle of blocks is enough
 
 
 @dataclass(frozen=True)
