@@ -6,6 +6,7 @@ Import it relatively (``from ..models import small_config``). With ``tests`` on 
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,27 @@ def _save_tokenizer(inner: Any, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+LLAMA2_PIECES = {  # BPE with bytes, a dummy space in front, no normalization
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+
+
+def train_sentencepiece(**options: Any) -> bytes:
+    """A sentencepiece model of 400 pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TRAINING_TEXT, "it's 12345 two  spaces"] * 2),
+        model_writer=model,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        **{"vocab_size": 400, **options},
+    )
+    return model.getvalue()

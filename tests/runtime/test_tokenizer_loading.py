@@ -19,7 +19,7 @@ from trtlab.runtime import tokenizer_loading
 from trtlab.runtime.sentencepiece_model import read_sentencepiece
 from trtlab.runtime.tokenizer import Tokenizer, copy_tokenizer, find_tokenizer
 
-from ..models import TRAINING_TEXT
+from ..models import LLAMA2_PIECES, TRAINING_TEXT, train_sentencepiece
 
 TEXTS = [
     *TRAINING_TEXT[:5],
@@ -170,33 +170,9 @@ def test_a_class_that_only_the_kind_of_model_tells_is_found_in_a_saved_folder(wr
         assert Tokenizer(byte_level).encode(text) == Tokenizer(copy).encode(text) == expected(text)["input_ids"]
 
 
-LLAMA2 = {  # BPE with bytes, a dummy space in front, no normalization
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-}
-
-
-def train_sentencepiece(**options):
-    """A sentencepiece model of 400 pieces."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*TRAINING_TEXT, "it's 12345 two  spaces"] * 2),
-        model_writer=model,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-        **{"vocab_size": 400, **options},
-    )
-    return model.getvalue()
-
-
 @pytest.fixture(scope="module")
 def sentencepiece_model():
-    return train_sentencepiece(**LLAMA2)
+    return train_sentencepiece(**LLAMA2_PIECES)
 
 
 @pytest.mark.parametrize("config", [None, {"architecture": "LlamaForCausalLM"}], ids=["Meta's folder", "saved"])
@@ -232,7 +208,7 @@ SETTINGS = {
 def test_settings_of_a_sentencepiece_model_are_kept(settings, tmp_path):
     import sentencepiece
 
-    stored = train_sentencepiece(**LLAMA2 | SETTINGS[settings])
+    stored = train_sentencepiece(**LLAMA2_PIECES | SETTINGS[settings])
     (tmp_path / "tokenizer.model").write_bytes(stored)
     reference = sentencepiece.SentencePieceProcessor(model_proto=stored)
     tokenizer = Tokenizer(tmp_path)
@@ -253,7 +229,7 @@ REFUSED = {
 @pytest.mark.parametrize("settings", REFUSED)
 def test_settings_that_cannot_be_kept_are_refused(settings, tmp_path):
     options, words = REFUSED[settings]
-    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**LLAMA2 | options))
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**LLAMA2_PIECES | options))
     with pytest.raises(RequestError, match=words):
         Tokenizer(tmp_path).encode("a")
 

@@ -135,16 +135,17 @@ def read_gguf(
     check_layers(file.path.name, stored.block_count, len(tensors))
     with naming(file.path, remedy=REMEDY):
         config = _to_config(stored, str(file.metadata[ARCHITECTURE]), tensors)
-        if factors is not None:
+    check_tensors(file.path.name, tensors, GGUF_NAMES.shapes(config))
+    if factors is not None:
+        with naming(file.path, remedy=REMEDY):
             config = config.replace(rotary_scaling=_llama3_scaling(config, factors))
     config = config.replace(dtype=_choose_dtype(dtype, file))
-    check_tensors(file.path.name, tensors, GGUF_NAMES.shapes(config))
     return config, _rename(config, tensors, paired=file.metadata[ARCHITECTURE] in PAIRED)
 
 
 def _read_keys(file: GgufFile, *, allow_unknown: bool) -> _Architecture:
     architecture = file.metadata.get(ARCHITECTURE)
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path.name}: the architecture {shorten(architecture)} is not supported",
             expected=" | ".join(ARCHITECTURES),
@@ -219,23 +220,21 @@ def _same_in_each_layer(key: str, value: int | Sequence[int]) -> int:
 
 
 def _scaling(stored: _Architecture) -> RotaryScaling | None:
-    rope = stored.rope
-    scaling, kind = rope.scaling, rope.scaling.type
-    if kind is None and rope.scale_linear not in (None, 1.0):
-        return RotaryScaling("linear", rope.scale_linear)
-    if kind in (None, "none"):
+    scaling = stored.rope.scaling
+    kind, factor = scaling.type or "linear", scaling.factor or stored.rope.scale_linear
+    if kind == "none" or (kind == "linear" and factor in (None, 1.0)):
         return None
-    if scaling.factor is None:
-        raise CheckpointError(f"rope.scaling.factor is missing, which {kind} needs")
+    if factor is None:
+        raise CheckpointError(f"rope.scaling.factor is missing, which {kind} needs", remedy=REMEDY)
     if kind == "linear":
-        return RotaryScaling("linear", scaling.factor)
+        return RotaryScaling("linear", factor)
     return RotaryScaling(
         "yarn",
-        scaling.factor,
+        factor,
         scaling.original_context_length,
         beta_fast=scaling.yarn_beta_fast or 32.0,
         beta_slow=scaling.yarn_beta_slow or 1.0,
-        attention_factor=_attention_factor(scaling.yarn_attn_factor or scaling.attn_factor, scaling.factor),
+        attention_factor=_attention_factor(scaling.yarn_attn_factor or scaling.attn_factor, factor),
     )
 
 

@@ -82,8 +82,8 @@ def load_tokenizer(place: Path) -> Loaded:
 
 
 def is_gguf(place: Path) -> bool:
-    """Whether a tokenizer's place is a GGUF file, and not a folder."""
-    return place.suffix == ".gguf" and place.is_file()
+    """Whether a tokenizer's place is a GGUF file, of whatever name, and not a folder."""
+    return place.is_file()
 
 
 def is_tiktoken(path: Path) -> bool:

@@ -116,9 +116,11 @@ def open_gguf(path: Path) -> GgufFile:
     stamp = file_stamp(path)
     with explained(path), path.open("rb") as file:
         if file.read(4) != MAGIC:
-            raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF")
+            raise CheckpointError(
+                f"{path.name} is no GGUF file: it does not begin with GGUF", remedy="give a model in GGUF"
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            header = _Header(content)
+            header = _Header(content, path.name)
             metadata = header.metadata()
             stored = header.tensors(metadata)
     _refuse_split(path, metadata)
@@ -127,7 +129,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
     count = metadata.get(SPLIT_COUNT, 1)
-    if count not in (0, 1):
+    if type(count) is not int or count > 1:
         raise CheckpointError(
             f"{path.name} is one of {shorten(count)} files that make a model, which is not supported",
             remedy="join them: llama-gguf-split --merge FIRST_FILE ONE_FILE",
@@ -135,16 +137,23 @@ def _refuse_split(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 class _Header:
-    """Reads the header of a file from its start; ValueError where it is damaged or ends too early."""
+    """Reads the header of a file from its start.
 
-    def __init__(self, content: mmap.mmap) -> None:
+    Raises CheckpointError for a version that is not supported, ValueError where it is damaged or ends too early.
+    """
+
+    def __init__(self, content: mmap.mmap, name: str) -> None:
         self.content = content
         self.place = len(MAGIC)
         version = self._number("I")
         if version not in VERSIONS:
             swapped = version & 0xFFFF == 0
-            reason = "its bytes are in the order of big-endian machines" if swapped else f"version {version}"
-            raise ValueError(f"{reason}, which is not supported (versions 2 and 3, little-endian, are)")
+            got = "in the byte order of big-endian machines" if swapped else f"of version {version}"
+            raise CheckpointError(
+                f"{name} is {got}, which is not supported",
+                expected="version 2 or 3, little-endian",
+                remedy="convert the model to GGUF again, or give its Hugging Face folder",
+            )
         self.tensor_count, self.key_count = self._number("Q"), self._number("Q")
 
     def metadata(self) -> dict[str, Any]:
