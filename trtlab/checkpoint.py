@@ -7,7 +7,6 @@ import tempfile
 from collections import abc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -17,10 +16,10 @@ from trtlab.config.algorithms import WeightOnlyForm
 from trtlab.config.build import BuildConfig
 from trtlab.config.calls import public
 from trtlab.config.mapping import Mapping
-from trtlab.config.model import DtypeName, ModelConfig
+from trtlab.config.model import DtypeChoice, ModelConfig
 from trtlab.config.quant import QuantConfig
 from trtlab.convert.folder_kinds import CHECKPOINT, HUGGING_FACE, META, open_folder
-from trtlab.convert.gguf import VOCABULARY, gguf_path, gguf_source, read_gguf
+from trtlab.convert.gguf import gguf_path, gguf_source, gguf_tokenizer, read_gguf
 from trtlab.convert.hugging_face import read_hugging_face
 from trtlab.convert.meta import read_meta
 from trtlab.convert.modelopt_config import HfConfig, hugging_face_object
@@ -68,7 +67,7 @@ class Checkpoint(Shown, Reopenable):
 
     @classmethod
     def from_hugging_face(
-        cls, model_dir: PathLike, dtype: DtypeName | Literal["auto"] = "auto", *, allow_unknown_config: bool = True
+        cls, model_dir: PathLike, dtype: DtypeChoice = "auto", *, allow_unknown_config: bool = True
     ) -> Checkpoint:
         """Open a Hugging Face folder (config.json with safetensors, whole or sharded); nothing is copied.
 
@@ -90,7 +89,7 @@ class Checkpoint(Shown, Reopenable):
     def from_meta_ckpt(
         cls,
         ckpt_dir: PathLike,
-        dtype: DtypeName | Literal["auto"] = "auto",
+        dtype: DtypeChoice = "auto",
         *,
         max_position_embeddings: int | None = None,
         allow_unknown_config: bool = True,
@@ -118,7 +117,7 @@ class Checkpoint(Shown, Reopenable):
 
     @classmethod
     def from_gguf(
-        cls, path: PathLike, dtype: DtypeName | Literal["auto"] = "auto", *, allow_unknown_config: bool = True
+        cls, path: PathLike, dtype: DtypeChoice = "auto", *, dequantize: bool = True, allow_unknown_config: bool = True
     ) -> Checkpoint:
         """Open a GGUF file, llama.cpp's format, with its tokenizer and chat template.
 
@@ -128,6 +127,7 @@ class Checkpoint(Shown, Reopenable):
         Args:
             path: The file.
             dtype: Type of the tensors; ``auto`` is that of most matrices, and bfloat16 where they are quantized.
+            dequantize: False keeps linears of Q4_0 in 4 bits: W4A16_AWQ in groups of 32, a QuantizedCheckpoint.
             allow_unknown_config: Whether a key that trtlab does not know is a warning, not an error.
 
         Raises:
@@ -136,9 +136,10 @@ class Checkpoint(Shown, Reopenable):
             MissingDependency: The package ``gguf`` is not installed.
         """
         file = open_gguf(gguf_path(path))
-        config, tensors = read_gguf(file, dtype, allow_unknown=allow_unknown_config)
-        tokenizer = file.path if VOCABULARY in file.metadata else None
-        return cls(config, tensors, gguf_source(file), tokenizer).opened_by(cls.from_gguf, file.path, dtype=dtype)
+        config, tensors = read_gguf(file, dtype, allow_unknown=allow_unknown_config, dequantize=dequantize)
+        kind = cls if dequantize else QuantizedCheckpoint
+        checkpoint = kind(config, tensors, gguf_source(file, dequantize), gguf_tokenizer(file))
+        return checkpoint.opened_by(cls.from_gguf, file.path, dtype=dtype, dequantize=dequantize)
 
     @classmethod
     def from_weights(cls, config: ModelConfig, weights: abc.Mapping[str, Tensor]) -> Checkpoint:

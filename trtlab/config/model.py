@@ -14,6 +14,7 @@ from trtlab.config.quant import QuantConfig
 from trtlab.errors import ConfigError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
+DtypeChoice = DtypeName | Literal["auto"]
 RotaryKind = Literal["linear", "llama3", "yarn"]
 DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALLEST, LARGEST = 2.0**-126, 2.0**128  # float32 holds numbers from the first up to, without it, the second

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from trtlab.config.algorithms import ALGORITHMS, KV_CACHE_ALGORITHMS, Algorithm, KvCacheAlgorithm, KvScales
 from trtlab.config.base import PositiveInt, Settings, Share, settings
 
-GroupSize = Literal[64, 128]
+GroupSize = Literal[32, 64, 128]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
 QuantAlgo = Literal[
     "W8A16",
@@ -51,7 +51,7 @@ class QuantConfig(Settings):
     The search chooses one for each input. TensorRT-LLM: ``--smoothquant``.
     """
     group_size: GroupSize = 128
-    """Weights that share an AWQ scale; 64 is closer to the weights and takes more bytes.
+    """Weights that share an AWQ scale; fewer are closer to the weights and take more bytes.
 
     ModelOpt: ``--awq_block_size``.
     """

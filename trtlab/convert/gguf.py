@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trtlab.config.model import DtypeName, ModelConfig, PositiveFloat32, RotaryScaling, dtype_name, name_of_dtype
 from trtlab.convert.check import check_layers, check_tensors
 from trtlab.convert.families import FAMILIES
 from trtlab.convert.families.llama import GGUF_NAMES
+from trtlab.convert.gguf_blocks import KIND, keep_blocks
 from trtlab.convert.meta import to_half_split
 from trtlab.errors import CheckpointError
 from trtlab.model.rope import rotary_frequencies
@@ -109,14 +111,20 @@ def gguf_path(path: PathLike) -> Path:
     return file
 
 
-def gguf_source(file: GgufFile) -> str:
+def gguf_tokenizer(file: GgufFile) -> Path | None:
+    """Where the tokenizer is: the file itself, if it has one."""
+    return file.path if VOCABULARY in file.metadata else None
+
+
+def gguf_source(file: GgufFile, dequantize: bool) -> str:
     """The origin of the weights in words: the file, and the types that are dequantized."""
-    kinds = [kind for kind in BLOCKS if any(tensor.kind == kind for tensor in file.stored.values())]
+    kept = () if dequantize else (KIND,)
+    kinds = [kind for kind in BLOCKS if any(kind == t.kind not in kept for t in file.stored.values())]
     return f"GGUF file {file.path.name}" + (f", dequantized from {' and '.join(kinds)}" if kinds else "")
 
 
 def read_gguf(
-    file: GgufFile, dtype: str = "auto", *, allow_unknown: bool = True
+    file: GgufFile, dtype: str = "auto", *, allow_unknown: bool = True, dequantize: bool = True
 ) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Config and lazy tensors of a GGUF file.
 
@@ -124,6 +132,7 @@ def read_gguf(
         file: The file.
         dtype: Type of the tensors; ``auto`` is that of most matrices, and bfloat16 where they are quantized.
         allow_unknown: Whether a key that is not known is a warning, not an error.
+        dequantize: Whether linears in Q4_0 are dequantized; else they stay in 4 bits, as W4A16_AWQ in groups of 32.
 
     Raises:
         CheckpointError: The architecture is unknown; a key changes the numbers and is not supported; the tensors do not
@@ -140,7 +149,22 @@ def read_gguf(
         with naming(file.path, remedy=REMEDY):
             config = config.replace(rotary_scaling=_llama3_scaling(config, factors))
     config = config.replace(dtype=_choose_dtype(dtype, file))
-    return config, _rename(config, tensors, paired=file.metadata[ARCHITECTURE] in PAIRED)
+    sources = GGUF_NAMES.sources(config)
+
+    def reorder(name: str) -> Callable[[Tensor], Tensor]:
+        rotated = file.metadata[ARCHITECTURE] in PAIRED and name.split(".")[-2] in ("attn_q", "attn_k")
+        return (lambda rows: to_half_split(rows, config.head_size)) if rotated else _as_it_is
+
+    def converted(name: str) -> LazyTensor:
+        tensor, order = tensors[name].to(config.torch_dtype), reorder(name)
+        return tensor if order is _as_it_is else tensor.map(order)
+
+    floats = {name: cat([converted(part) for part in parts]) for name, parts in sources.items()}
+    return (config, floats) if dequantize else keep_blocks(config, file, sources, floats, reorder)
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _read_keys(file: GgufFile, *, allow_unknown: bool) -> _Architecture:
@@ -264,12 +288,3 @@ def _choose_dtype(dtype: str, file: GgufFile) -> DtypeName:
         return dtype_name(dtype)
     (kind, _), *_ = Counter(tensor.kind for tensor in file.stored.values() if len(tensor.shape) > 1).most_common()
     return name_of_dtype(FLOATS[kind]) if kind in FLOATS else DEFAULT_DTYPE
-
-
-def _rename(config: ModelConfig, tensors: Mapping[str, LazyTensor], *, paired: bool) -> dict[str, LazyTensor]:
-    def converted(name: str) -> LazyTensor:
-        tensor = tensors[name].to(config.torch_dtype)
-        rotated = paired and name.split(".")[-2] in ("attn_q", "attn_k")
-        return tensor.map(lambda w: to_half_split(w, config.head_size)) if rotated else tensor
-
-    return {name: cat([converted(part) for part in parts]) for name, parts in GGUF_NAMES.sources(config).items()}

@@ -62,9 +62,19 @@ class QuantizedLinears(NetworkLayers):
             constant = self._constant(weight.name, pack_columns(weight.integers), shape, "int4")
         else:
             constant = self._constant(weight.name, weight.integers, shape)
-        scale = weight.scale.stored(self._torch_dtype)  # [out, groups]
-        matrix = self._dequantize("dequantize_weight", constant, scale, self._dtype)
+        scale = weight.scale.value  # [out, groups]
+        size = ToOriginal(scale.abs()).stored(self._torch_dtype)
+        matrix = self._dequantize("dequantize_weight", constant, size, self._dtype)
+        if bool((scale < 0).any()):
+            matrix = self._signed(matrix, scale, shape)
         return self._with_bias(self._matmul(x, matrix), weight.bias, self._torch_dtype)
+
+    def _signed(self, matrix: Any, scale: torch.Tensor, shape: tuple[int, ...]) -> Any:
+        """The matrix with the signs of its groups' scales, negative ones too in a GGUF file; TensorRT takes none."""
+        groups = (1, *scale.shape)
+        signs = self._constant(f"{self._scope}.signs", scale.sign().to(self._torch_dtype), (*groups, 1))
+        grouped = self._reshape("groups", matrix, (*groups, shape[-1] // groups[-1]))
+        return self._reshape("signed_weight", self._elementwise("signs", "PROD", grouped, signs), shape)
 
     @_product.register
     def _int8(self, weight: Int8Linear, x: Any) -> Any:
