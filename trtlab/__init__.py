@@ -20,6 +20,7 @@ from trtlab.errors import (
     RequestError,
     TrtlabError,
 )
+from trtlab.evaluate.quantization import compare_recipes
 from trtlab.machine import machine
 from trtlab.memory.estimate import estimate
 from trtlab.packaged import smollm2
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "card",
+    "compare_recipes",
     "estimate",
     "machine",
     "smollm2",

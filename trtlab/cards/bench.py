@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 from trtlab.bench import Benchmark, Duel
 from trtlab.card import Card, Table, bar, card, size
-from trtlab.evaluate.quantization import RecipeComparison
+from trtlab.evaluate.quantization import RecipeComparison, RecipeRow
+
+SHOWN_LAYERS = 6
 
 
 @card.register
@@ -41,7 +44,8 @@ def duel_card(duel: Duel) -> Card:
 
 @card.register
 def recipe_comparison_card(comparison: RecipeComparison) -> Card:
-    """A row for each recipe: what it saves and what it costs."""
+    """A row for each recipe: what it saves and what it costs; below, how its error grows through the layers."""
+    asked = comparison.rows[0].accuracy is not None
     rows = tuple(
         (
             row.title,
@@ -49,10 +53,23 @@ def recipe_comparison_card(comparison: RecipeComparison) -> Card:
             size(row.kv_bytes_per_token),
             f"{row.perplexity:.4f}",
             f"{row.divergence:.6f}",
-            f"{row.accuracy:.1%}",
+            *([f"{row.accuracy:.1%}"] if row.accuracy is not None else []),
             "" if row.worst_snr_db is None else f"{row.worst_snr_db:.1f}",
         )
         for row in comparison.rows
     )
-    heads = ("recipe", " weights", " KV a token", " perplexity", " KL, nats", " answers", " worst SNR dB")
-    return Card("What quantization costs", (), (Table(heads, rows),), "checkpoint.quantize(QuantConfig(...))")
+    heads = ("recipe", " weights", " KV a token", " perplexity", " KL, nats", *[" answers"] * asked, " worst SNR dB")
+    tables = (Table(heads, rows), _distances(comparison.rows[1:]))
+    return Card("What quantization costs", (), tables[: len(comparison.rows)], "checkpoint.quantize(QuantConfig(...))")
+
+
+def _distances(rows: Sequence[RecipeRow]) -> Table:
+    """The distance from the original after some layers, in percent; a bar for the last one."""
+    count = len(rows[0].distances) if rows else 0
+    shown = sorted({round(place * (count - 1) / (SHOWN_LAYERS - 1)) for place in range(SHOWN_LAYERS)}) if rows else []
+    longest = max((row.distances[-1] for row in rows), default=0.0) or 1.0
+    cells = tuple(
+        (row.title, *(f"{row.distances[layer]:.1%}" for layer in shown), bar(row.distances[-1] / longest))
+        for row in rows
+    )
+    return Table(("distance from the original after layer", *(f" {layer}" for layer in shown), ""), cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -42,8 +42,8 @@ def perplexity(model: Model, texts: Texts) -> float:
     A checkpoint is run in torch. Raises RequestError when no text has two tokens.
     """
     with open_model(model) as session:
-        rows = token_rows(session, texts)
-        return perplexity_of(rows, map(session.logits, rows))
+        rows = token_rows(session.encode, texts)
+        return math.exp(sum(loss_of(row, session.logits(row)) for row in rows) / predicted(rows))
 
 
 @public
@@ -53,27 +53,24 @@ def divergence(model: Model, reference: Model, texts: Texts) -> float:
     It measures every changed probability; in perplexity errors of opposite sign cancel.
     """
     with open_model(model) as session, open_model(reference) as original:
-        rows = token_rows(session, texts)
-        return divergence_of(map(session.logits, rows), map(original.logits, rows))
+        rows = token_rows(session.encode, texts)
+        return sum(divergence_of(session.logits(row), original.logits(row)) for row in rows) / sum(map(len, rows))
 
 
-def perplexity_of(rows: Sequence[list[int]], logits: Iterable[Tensor]) -> float:
-    """``perplexity`` from token ids and the logits after each token, ``[tokens, vocab]`` for each text."""
-    total, tokens = 0.0, 0
-    for ids, after in zip(rows, logits, strict=True):
-        total += F.cross_entropy(after[:-1], torch.tensor(ids[1:]), reduction="sum").item()
-        tokens += len(ids) - 1
-    return math.exp(total / tokens)
+def loss_of(ids: Sequence[int], logits: Tensor) -> float:
+    """The summed loss of all tokens but the first, in nats, from the logits ``[tokens, vocab]`` after each token."""
+    return F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()
 
 
-def divergence_of(logits: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
-    """``divergence`` from the logits of both models, ``[tokens, vocab]`` for each text."""
-    total, tokens = 0.0, 0
-    for got, expected in zip(logits, reference, strict=True):
-        pair = got.log_softmax(-1), expected.log_softmax(-1)
-        total += F.kl_div(*pair, reduction="sum", log_target=True).item()
-        tokens += len(got)
-    return total / tokens
+def predicted(rows: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that ``loss_of`` counts in all texts."""
+    return sum(len(row) - 1 for row in rows)
+
+
+def divergence_of(logits: Tensor, reference: Tensor) -> float:
+    """The summed divergence of a text's next-token distributions, in nats; both ``[tokens, vocab]``."""
+    pair = logits.log_softmax(-1), reference.log_softmax(-1)
+    return F.kl_div(*pair, reduction="sum", log_target=True).item()
 
 
 @public
@@ -105,13 +102,13 @@ def open_model(model: Model) -> Iterator[Session]:
         yield session
 
 
-def token_rows(session: Session, texts: Texts) -> list[list[int]]:
+def token_rows(encode: Callable[[str], list[int]], texts: Texts) -> list[list[int]]:
     """The token ids of each text with two or more tokens; RequestError when there is none."""
     if isinstance(texts, str):
         raise RequestError("expected a list of texts, got a str", remedy="put the text into a list")
     if not isinstance(texts, Sequence):
         raise RequestError("expected a list of texts", got=shorten(texts))
-    rows = [session.encode(text) if isinstance(text, str) else _token_ids(text) for text in texts]
+    rows = [encode(text) if isinstance(text, str) else _token_ids(text) for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise RequestError("no text has two tokens", remedy="give longer texts")

@@ -118,7 +118,7 @@ def rank_weights(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.
         ),
         embedding=embedding,
         final_norm=final_norm(config, tensors) if last else None,
-        lm_head=_head(config, tensors) if last else None,
+        lm_head=lm_head(config, tensors) if last else None,
         gather_embedding=embedding is not None and embedding.weight.shape[1] < config.hidden_size,
         reduce_embedding=embedding is not None and embedding.first_row is not None,
         positions=Embedding(POSITIONS, tensors[POSITIONS]) if embedding is not None and POSITIONS in tensors else None,
@@ -149,7 +149,8 @@ def _embedding(config: ModelConfig, mapping: Mapping, rank: int, tensors: abc.Ma
     return Embedding(EMBEDDING, table, mapping.tp_rank(rank) * table.shape[0] if cut_by_rows else None)
 
 
-def _head(config: ModelConfig, tensors: abc.Mapping[str, Tensor]) -> Linear:
+def lm_head(config: ModelConfig, tensors: abc.Mapping[str, Tensor]) -> Linear:
+    """The head, quantized or not; a tied model has its embedding table."""
     algorithm = config.quantization.algorithm_of(LM_HEAD.part)
     if algorithm is not None:
         return quantized_linear(algorithm, LM_HEAD.part, HEAD, tensors.__getitem__, None)

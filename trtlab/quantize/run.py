@@ -51,19 +51,24 @@ class Quantization:
         return predict(self.config, self.tensors, self.texts, in_memory=in_memory)
 
     @torch.inference_mode()
-    def run(self, sink: Sink) -> QuantizationReport:
-        """Pass every tensor of the quantized model to ``sink``, layer by layer, and return the report."""
+    def run(self, sink: Sink, done: Callable[[int], object] | None = None) -> QuantizationReport:
+        """Pass every tensor of the quantized model to ``sink``, layer by layer, and return the report.
+
+        ``done(1)`` is called after each of ``steps``; without it there is a progress bar.
+        """
+        if done is None:
+            with progress(f"quantizing {self._title}", self.steps, unit="layer") as bar:
+                return self.run(sink, bar.update)
         specs = tensor_specs(self.config)
         rows: list[LinearReport] = []
         kv_rows = []
-        with progress(f"quantizing {self._title}", self.steps, unit="layer") as bar:
-            for layer in self.layers():
-                result = quantize_layer(layer)
-                self._pass_on(layer.index, specs, result.tensors, sink)
-                rows += report_linears(layer, result)
-                kv_rows += report_kv(layer, result)
-                del layer, result  # before the next layer is read
-                bar.update(1)
+        for layer in self.layers():
+            result = quantize_layer(layer)
+            self._pass_on(layer.index, specs, result.tensors, sink)
+            rows += report_linears(layer, result)
+            kv_rows += report_kv(layer, result)
+            del layer, result  # before the next layer is read
+            done(1)
         quantized = tuple(map(_prefix, self._indices))
         for name in specs:
             if not name.startswith(quantized):
