@@ -13,6 +13,7 @@ FILES = {
     "pickles": ("pickle",),
     "folders": ("folder",),
     "tokenizers": ("tokenizer",),
+    "gguf": ("gguf",),
     "templates": ("template",),
 }
 KINDS = tuple(kind for kinds in FILES.values() for kind in kinds)  # in the order in which they run

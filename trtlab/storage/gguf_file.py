@@ -79,7 +79,8 @@ class GgufFile:
         if tensor.kind in FLOATS:
             values = torch.from_numpy(data).view(FLOATS[tensor.kind])
         else:
-            values = torch.from_numpy(gguf_package().dequantize(data, _ggml_type(tensor.kind)))
+            with np.errstate(all="ignore"):  # of a scale that is not finite; who computes with it tells
+                values = torch.from_numpy(gguf_package().dequantize(data, _ggml_type(tensor.kind)))
         return values if len(tensor.shape) == 2 else values.reshape(tensor.shape)
 
     def read_bytes(self, tensor: StoredTensor, start: int, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
