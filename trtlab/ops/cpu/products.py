@@ -8,7 +8,20 @@ import numpy as np
 from numba import prange
 
 from trtlab.ops.cpu.loops import F32, I32, Array, compiled, in_tasks, to_the_bit, value
-from trtlab.ops.cpu.vectors import BYTES, CENTRE, ORDER, STEP, WORD_ORDER, WORDS, dot_bf16, two_dots
+from trtlab.ops.cpu.vectors import (
+    BYTES,
+    CENTRE,
+    HAS_TABLES,
+    ORDER,
+    STEP,
+    TABLE_BYTES,
+    TABLE_ORDER,
+    WORD_ORDER,
+    WORDS,
+    dot_bf16,
+    two_dots,
+    two_dots_by_table,
+)
 
 ROWS = 4  # outputs that one task computes together when there are several tokens
 WIDTH = 512  # inputs that a task converts at a time: ROWS * WIDTH * 4 bytes stay in the first-level cache
@@ -123,6 +136,16 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
     """As ``linear``, for INT4: int8 ``[ceil(rows / 2), in]``, two rows per byte, with ``scale`` ``[rows, groups]``."""
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
+    if HAS_TABLES and tokens == 1 and size % TABLE_BYTES == 0:
+        ordered = np.empty(width, F32)
+        for first in range(0, width, TABLE_BYTES):
+            for at in range(TABLE_BYTES):
+                ordered[first + at] = x[0, first + TABLE_ORDER[at]]
+        for task in prange(weight.shape[0]):
+            low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; the value written last stays
+            low_sum, high_sum = two_dots_by_table(weight[task], ordered, scale[low], scale[high], size)
+            out[0, high], out[0, low] = high_sum, low_sum
+        return
     if tokens == 1 and size % BYTES == 0:
         ordered, starts = np.empty(width, F32), np.empty(groups, F32)
         for first in range(0, width, BYTES):

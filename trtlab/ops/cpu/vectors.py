@@ -3,7 +3,8 @@
 On most processors such a product is bound by the conversion of numbers to floats, so nothing is converted. A BF16 is
 the upper half of a float: interleaving it with zeros makes a float. Four bits in the upper mantissa of 2.0 make
 ``2 + n / 8``: a byte with these bits is interleaved with the exponent's upper byte. Bit 3 is inverted first, so that
-``n`` is the signed number plus 8, from 0 to 15.
+``n`` is the signed number plus 8, from 0 to 15. With AVX-512 a table of the 16 floats fits a register, and one
+instruction looks up 16 of them by the lowest four bits of 16 integers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -24,6 +25,10 @@ STEP = 0.125  # the difference between the floats of n and n + 1
 
 INT8, INT16, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, 8)
+HAS_TABLES = bool(binding.get_host_cpu_features().get("avx512f"))
+LANES = 16  # floats of a vector of 512 bits
+TABLE_BYTES = 4 * LANES  # that are loaded at a time for a look-up: as LANES integers of 4 inputs each
+TABLE_ORDER = np.arange(TABLE_BYTES).reshape(LANES, 4).T.ravel()
 
 
 def _all(kind: ir.Type, count: int, value: float) -> ir.Constant:
@@ -65,8 +70,10 @@ def _add_product(build: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value)
 
 
 def _sum(build: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    for width in (4, 2, 1):
-        upper = _shuffled(build, vector, vector, [(at + width) % 8 for at in range(8)])
+    lanes = width = vector.type.count
+    while width > 1:
+        width //= 2
+        upper = _shuffled(build, vector, vector, [(at + width) % lanes for at in range(lanes)])
         vector = build.fadd(vector, upper)
     return build.extract_element(vector, ir.Constant(INT32, 0))
 
@@ -136,6 +143,58 @@ def _emit_two_dots(context: Any, build: ir.IRBuilder, signature: Any, arguments:
             factors = _shuffled(build, first_only, first_only, [0] * 8)
             _add_product(build, total, build.fadd(*map(build.load, chains)), factors)
     return context.make_tuple(build, signature.return_type, [_sum(build, build.load(total)) for total in totals])
+
+
+def _two_dots_by_table(
+    typingctx: Any, stored: Any, inputs: Any, low_scale: Any, high_scale: Any, size: Any
+) -> tuple[Any, Any]:
+    """For the lower and the upper row: ``sum over groups of scale * (sum of x n)``, for processors with HAS_TABLES.
+
+    As ``two_dots``, with ``inputs`` each TABLE_BYTES in TABLE_ORDER, and ``size`` a multiple of TABLE_BYTES.
+    """
+    signature = types.UniTuple(types.float32, 2)(stored, inputs, low_scale, high_scale, types.intp)
+    return signature, _emit_two_dots_by_table
+
+
+two_dots_by_table: Any = intrinsic(_two_dots_by_table)
+
+
+def _emit_two_dots_by_table(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    kinds = signature.args[:-1]
+    arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(kinds, arguments, strict=False)]
+    stored, inputs, *scales = (array.data for array in arrays)
+    groups, size, zeros = cgutils.unpack_tuple(build, arrays[2].shape)[0], arguments[-1], _all(FLOAT, LANES, 0.0)
+    totals = [cgutils.alloca_once_value(build, zeros) for _ in scales]
+    sums = [[cgutils.alloca_once_value(build, zeros) for _ in range(4)] for _ in scales]  # four chains per row
+    with cgutils.for_range(build, groups) as group:
+        for chain in (*sums[0], *sums[1]):
+            build.store(zeros, chain)
+        first = build.mul(group.index, size)
+        with cgutils.for_range(build, build.udiv(size, INT64(TABLE_BYTES))) as step:
+            at = build.add(first, build.mul(step.index, INT64(TABLE_BYTES)))
+            _add_looked_up(build, build.gep(stored, [at]), build.gep(inputs, [at]), sums)
+        for total, chains, scale in zip(totals, sums, scales, strict=True):
+            a, b, c, d = map(build.load, chains)
+            first_only = build.insert_element(zeros, build.load(build.gep(scale, [group.index])), INT32(0))
+            factors = _shuffled(build, first_only, first_only, [0] * LANES)
+            _add_product(build, total, build.fadd(build.fadd(a, b), build.fadd(c, d)), factors)
+    return context.make_tuple(build, signature.return_type, [_sum(build, build.load(total)) for total in totals])
+
+
+def _add_looked_up(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
+    """Add the products of TABLE_BYTES bytes, each with one number of both rows, and as many inputs."""
+    integers, floats = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
+    look_up = cgutils.get_or_insert_function(
+        build.module, ir.FunctionType(floats, [floats, integers]), "llvm.x86.avx512.permvar.sf.512"
+    )
+    table = ir.Constant(floats, [float(n if n < 8 else n - 16) for n in range(LANES)])
+    bits = build.load(build.bitcast(stored, integers.as_pointer()), align=1)
+    place = build.bitcast(inputs, floats.as_pointer())
+    for number in range(4):
+        x = build.load(build.gep(place, [INT64(number)]), align=4)
+        for row, chains in enumerate(sums):
+            places = build.lshr(bits, _all(INT32, LANES, 8 * number + 4 * row))  # higher bits are not looked at
+            _add_product(build, chains[number], build.call(look_up, [table, places]), x)
 
 
 def _add_32(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:

@@ -21,6 +21,7 @@ from trtlab.hardware import cache_bytes
 from trtlab.model.quantized_weights import Float8Linear, Int4Float8Linear, Int8Linear, WeightOnly, tensor_bytes
 from trtlab.model.scales import ToOriginal, ToQuantized, dequantize, to_float8
 from trtlab.model.weights import Dense, Embedding, Linear, ModelWeights, Norm, map_linears
+from trtlab.ops.cpu.large_pages import LargePages
 from trtlab.ops.quantized_linear import linear
 
 Array = NDArray[Any]
@@ -151,8 +152,9 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
     """Convert weights to the form that a CPU reads fastest.
 
     With ``loops`` quantized linear layers stay as they are stored, and a dense one is kept in BF16 if this holds all
-    its numbers exactly. If the last-level cache has room for all small dense layers in float32, steps of several
-    tokens read them there. Any other layer becomes float32, in oneDNN's layout if large, column by column if small.
+    its numbers exactly; both are copied to large pages. If the last-level cache has room for all small dense layers in
+    float32, steps of several tokens read them there. Any other layer becomes float32, in oneDNN's layout if large,
+    column by column if small.
 
     Args:
         weights: The weights of one rank.
@@ -166,10 +168,11 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
         raise ConfigError("fast_cpu_kernels needs Numba, which is not installed", remedy="pip install numba")
 
     cached = 2 * _small_bytes(weights) <= cache_bytes()  # half of the cache is left for other data
+    pages = LargePages()
 
     def prepared(weight: Linear) -> object:
         if isinstance(weight, Dense) and loops and (round_dense or _fits_bfloat16(weight.weight)):
-            half = weight.weight.to(torch.bfloat16).contiguous()
+            half = pages.copy(weight.weight, torch.bfloat16)
             bias = None if weight.bias is None else weight.bias.float()
             stored = Dense(weight.name, half, bias)
             looped = _looped_linear(stored)
@@ -181,11 +184,32 @@ def cpu_weights(weights: ModelWeights, *, loops: bool, round_dense: bool = False
             return _arranged(wide)
         if not (isinstance(wide, Narrow) and loops):
             return wide
-        looped = _looped_linear(wide)
+        looped = _looped_linear(_in_large_pages(wide, pages))
         return wide if _holds_nan(looped.arrays[0]) else looped
 
     result: ModelWeights = _widened(map_linears(weights, prepared), loops=loops)
-    return result
+    return _with_shared_table(weights, result)
+
+
+def _with_shared_table(weights: ModelWeights, result: ModelWeights) -> ModelWeights:
+    """``result`` with one copy of a tied table: the lookup reads that of the head."""
+    table, head = weights.embedding, weights.lm_head
+    looped: object = result.lm_head
+    copy = looped.source if isinstance(looped, Looped) else None
+    if table is None or not isinstance(head, Dense) or not isinstance(copy, Dense):
+        return result
+    same = (table.weight.data_ptr(), table.weight.dtype) == (head.weight.data_ptr(), copy.weight.dtype)
+    return dataclasses.replace(result, embedding=dataclasses.replace(table, weight=copy.weight)) if same else result
+
+
+def _in_large_pages(part: Any, pages: LargePages) -> Any:
+    """A quantized weight whose matrices are copied to large pages."""
+    if isinstance(part, Tensor):
+        return pages.copy(part) if part.dim() == 2 else part
+    if not dataclasses.is_dataclass(part):
+        return part
+    fields = {field.name: _in_large_pages(getattr(part, field.name), pages) for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **fields)  # type: ignore[type-var]
 
 
 def _small_bytes(weights: ModelWeights) -> int:
