@@ -62,7 +62,7 @@ def weight_only(bits, rows, width, groups, dice, prequant=False, bias=False):
 @given(
     bits=st.sampled_from([4, 8, 16]),
     rows=st.integers(1, 37),
-    size=st.sampled_from([1, 16, 31, 64, 640]),
+    size=st.sampled_from([1, 16, 31, 64, 96, 640]),
     groups=st.integers(1, 3),
     tokens=st.sampled_from([1, 2, 3, 8, FEW]),
     extras=st.booleans(),

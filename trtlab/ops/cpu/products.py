@@ -12,6 +12,7 @@ from trtlab.ops.cpu.vectors import (
     BYTES,
     CENTRE,
     HAS_TABLES,
+    LANES,
     ORDER,
     STEP,
     TABLE_BYTES,
@@ -19,6 +20,7 @@ from trtlab.ops.cpu.vectors import (
     WORD_ORDER,
     WORDS,
     dot_bf16,
+    dot_int8,
     two_dots,
     two_dots_by_table,
 )
@@ -61,6 +63,17 @@ def linear_bf16(x: Array, weight: Array, scale: Array, out: Array) -> None:
             ordered[first + at] = x[0, first + WORD_ORDER[at]]
     for row in prange(rows):
         out[0, row] = dot_bf16(weight[row], ordered) * scale[row]
+
+
+@in_tasks
+def linear_w8(x: Array, weight: Array, scale: Array, out: Array) -> None:
+    """As ``linear``, for int8 weights that are not multiplied as integers."""
+    (tokens, width), rows = x.shape, weight.shape[0]
+    if tokens > 1 or width % (4 * LANES):
+        linear(x, weight, scale, out)
+        return
+    for row in prange(rows):
+        out[0, row] = dot_int8(weight[row], x[0]) * scale[row]
 
 
 @to_the_bit

@@ -1,4 +1,4 @@
-"""Products of one input with rows of BF16 or INT4, by vector instructions that a compiler does not find by itself.
+"""Products of one input and rows of BF16, INT8 or INT4, by vector instructions that a compiler does not find by itself.
 
 On most processors such a product is bound by the conversion of numbers to floats, so nothing is converted. A BF16 is
 the upper half of a float: interleaving it with zeros makes a float. Four bits in the upper mantissa of 2.0 make
@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
+from numba import config
 from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 WORDS, BYTES = 16, 32  # numbers that are loaded at a time: a vector of 256 bits, in lanes of 128
@@ -25,7 +27,7 @@ STEP = 0.125  # the difference between the floats of n and n + 1
 
 INT8, INT16, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, 8)
-HAS_TABLES = bool(binding.get_host_cpu_features().get("avx512f"))
+HAS_TABLES = "+avx512f" in (config.CPU_FEATURES or get_host_cpu_features())  # type: ignore[attr-defined]
 LANES = 16  # floats of a vector of 512 bits
 TABLE_BYTES = 4 * LANES  # that are loaded at a time for a look-up: as LANES integers of 4 inputs each
 TABLE_ORDER = np.arange(TABLE_BYTES).reshape(LANES, 4).T.ravel()
@@ -101,6 +103,32 @@ def _emit_bf16(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any
             for half, floats in enumerate(_from_upper_halves(build, build.load(place, align=2))):
                 factor = build.load(build.gep(x, [INT64(half)]), align=4)
                 _add_product(build, chains[2 * number + half], floats, factor)
+    a, b, c, d = (build.load(chain) for chain in chains)
+    return _sum(build, build.fadd(build.fadd(a, b), build.fadd(c, d)))
+
+
+def _dot_int8(typingctx: Any, stored: Any, inputs: Any) -> tuple[Any, Any]:
+    """Dot product of int8 ``[in]``, a multiple of 64, and float32 ``[in]``, in longer vectors than a compiler's."""
+    return types.float32(stored, inputs), _emit_int8
+
+
+dot_int8: Any = intrinsic(_dot_int8)
+
+
+def _emit_int8(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    stored, inputs = (
+        context.make_array(kind)(context, build, value) for kind, value in zip(signature.args, arguments, strict=True)
+    )
+    width = cgutils.unpack_tuple(build, stored.shape)[0]
+    floats, integers = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+    chains = [cgutils.alloca_once_value(build, _all(FLOAT, LANES, 0.0)) for _ in range(4)]
+    with cgutils.for_range(build, build.udiv(width, INT64(4 * LANES))) as step:
+        for number, chain in enumerate(chains):
+            first = build.add(build.mul(step.index, INT64(4 * LANES)), INT64(number * LANES))
+            place = build.bitcast(build.gep(stored.data, [first]), ir.VectorType(INT8, LANES).as_pointer())
+            x = build.load(build.bitcast(build.gep(inputs.data, [first]), floats.as_pointer()), align=4)
+            numbers = build.sext(build.load(place, align=1), integers)
+            _add_product(build, chain, build.sitofp(numbers, floats), x)
     a, b, c, d = (build.load(chain) for chain in chains)
     return _sum(build, build.fadd(build.fadd(a, b), build.fadd(c, d)))
 

@@ -263,7 +263,7 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
         if stored.dtype == torch.uint8:
             stored, loop = stored.view(torch.int8), cpu_products.linear_int4
         else:
-            scale = scale[:, 0]
+            scale, loop = scale[:, 0], cpu_products.linear_w8
     else:
         stored, input_scale = _float8(weight), weight.input_scale
         scale = (weight.input_scale.value * weight.weight_scale.value).expand(len(stored))
