@@ -96,7 +96,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingDependency("reading a GGUF file needs gguf", remedy='pip install "trtlab[gguf]"') from error
+        raise MissingDependency("reading a GGUF file needs gguf", remedy="pip install gguf") from error
     return gguf
 
 
