@@ -154,7 +154,8 @@ def llama_side(source: Path, folder: Path, kind: str, threads: int, config: Any)
 def transformers_side(source: Path, threads: int) -> Side:
     """transformers' ``generate`` in float32."""
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    kwargs: Any = {"gguf_file": source.name, "dtype": torch.float32}
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, trust_remote_code=False, **kwargs)
     number = new_numbers()
 
     def seconds(length: int, new: int, batch: int = 1) -> float:

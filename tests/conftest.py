@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from trtlab.tensorrt.library import library
 
 from .models import write_byte_level_tokenizer, write_random_model
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts a job in the background like that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("TRTLAB_TEST_THREADS", "1")))
 os.environ["TRTLAB_BACKEND"] = "torch"
 QUIET = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]

@@ -196,6 +196,6 @@ def test_a_list_without_the_head_quantizes_it_when_the_plain_form_is_read():
 
 
 def test_a_group_size_counts_only_where_there_are_groups():
-    assert read({"quantization": {"quant_algo": "FP8", "group_size": 32}})[0].quantization.group_size == 128
+    assert read({"quantization": {"quant_algo": "FP8", "group_size": 48}})[0].quantization.group_size == 128
     with pytest.raises(CheckpointError, match="group_size"):
-        read({"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 32}})
+        read({"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 48}})

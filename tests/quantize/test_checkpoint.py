@@ -136,7 +136,7 @@ def test_excluded_modules_keep_their_weight_and_the_function(checkpoint, texts):
 def test_groups_that_do_not_divide_over_ranks_name_what_would(checkpoint, texts, tmp_path):
     quantized = quantize(checkpoint, texts, QuantConfig(quant_algo="W4A16_AWQ", group_size=128))
     with pytest.raises(
-        ConfigError, match="64 inputs on each of 4 ranks, which groups of 128 do not divide; use group_size=64"
+        ConfigError, match="64 inputs on each of 4 ranks, which groups of 128 do not divide; use group_size=32 or 64"
     ):
         quantized.save(tmp_path / "ckpt", mapping=Mapping(tp_size=4))
 

@@ -23,7 +23,7 @@ def test_alpha_lies_between_0_and_1(alpha):
         {"quant_algo": "W3A16"},
         {"kv_cache_quant_algo": "INT4"},
         {"kv_cache_scales": "both"},
-        {"group_size": 32},
+        {"group_size": 48},
         {"exclude_modules": "lm_head"},
     ],
 )
