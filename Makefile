@@ -12,7 +12,7 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval --nbval-current-env --nbval-cell-timeout=120 notebooks
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Each notebook in a browser: all cells at once and one by one, on a quick and a slow page; screenshots in build/notebooks.
 notebooks: venv
