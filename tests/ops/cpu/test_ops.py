@@ -81,8 +81,18 @@ def test_a_loop_gives_what_the_exact_product_gives(bits, rows, size, groups, tok
     assert looped.nbytes == weight.nbytes
     wide = (x.double() * weight.prequant if bits < 16 and extras else x.double()).abs()
     magnitude = linear(weight, torch.ones_like(x)).abs().max() + wide.max() * linear(weight, x).abs().max() + 1
-    found = looped(x.numpy())
-    assert np.abs(found - linear(weight, x).numpy()).max() < 1e-5 * magnitude
+    for found in (looped(x.numpy()), linear(looped, x).numpy()):  # of few tokens, of more
+        assert np.abs(found - linear(weight, x).numpy()).max() < 1e-5 * magnitude
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 6, 37])
+@pytest.mark.parametrize("size", [1, 31, 64])
+def test_widened_numbers_are_those_of_dequantize_bit_for_bit(loops, bits, rows, size):
+    weight = weight_only(bits, rows, 3 * size, 3 if bits == 4 else 1, torch.Generator().manual_seed(size))
+    looped, matrix = _looped_linear(weight), np.empty(weight.shape, np.float32)
+    looped.widen(*looped.arrays, matrix)
+    assert np.array_equal(matrix, dequantize(weight.integers, weight.scale.value).numpy())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])

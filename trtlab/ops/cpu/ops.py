@@ -211,6 +211,9 @@ def compile_loops(weights: ModelWeights, pool: CpuPool) -> None:
     def add_call(weight: object) -> object:
         if isinstance(weight, Looped):
             calls[weight.loop, weight.arrays[0].dtype] = weight, (zeros(np.float32, 1, weight.shape[1]),)
+            if weight.widen is not None:
+                first = [array[:1] for array in weight.arrays]
+                calls[weight.widen] = weight.widen, (*first, zeros(np.float32, 1, weight.shape[1]))
         return weight
 
     map_linears(weights, add_call)

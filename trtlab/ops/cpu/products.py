@@ -1,4 +1,7 @@
-"""Loops that multiply few tokens with the weights of a linear layer, read as they are stored. See ``loops``."""
+"""Loops that multiply few tokens with the weights of a linear layer, read as they are stored. See ``loops``.
+
+For many tokens they only widen the weights, in one pass; the product is torch's.
+"""
 
 from __future__ import annotations
 
@@ -192,6 +195,31 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
         for token in range(tokens):
             for row in range(held):
                 out[token, top + row] = sums[token, row]
+
+
+@in_tasks
+def widen_w8(weight: Array, scale: Array, out: Array) -> None:
+    """``out`` ``[rows, in]`` in float32: int8 ``weight`` ``[rows, in]`` times ``scale`` ``[rows]``."""
+    for row in prange(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            out[row, i] = F32(weight[row, i]) * scale[row]
+
+
+@in_tasks
+def widen_int4(weight: Array, scale: Array, out: Array) -> None:
+    """As ``widen_w8``, for INT4: int8 ``[ceil(rows / 2), in]``, two rows per byte; ``scale`` ``[rows, groups]``."""
+    rows, groups = scale.shape
+    size = weight.shape[1] // groups
+    for task in prange(weight.shape[0]):
+        low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; the value written last stays
+        for group in range(groups):
+            part = slice(group * size, group * size + size)
+            stored, low_out, high_out = weight[task, part], out[low, part], out[high, part]
+            low_scale, high_scale = scale[low, group], scale[high, group]
+            for i in range(size):
+                both = I32(stored[i])
+                high_out[i] = F32(I32(both >> I32(4))) * high_scale
+                low_out[i] = F32(I32(I32(both << I32(28)) >> I32(28))) * low_scale
 
 
 @compiled

@@ -55,7 +55,8 @@ class Gain(Norm):
 class Looped:
     """A linear layer whose stored numbers a loop reads: ``loop(x, *arrays, out)``; ``source`` is for more tokens.
 
-    With ``input_scale`` the input is quantized to E4M3 first.
+    With ``input_scale`` the input is quantized to E4M3 first. With ``widen``, more tokens are multiplied by torch with
+    the float32 matrix that ``widen(*arrays, matrix)`` writes: the numbers of ``dequantize``, in one pass.
     """
 
     source: Dense | ArrangedDense | Narrow
@@ -66,6 +67,7 @@ class Looped:
     bias: Array | None
     prequant: Array | None
     input_scale: ToOriginal | None = None
+    widen: Callable[..., None] | None = None
 
     @property
     def name(self) -> str:
@@ -123,7 +125,13 @@ class LoopedInt8(Looped):
 
 @linear.register
 def _looped(weight: Looped, x: Tensor) -> Tensor:
-    return linear(weight.source, x)
+    if weight.widen is None:
+        return linear(weight.source, x)
+    matrix = torch.empty(weight.shape)
+    weight.widen(*weight.arrays, matrix.numpy())
+    if weight.prequant is not None:
+        x = x * torch.from_numpy(weight.prequant)
+    return linear(Dense(weight.name, matrix, weight.source.bias), x)
 
 
 @dataclass(frozen=True)
@@ -255,21 +263,22 @@ def _looped_linear(weight: Dense | Narrow) -> Looped:
 
     if isinstance(weight, Int8Linear):
         return _looped_int8(weight)
-    loop, prequant, input_scale = cpu_products.linear, None, None
+    loop, widen, prequant, input_scale = cpu_products.linear, None, None, None
     if isinstance(weight, Dense):
         stored, scale, loop = weight.weight, torch.ones(len(weight.weight)), cpu_products.linear_bf16
     elif isinstance(weight, WeightOnly):
         stored, scale, prequant = weight.weight, weight.scale.value, weight.prequant
         if stored.dtype == torch.uint8:
-            stored, loop = stored.view(torch.int8), cpu_products.linear_int4
+            stored, loop, widen = stored.view(torch.int8), cpu_products.linear_int4, cpu_products.widen_int4
         else:
-            scale, loop = scale[:, 0], cpu_products.linear_w8
+            scale, loop, widen = scale[:, 0], cpu_products.linear_w8, cpu_products.widen_w8
     else:
         stored, input_scale = _float8(weight), weight.input_scale
         scale = (weight.input_scale.value * weight.weight_scale.value).expand(len(stored))
         prequant = weight.groups.prequant if isinstance(weight, Int4Float8Linear) else None
     arrays = array_of(stored.contiguous()), scale.contiguous().numpy()
-    return Looped(weight, FEW, weight.shape, loop, arrays, _numbers(weight.bias), _numbers(prequant), input_scale)
+    vectors = _numbers(weight.bias), _numbers(prequant)
+    return Looped(weight, FEW, weight.shape, loop, arrays, *vectors, input_scale, widen)
 
 
 def _looped_int8(weight: Int8Linear) -> LoopedInt8:
