@@ -26,6 +26,7 @@ from trtlab.ops.cpu.vectors import (
     dot_int8,
     two_dots,
     two_dots_by_table,
+    widen_two_by_table,
 )
 
 ROWS = 4  # outputs that one task computes together when there are several tokens
@@ -153,13 +154,10 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
     (tokens, width), rows, groups = x.shape, scale.shape[0], scale.shape[1]
     size = width // groups
     if HAS_TABLES and tokens == 1 and size % TABLE_BYTES == 0:
-        ordered = np.empty(width, F32)
-        for first in range(0, width, TABLE_BYTES):
-            for at in range(TABLE_BYTES):
-                ordered[first + at] = x[0, first + TABLE_ORDER[at]]
+        ordered = _ordered(x)
         for task in prange(weight.shape[0]):
             low, high = 2 * task, min(2 * task + 1, rows - 1)  # an odd last row is both; the value written last stays
-            low_sum, high_sum = two_dots_by_table(weight[task], ordered, scale[low], scale[high], size)
+            low_sum, high_sum = two_dots_by_table(weight[task], ordered[0], scale[low], scale[high], size)
             out[0, high], out[0, low] = high_sum, low_sum
         return
     if tokens == 1 and size % BYTES == 0:
@@ -178,20 +176,30 @@ def linear_int4(x: Array, weight: Array, scale: Array, out: Array) -> None:
             out[0, high] = high_sum / F32(STEP)
             out[0, low] = low_sum / F32(STEP)
         return
+    by_table = HAS_TABLES and size % TABLE_BYTES == 0
+    inputs = _ordered(x) if by_table else x
     for task in prange((rows + ROWS - 1) // ROWS):
         top = task * ROWS
         held = min(ROWS, rows - top)
         tile, sums = np.zeros((ROWS, WIDTH), F32), np.zeros((tokens + 1, ROWS), F32)
-        for group in range(groups):
-            for first in range(group * size, group * size + size, WIDTH):
-                count = min(WIDTH, group * size + size - first)
-                for row in range(held):
-                    stored, wide = weight[(top + row) // 2, first : first + count], tile[row]
-                    one, up = scale[top + row, group], I32(28 - 28 * (row % 2))
-                    for i in range(count):  # the lower half is shifted to the top first, to extend its sign
-                        shifted = I32(I32(I32(stored[i]) << up) >> up)
-                        wide[i] = F32(shifted if up else shifted >> 4) * one
-                _add_tile(x, first, count, tile, sums)
+        for first in range(0, width, WIDTH):
+            last, start = min(first + WIDTH, width), first
+            while start < last:
+                group = start // size
+                stop = min(group * size + size, last)
+                for row in range(0, held, 2):
+                    stored, upper = weight[(top + row) // 2, start:stop], min(top + row + 1, rows - 1)
+                    even, odd = tile[row, start - first : stop - first], tile[row + 1, start - first : stop - first]
+                    low_scale, high_scale = scale[top + row, group], scale[upper, group]
+                    if HAS_TABLES and by_table:
+                        widen_two_by_table(stored, even, odd, low_scale, high_scale)
+                    else:
+                        for i in range(stop - start):  # the lower half is shifted to the top first, for its sign
+                            both = I32(stored[i])
+                            even[i] = F32(I32(I32(both << I32(28)) >> I32(28))) * low_scale
+                            odd[i] = F32(I32(both >> I32(4))) * high_scale
+                start = stop
+            _add_tile(inputs, first, last - first, tile, sums)
         for token in range(tokens):
             for row in range(held):
                 out[token, top + row] = sums[token, row]
@@ -220,6 +228,17 @@ def widen_int4(weight: Array, scale: Array, out: Array) -> None:
                 both = I32(stored[i])
                 high_out[i] = F32(I32(both >> I32(4))) * high_scale
                 low_out[i] = F32(I32(I32(both << I32(28)) >> I32(28))) * low_scale
+
+
+@compiled
+def _ordered(x: Array) -> Array:
+    """The inputs ``[tokens, in]``, each TABLE_BYTES in TABLE_ORDER."""
+    ordered = np.empty(x.shape, F32)
+    for token in range(x.shape[0]):
+        for first in range(0, x.shape[1], TABLE_BYTES):
+            for at in range(TABLE_BYTES):
+                ordered[token, first + at] = x[token, first + TABLE_ORDER[at]]
+    return ordered
 
 
 @compiled

@@ -209,20 +209,61 @@ def _emit_two_dots_by_table(context: Any, build: ir.IRBuilder, signature: Any, a
     return context.make_tuple(build, signature.return_type, [_sum(build, build.load(total)) for total in totals])
 
 
-def _add_looked_up(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
-    """Add the products of TABLE_BYTES bytes, each with one number of both rows, and as many inputs."""
+def _widen_two_by_table(
+    typingctx: Any, stored: Any, low: Any, high: Any, low_scale: Any, high_scale: Any
+) -> tuple[Any, Any]:
+    """Write the numbers of the lower and the upper row, times a scale each: float32 ``[in]``, in TABLE_ORDER.
+
+    ``stored`` int8 ``[in]``, a multiple of TABLE_BYTES, for processors with HAS_TABLES.
+    """
+    return types.void(stored, low, high, types.float32, types.float32), _emit_widen_two_by_table
+
+
+widen_two_by_table: Any = intrinsic(_widen_two_by_table)
+
+
+def _emit_widen_two_by_table(context: Any, build: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    kinds = signature.args[:3]
+    stored, *rows = (context.make_array(kind)(context, build, v) for kind, v in zip(kinds, arguments, strict=False))
+    floats = ir.VectorType(FLOAT, LANES)
+    factors = []
+    for scale in arguments[3:]:
+        first_only = build.insert_element(_all(FLOAT, LANES, 0.0), scale, INT32(0))
+        factors.append(_shuffled(build, first_only, first_only, [0] * LANES))
+    width = cgutils.unpack_tuple(build, stored.shape)[0]
+    with cgutils.for_range(build, build.udiv(width, INT64(TABLE_BYTES))) as step:
+        at = build.mul(step.index, INT64(TABLE_BYTES))
+        looked_up = _looked_up(build, build.gep(stored.data, [at]))
+        for row, factor, numbers in zip(rows, factors, looked_up, strict=True):
+            place = build.bitcast(build.gep(row.data, [at]), floats.as_pointer())
+            for number, values in enumerate(numbers):
+                build.store(build.fmul(values, factor), build.gep(place, [INT64(number)]), align=4)
+    return context.get_dummy_value()
+
+
+def _looked_up(build: ir.IRBuilder, stored: ir.Value) -> list[list[ir.Value]]:
+    """The floats of TABLE_BYTES bytes in TABLE_ORDER: for the lower and the upper row four vectors each."""
     integers, floats = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
     look_up = cgutils.get_or_insert_function(
         build.module, ir.FunctionType(floats, [floats, integers]), "llvm.x86.avx512.permvar.sf.512"
     )
     table = ir.Constant(floats, [float(n if n < 8 else n - 16) for n in range(LANES)])
     bits = build.load(build.bitcast(stored, integers.as_pointer()), align=1)
-    place = build.bitcast(inputs, floats.as_pointer())
-    for number in range(4):
-        x = build.load(build.gep(place, [INT64(number)]), align=4)
-        for row, chains in enumerate(sums):
-            places = build.lshr(bits, _all(INT32, LANES, 8 * number + 4 * row))  # higher bits are not looked at
-            _add_product(build, chains[number], build.call(look_up, [table, places]), x)
+
+    def row(shift: int) -> list[ir.Value]:  # higher bits are not looked at
+        places = [build.lshr(bits, _all(INT32, LANES, 8 * number + shift)) for number in range(4)]
+        return [build.call(look_up, [table, place]) for place in places]
+
+    return [row(0), row(4)]
+
+
+def _add_looked_up(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
+    """Add the products of TABLE_BYTES bytes, each with one number of both rows, and as many inputs."""
+    place = build.bitcast(inputs, ir.VectorType(FLOAT, LANES).as_pointer())
+    for chains, numbers in zip(sums, _looked_up(build, stored), strict=True):
+        for number, values in enumerate(numbers):
+            x = build.load(build.gep(place, [INT64(number)]), align=4)
+            _add_product(build, chains[number], values, x)
 
 
 def _add_32(build: ir.IRBuilder, stored: ir.Value, inputs: ir.Value, sums: list[list[ir.Value]]) -> None:
