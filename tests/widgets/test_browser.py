@@ -159,6 +159,7 @@ def test_the_alpha_slider_changes_picture_and_recipe(open_notebook, tmp_path):
         page.wait_for_timeout(500)
     print("slider to picture, ms:", *map(round, at_rest))  # other work on the machine adds to it
     page.keyboard.press("ArrowLeft")
+    page.wait_for_selector(".widget-html-content:has-text('smoothquant_val=0.75')")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.querySelector('.widget-readout').textContent.includes('0.80')")
     page.wait_for_function("d => document.querySelectorAll('.scatterlayer .js-line')[1].getAttribute('d') !== d",

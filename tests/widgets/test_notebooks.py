@@ -84,12 +84,15 @@ def test_a_shipped_notebook_shows_its_saved_outputs(open_notebook, path):
             }""",
             number,
         )
-        if cells[number].outputs:
-            shown = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-OutputArea-output"))
-            shown.first.wait_for()
+        html = "".join(output.get("data", {}).get("text/html", "") for output in cells[number].outputs)
+        page.wait_for_function(
+            """([number, tables]) => {
+                const cells = jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code');
+                return cells[number].node.querySelectorAll('.jp-OutputArea table').length === tables;
+            }""",
+            arg=[number, html.count("<table>")],
+        )
     tables = page.evaluate(TABLES)
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert len(tables) == sum(output.get("data", {}).get("text/html", "").count("<table>") for output in outputs)
     assert all(len(set(widths)) == 1 for widths in tables), "a line of a table has not as many cells as the others"
     text = page.inner_text(".jp-Notebook")
     assert "Error displaying widget" not in text
