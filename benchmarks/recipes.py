@@ -4,8 +4,7 @@ python benchmarks/recipes.py [--awq]
 
 The texts are trtlab's own prose (``trtlab.evaluate.english``): twelve to calibrate with, three to measure. Where both
 have the algorithm, ModelOpt quantizes the same weights in transformers, and its simulated model is measured on the same
-token ids (``pip install nvidia-modelopt requests accelerate``). ``--awq`` measures its AWQ too, whose search takes many
-times as long as all the rest.
+token ids (``pip install nvidia-modelopt requests accelerate``). ``--awq`` measures its AWQ too.
 """
 
 from __future__ import annotations
